@@ -1,0 +1,109 @@
+"""The layer: parameters, validation and initialisation. Its forward is one call into ops."""
+
+import torch
+from torch import Tensor, nn
+
+from ema_timm.ops import EmaWeights, ema_attention
+from ema_timm.ops.weights import EPS
+
+# Symbolic tracers (torch.fx, timm's and torchvision's feature extraction) keep the operator
+# whole: its validation reads shapes, which a proxy does not have.
+torch.fx.wrap("ema_attention")
+
+DEFAULT_GROUPS = 32
+"""The paper's `factor`, in every experiment."""
+
+
+def largest_group_count(channels: int, at_most: int = DEFAULT_GROUPS) -> int:
+    """The number of groups the models use for a width: its largest divisor that is ``at_most``.
+
+    The paper's 32 divides most widths of ResNets and MobileNetV2s and is then the answer. Where it
+    does not (MobileNetV2's 144·1.4 = 200 channels, say, give 25) this rule takes its place; it is
+    the only such rule in the package.
+
+    Args:
+        channels: C, at least 1.
+        at_most: Upper bound for the number of groups, at least 1.
+    """
+    _require_positive_int("channels", channels)
+    _require_positive_int("groups", at_most)
+    return next(g for g in range(min(at_most, channels), 0, -1) if channels % g == 0)
+
+
+class EmaAttn(nn.Module):
+    """Efficient Multi-scale Attention ("EMA attention"; not an exponential moving average).
+
+    The channels are split into G groups of n = C / G. In each group, gates along height and width
+    (a shared 1×1 convolution of pooled rows and columns) and a 3×3 neighbourhood vote on one map
+    A = sigmoid(L) of H × W, and the output is ``x`` times that map. All groups share one set of
+    10 n² + 4 n parameters.
+
+    Source: Ouyang et al., "Efficient Multi-Scale Attention Module with Cross-Spatial Learning",
+    ICASSP 2023, arXiv:2305.13563. State-dict keys are those of the authors' module, so its
+    weights load with ``strict=True``.
+
+    Args:
+        channels: C, the width of the feature map.
+        groups: G, the paper's ``factor``; must divide ``channels``.
+        device: Where the parameters are made.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If ``groups`` does not divide ``channels`` or either is below 1.
+        TypeError: If either is not an int.
+    """
+
+    def __init__(self, channels: int, groups: int = DEFAULT_GROUPS, device=None, dtype=None):
+        super().__init__()
+        _require_positive_int("channels", channels)
+        _require_positive_int("groups", groups)
+        if channels % groups:
+            raise ValueError(
+                f"groups must divide channels: {channels} channels do not split into {groups} "
+                f"groups. The nearest that works is "
+                f"EmaAttn({channels}, groups={largest_group_count(channels, groups)})."
+            )
+        n = channels // groups
+        dd = {"device": device, "dtype": dtype}
+        self.channels = channels
+        self.groups = groups
+        self.impl = "auto"
+        self.conv1x1 = nn.Conv2d(n, n, kernel_size=1, **dd)
+        self.conv3x3 = nn.Conv2d(n, n, kernel_size=3, padding=1, **dd)
+        self.gn = nn.GroupNorm(n, n, eps=EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate ``x``.
+
+        Args:
+            x: Feature map, (B, C, H, W), floating point.
+
+        Returns:
+            (B, C, H, W), the dtype and memory format of ``x``.
+        """
+        return ema_attention(x, self.weights(), self.groups, self.impl)
+
+    def weights(self) -> EmaWeights:
+        """The parameters as the operator takes them, read anew so that no update is missed."""
+        conv1x1_bias, conv3x3_bias = self.conv1x1.bias, self.conv3x3.bias
+        # TorchScript types a convolution's bias as optional; ours always have one.
+        assert conv1x1_bias is not None and conv3x3_bias is not None
+        return EmaWeights(
+            self.conv1x1.weight,
+            conv1x1_bias,
+            self.conv3x3.weight,
+            conv3x3_bias,
+            self.gn.weight,
+            self.gn.bias,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows beside the class name."""
+        return f"channels={self.channels}, groups={self.groups}"
+
+
+def _require_positive_int(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}).")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")

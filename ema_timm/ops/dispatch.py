@@ -1,0 +1,74 @@
+"""The only place that validates a call and chooses an implementation."""
+
+import torch
+from torch import Tensor
+
+from ema_timm.ops.closed_form import closed_form
+from ema_timm.ops.reference import reference
+from ema_timm.ops.weights import EmaWeights
+
+IMPLEMENTATIONS = ("reference", "closed_form")
+
+
+def ema_attention(x: Tensor, weights: EmaWeights, groups: int, impl: str = "auto") -> Tensor:
+    """Gate each channel group of ``x`` with Efficient Multi-scale Attention.
+
+    Source: Ouyang et al., ICASSP 2023, arXiv:2305.13563. Statistics, softmax and the gate are
+    computed in float32 (float64 for float64 input), also under autocast.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point, H and W at least 1.
+        weights: Parameters of one layer, shared by all groups; n = C / G channels wide.
+        groups: G; must divide C.
+        impl: "auto" (closed_form), "reference" or "closed_form".
+
+    Returns:
+        Tensor with the shape, dtype and memory format of ``x``, owning its memory.
+
+    Raises:
+        ValueError: If the shapes do not fit together or ``impl`` is unknown.
+        TypeError: If ``x`` is not floating point.
+    """
+    if not torch.jit.is_scripting():
+        if not torch.jit.is_tracing():
+            _validate(x, weights, groups, impl)
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return _run(x, weights, groups, impl)
+    return _run(x, weights, groups, impl)
+
+
+def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> Tensor:
+    if not torch.jit.is_scripting():
+        if impl == "reference":
+            return reference(x, weights, groups)
+    return closed_form(x, weights, groups)
+
+
+def _validate(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> None:
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}.")
+    if x.dim() != 4:
+        raise ValueError(
+            f"EMA attention takes a feature map of 4 dimensions (B, C, H, W), got {x.dim()} "
+            f"with shape {tuple(x.shape)}. Add the batch dimension with x.unsqueeze(0), or "
+            "reshape tokens to a map first."
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"EMA attention takes floating point input, got {x.dtype}. Convert it first, for "
+            "example with x.float()."
+        )
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {groups!r} ({type(groups).__name__}).")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}.")
+    n = weights.gn_weight.shape[0]
+    if x.shape[1] != groups * n:
+        raise ValueError(
+            f"The layer's weights are for {groups * n} channels ({groups} groups of {n}), got "
+            f"input with {x.shape[1]} channels, shape {tuple(x.shape)}. Build the layer as "
+            f"EmaAttn({x.shape[1]}) or give it the feature map it was made for."
+        )
+    if 0 in x.shape[2:]:
+        raise ValueError(f"H and W must be at least 1, got shape {tuple(x.shape)}.")

@@ -1,0 +1,130 @@
+"""Makes ``import timm`` enough: registers the EMA attention models once timm has loaded.
+
+timm has no plug-in discovery, but it always imports torch, and torch calls every entry point of
+the group ``torch.backends`` at the end of its own import (pytorch RFC, issue 122468). `autoload`
+is such an entry point. It only puts a finder in front of ``sys.meta_path``; the finder lets
+``timm.models`` load as always and then registers our names.
+
+This module stands beside the package, not in it, for two reasons. ``EMA_TIMM_AUTOLOAD=0`` must
+leave ``ema_timm`` unimported, or a later ``import ema_timm`` could no longer register. And where
+the package's folder is damaged or gone, torch still finds this file, so that the worst case is
+one warning. Standard library only, because torch is still initialising when it runs.
+"""
+
+import os
+import sys
+import threading
+
+_TARGET = "timm.models"
+
+
+class _RegisteringLoader:
+    """Runs the real loader, hides itself from the module, then registers our models."""
+
+    def __init__(self, loader, finder):
+        self._loader = loader
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        # The module must look as if nothing had been there: inspect, importlib.resources and
+        # reload all read these two.
+        module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._finder.loading += 1
+        try:
+            self._loader.exec_module(module)
+            _register()
+        finally:
+            self._finder.loading -= 1
+
+
+class _TimmModelsFinder:
+    """Meta path finder that answers for ``timm.models`` alone, by asking the other finders."""
+
+    def __init__(self):
+        self.loading = 0
+        self._asking = threading.local()
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _TARGET or getattr(self._asking, "now", False):
+            return None
+        self._asking.now = True
+        try:
+            for finder in sys.meta_path:
+                find_spec = getattr(finder, "find_spec", None)
+                spec = find_spec(fullname, path, target) if find_spec else None
+                if spec is not None:
+                    break
+            else:
+                return None
+        finally:
+            self._asking.now = False
+        if hasattr(spec.loader, "exec_module"):
+            spec.loader = _RegisteringLoader(spec.loader, self)
+        return spec
+
+
+_finder = _TimmModelsFinder()
+_warned = False
+
+
+def autoload():
+    """Entry point for torch (and, one day, timm): `install`, unless EMA_TIMM_AUTOLOAD=0."""
+    if os.environ.get("EMA_TIMM_AUTOLOAD") == "0":
+        return
+    try:
+        install()
+    except Exception as error:  # an exception here would make `import torch` itself fail
+        _warn(error)
+
+
+def install():
+    """Register the models as soon as ``timm.models`` is loaded, or now where it already is.
+
+    Safe to call from several threads and any number of times. Imports neither torch nor timm.
+    """
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    models = sys.modules.get(_TARGET)
+    if models is None:
+        return
+    if getattr(models.__spec__, "_initializing", False):
+        if _finder.loading:
+            return  # our loader is at work in some thread and registers when it is done
+        from importlib import import_module
+
+        import_module(_TARGET)  # another thread loads it without our loader: wait for that
+    _register()
+
+
+def _register():
+    try:
+        from ema_timm.backbones import register
+
+        register()
+    except Exception as error:  # timm must import as before, whatever is wrong with us
+        _warn(error)
+
+
+def _warn(error):
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    text = (
+        f"ema-timm could not register its models ({type(error).__name__}: {error}). "
+        "torch and timm work as before; reinstall or remove the package: "
+        "pip install --force-reinstall --no-deps ema-timm, or pip uninstall ema-timm."
+    )
+    try:
+        import warnings
+
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    except Exception:  # -W error: a warning must not become the failure it reports
+        print(text, file=sys.stderr)
