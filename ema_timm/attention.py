@@ -18,7 +18,7 @@ def largest_group_count(channels: int, at_most: int = DEFAULT_GROUPS) -> int:
     """The number of groups the models use for a width: its largest divisor that is ``at_most``.
 
     The paper's 32 divides most widths of ResNets and MobileNetV2s and is then the answer. Where it
-    does not (MobileNetV2's 144·1.4 = 200 channels, say, give 25) this rule takes its place; it is
+    does not (mobilenetv2_075's 432 channels, say, give 27) this rule takes its place; it is
     the only such rule in the package.
 
     Args:

@@ -1,0 +1,20 @@
+"""timm networks with EMA attention: where it goes, the registered names, the warm start."""
+
+import threading
+
+_lock = threading.Lock()
+
+
+def register() -> None:
+    """Register every name with timm. Safe to call again and from several threads.
+
+    Raises:
+        RuntimeError: If the installed timm is older than the package supports.
+    """
+    # Imported before the lock is taken: a lock held across imports can deadlock with theirs.
+    from ema_timm.backbones import cifar_resnet, mobilenetv2_ema, registry, resnet_ema
+
+    registry.require_supported_timm()
+    with _lock:
+        for family in (resnet_ema, mobilenetv2_ema, cifar_resnet):
+            family.register()

@@ -1,0 +1,142 @@
+"""How a name enters timm's registry, and how its network is built from timm's own."""
+
+import dataclasses
+import re
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from timm.models import (
+    DefaultCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
+from timm.version import __version__ as timm_version
+from torch import nn
+
+from ema_timm.attention import DEFAULT_GROUPS
+from ema_timm.backbones.inject import add_ema
+from ema_timm.backbones.warm_start import warm_start_filter
+
+OLDEST_TIMM = (1, 0, 24)
+
+
+def require_supported_timm() -> None:
+    """Raise RuntimeError, with the remedy, where timm is older than `OLDEST_TIMM`."""
+    found = tuple(int(part) for part in re.findall(r"\d+", timm_version)[:3])
+    if found < OLDEST_TIMM:
+        oldest = ".".join(map(str, OLDEST_TIMM))
+        raise RuntimeError(
+            f"needs timm >= {oldest}, found {timm_version}: pip install -U 'timm>={oldest}'"
+        )
+
+
+def register(module_name: str, name: str, entrypoint: Callable, cfgs: DefaultCfg) -> None:
+    """Register ``entrypoint`` as ``name``, once; a name that timm has itself is left to timm.
+
+    Args:
+        module_name: The module that owns the name (``__name__``); timm lists models by it.
+        name: Architecture name.
+        entrypoint: ``f(pretrained=False, **kwargs)``.
+        cfgs: Pretrained cfgs by tag, the default first.
+    """
+    if is_model(name):
+        if not model_entrypoint(name).__module__.startswith("ema_timm."):
+            warnings.warn(
+                f"timm has a model named {name} of its own; ema-timm leaves it alone.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return
+    module = sys.modules[module_name]
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = module_name
+    module.default_cfgs[name] = cfgs
+    setattr(module, name, entrypoint)  # so that the entry point pickles by reference
+    register_model(entrypoint)
+
+
+def warm_start_cfgs(plain_name: str) -> DefaultCfg:
+    """The pretrained cfgs of a plain timm model, as those of its EMA twin.
+
+    A tag with weights becomes ``warm_<tag>``: the same source repository, licence, normalisation
+    and sizes, loaded through the warm start. A tag without weights keeps its name.
+    """
+    cfgs = DefaultCfg()
+    for full_name, cfg in get_arch_pretrained_cfgs(plain_name).items():
+        _, _, tag = full_name.partition(".")
+        if cfg.has_weights:
+            tag = f"warm_{tag}" if tag else "warm"
+            note = f"EMA attention, warm start: computes the same function as {full_name}"
+            cfg = dataclasses.replace(cfg, notes=(*(cfg.notes or ()), note))
+            cfgs.is_pretrained = True
+        cfgs.cfgs[tag] = cfg
+    cfgs.tags = deque(cfgs.cfgs)
+    return cfgs
+
+
+def ema_entrypoint(plain_name: str, build: Callable | None = None) -> Callable:
+    """Entry point of ``<plain_name>_ema``: timm's own entry point, then EMA in its blocks.
+
+    Args:
+        plain_name: A registered model; its entry point stays the only source of the architecture.
+        build: Stands in for `build_ema` where a family differs.
+    """
+    build = build or build_ema
+    plain = model_entrypoint(plain_name)
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        return build(plain, f"{plain_name}_ema", pretrained, **kwargs)
+
+    entrypoint.__doc__ = (
+        f"{plain_name} with EMA attention (arXiv:2305.13563).\n\n"
+        "Takes what its plain twin takes, and ``ema_groups`` (at most so many groups, 32) and\n"
+        "``ema_stages`` (numbers of the stages that get EMA attention; all by default)."
+    )
+    return entrypoint
+
+
+def build_ema(
+    plain: Callable,
+    variant: str,
+    pretrained: bool,
+    *,
+    ema_groups: int = DEFAULT_GROUPS,
+    ema_stages: Iterable[int] | None = None,
+    plain_kwargs: dict | None = None,
+    **kwargs,
+) -> nn.Module:
+    """Build ``variant`` with timm's builder; the network itself comes from ``plain``.
+
+    The pretrained cfg, adaptation of classifier and input channels and the feature wrappers are
+    timm's, and see the finished network. Weights of the plain twin pass through the warm start.
+
+    Args:
+        plain: timm's entry point of the plain network.
+        variant: Registered name of the network with EMA.
+        pretrained: Load the weights of the resolved pretrained cfg.
+        ema_groups: Upper bound for the number of channel groups.
+        ema_stages: Stages that get EMA; None is the paper's placement.
+        plain_kwargs: Arguments for ``plain`` alone.
+        **kwargs: What timm's builder and the plain network take.
+    """
+    return build_model_with_cfg(
+        partial(
+            _network, plain, ema_groups=ema_groups, ema_stages=ema_stages, **(plain_kwargs or {})
+        ),
+        variant,
+        pretrained,
+        pretrained_filter_fn=warm_start_filter,
+        **kwargs,
+    )
+
+
+def _network(plain, ema_groups, ema_stages, **kwargs) -> nn.Module:
+    model = plain(pretrained=False, **kwargs)
+    add_ema(model, groups=ema_groups, stages=ema_stages)
+    return model

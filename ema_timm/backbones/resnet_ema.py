@@ -1,0 +1,40 @@
+"""``<name>_ema`` for every ResNet of timm that has no attention layer of its own.
+
+Named so that its models do not join timm's own list of the module ``resnet``.
+"""
+
+from collections.abc import Callable
+
+from timm.models import DefaultCfg, list_models, model_entrypoint
+
+from ema_timm.backbones import registry
+
+__all__: list[str] = []
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+def register() -> None:
+    """Register the twins with timm."""
+    for name in plain_names():
+        registry.register(
+            __name__,
+            f"{name}_ema",
+            registry.ema_entrypoint(name),
+            registry.warm_start_cfgs(name),
+        )
+
+
+def plain_names() -> list[str]:
+    """Timm's ResNets without an attention layer, from its registry."""
+    return [n for n in list_models(module="resnet") if not _sets_attention(model_entrypoint(n))]
+
+
+def _sets_attention(entrypoint: Callable) -> bool:
+    """Whether a timm entry point sets the block argument ``attn_layer``.
+
+    Read off the compiled function, because building eighty networks to look costs seconds. A test
+    builds them all and compares.
+    """
+    code = entrypoint.__code__
+    constants = [c if isinstance(c, tuple) else (c,) for c in code.co_consts]
+    return "attn_layer" in code.co_varnames or any("attn_layer" in c for c in constants)

@@ -1,0 +1,80 @@
+"""The warm start: weights of a plain network -> an EMA network that computes the same function.
+
+With γ = 0, β = 0, b₃ = 0 and a 3×3 convolution centred over its output channels (Σ_o W₃[o] = 0),
+the gate's logits are 0 and the gate is 0.5 everywhere. Doubling the layer before or after the
+slot undoes it: multiplying by 2 and by 0.5 is exact in binary floating point. σ' is largest at 0
+and the gradients of γ, β and W₃ are not zero, so training leaves that point at once. (All-zero W₃
+would preserve the function too, but leaves its output channels identical.)
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ema_timm.attention import EmaAttn
+from ema_timm.backbones.inject import Slot, find_slots
+
+
+def neutral_state(layer: EmaAttn) -> dict[str, Tensor]:
+    """A state dict for ``layer`` with which its gate is 0.5 for every input.
+
+    The 1×1 and 3×3 convolutions keep their random start, the latter centred.
+    """
+    state = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
+    weight = state["conv3x3.weight"]
+    state["conv3x3.weight"] = weight - weight.mean(0, keepdim=True)
+    for name in ("conv3x3.bias", "gn.weight", "gn.bias"):
+        state[name] = torch.zeros_like(state[name])
+    return state
+
+
+@torch.no_grad()
+def start_neutral(slots: Iterable[Slot]) -> None:
+    """Turn filled slots into the warm start, in place."""
+    for slot in slots:
+        for name in slot.doubled:
+            module, _, attribute = name.partition(".")
+            getattr(getattr(slot.block, module), attribute).mul_(2)
+        slot.block.se.load_state_dict(neutral_state(slot.block.se))
+
+
+def require_doubling(slots: Iterable[Slot]) -> None:
+    """Raise ValueError for a slot whose neighbour cannot carry the factor 2."""
+    for slot in slots:
+        for name in slot.doubled:
+            module_name, _, attribute = name.partition(".")
+            module = getattr(slot.block, module_name)
+            act = getattr(module, "act", None)
+            scales = act is None or isinstance(act, nn.Identity | nn.ReLU | nn.LeakyReLU)
+            if not isinstance(getattr(module, attribute, None), Tensor) or not scales:
+                raise ValueError(
+                    f"preserve=True doubles {slot.path}.{name}, and "
+                    f"{type(module).__name__} has no such linear part. Use preserve=False and "
+                    "train the layers from their random start."
+                )
+
+
+def warm_start_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Map weights of the plain network onto ``model``; timm's ``pretrained_filter_fn``.
+
+    Weights that hold any EMA layer are taken for the EMA network's own and pass unchanged, so
+    that timm's strict loading still reports what they lack.
+
+    Args:
+        state_dict: Weights of the plain network, or of the EMA network.
+        model: The EMA network.
+    """
+    slots = [slot for slot in find_slots(model) if isinstance(slot.block.se, EmaAttn)]
+    names = {slot.path: f"{slot.path}.se" for slot in slots}
+    if any(f"{name}.conv1x1.weight" in state_dict for name in names.values()):
+        return state_dict
+    require_doubling(slots)
+    mapped = dict(state_dict)
+    for slot in slots:
+        for name in slot.doubled_names:
+            if name in mapped:  # strict loading reports the missing ones
+                mapped[name] = mapped[name] * 2
+        for name, tensor in neutral_state(slot.block.se).items():
+            mapped[f"{names[slot.path]}.{name}"] = tensor
+    return mapped
