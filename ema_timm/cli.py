@@ -1,0 +1,143 @@
+"""The command ``ema-timm``: each subcommand parses, makes one library call and prints.
+
+Results go to stdout, messages to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped.
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+
+from ema_timm import __version__
+from ema_timm.errors import UserError
+from ema_timm.finetune_config import FinetuneConfig, option_fields
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        # A loader process wraps the message in its traceback; the message is the last line.
+        print(f"ema-timm: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"ema-timm: {error}. What was saved before is whole.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ema-timm: stopped.", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, built without importing torch."""
+    parser = argparse.ArgumentParser(
+        prog="ema-timm",
+        description="EMA attention (Efficient Multi-scale Attention) for timm: train, measure, "
+        "publish. Not an exponential moving average.",
+    )
+    parser.add_argument("--version", action="version", version=f"ema-timm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_finetune(commands)
+    _add_quickstart(commands)
+    return parser
+
+
+def _add_finetune(commands) -> None:
+    command = commands.add_parser(
+        "finetune",
+        help="fine-tune a timm model on an image folder",
+        description="Fine-tune any timm model on an image folder and write a checkpoint folder "
+        "in timm's Hub format. Also runs under torchrun.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: ema-timm finetune --model resnet50_ema --data-dir flowers "
+        "--output runs/flowers; after an interruption: "
+        "ema-timm finetune --resume --output runs/flowers",
+    )
+    for field in option_fields():
+        _add_option(command, field)
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the interrupted run in --output, with its settings",
+    )
+    command.set_defaults(run=_finetune)
+
+
+def _add_option(command: argparse.ArgumentParser, field) -> None:
+    """One option for one setting; what is not given stays out of the namespace."""
+    flag = "--" + field.name.replace("_", "-")
+    help = field.metadata["help"]
+    shown = {"default": argparse.SUPPRESS}
+    if field.metadata.get("pairs"):
+        command.add_argument(flag, nargs="+", type=_pair, metavar="KEY=VALUE", help=help, **shown)
+    elif field.metadata.get("flag"):
+        command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help, **shown)
+    else:
+        kind = type(field.default)
+        if field.default or kind is float:
+            help = f"{help} (default: {field.default})"
+        choices = field.metadata.get("choices")
+        metavar = None if choices else kind.__name__.upper()
+        command.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=help, **shown)
+
+
+def _pair(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    given = {f.name: getattr(args, f.name) for f in option_fields() if hasattr(args, f.name)}
+    if "model_kwargs" in given:
+        given["model_kwargs"] = dict(given["model_kwargs"])
+    required = ["output"] if args.resume else ["model", "data_dir", "output"]
+    missing = [f"--{name.replace('_', '-')}" for name in required if not given.get(name)]
+    if missing:
+        raise UserError(f"finetune needs {', '.join(missing)}; see ema-timm finetune --help.")
+
+    from ema_timm.finetune import InterruptedRunError, finetune
+    from ema_timm.run_folder import RunFolder
+
+    if args.resume:
+        folder = RunFolder(given["output"])
+        folder.prepare(resume=True)
+        given = {**folder.load_state()["config"], **given}
+    try:
+        results = finetune(FinetuneConfig(**given), resume=args.resume)
+    except InterruptedRunError:
+        print(
+            f"ema-timm: stopped; continue with: ema-timm finetune --resume --output "
+            f"{given['output']}",
+            file=sys.stderr,
+        )
+        return 130
+    metrics = results["metrics"]
+    print(f"{given['output']}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
+    return 0
+
+
+def _add_quickstart(commands) -> None:
+    command = commands.add_parser(
+        "quickstart",
+        help="train a small EMA model on handwritten digits, offline, in about a minute",
+        description="Fine-tune a small EMA model on the handwritten digits of scikit-learn, "
+        "reload it by name in a fresh process and check that it is the same. Needs no network.",
+    )
+    command.add_argument(
+        "--output", default="runs/quickstart", help="folder to write (default: %(default)s)"
+    )
+    command.set_defaults(run=_quickstart)
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from ema_timm.quickstart import quickstart
+
+    print(quickstart(args.output))
+    return 0

@@ -1,0 +1,495 @@
+"""Fine-tuning: an image folder and a timm name -> a checkpoint folder in timm's Hub format.
+
+Loader, augmentation, optimiser, scheduler, losses and metrics are timm's. An interrupted run
+continues exactly: every epoch is seeded by (seed, epoch, process), and a run that was asked to
+stop saves the step it stopped at together with the generators' states.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from timm.data import Mixup, create_loader, resolve_data_config
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import dispatch_clip_grad, distribute_bn
+from timm.utils.distributed import init_distributed_device_so
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ema_timm.base_model import create_model, describe_base
+from ema_timm.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
+from ema_timm.errors import UserError
+from ema_timm.evaluate import Metrics, autocast, evaluate, sum_over_processes
+from ema_timm.finetune_config import FinetuneConfig
+from ema_timm.hub.card import card_text
+from ema_timm.reproducible import get_rng_state, seed_everything, set_rng_state, versions
+from ema_timm.run_folder import RunFolder
+from ema_timm.stop import Stop, stop_on_signal
+
+try:
+    from ema_timm.curves import save_curves
+except ImportError:  # matplotlib is an extra; the run says so when it starts
+    save_curves = None
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to stop and has saved what it needs to continue."""
+
+
+def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True) -> dict:
+    """Fine-tune a timm model on an image folder.
+
+    Args:
+        config: The run's settings. With ``resume`` they must be those of the interrupted run.
+        resume: Continue the run in ``config.output``.
+        progress: Show bars (on a terminal) and a line an epoch on stderr.
+
+    Returns:
+        The content of results.json, for the weights of the best epoch.
+
+    Raises:
+        UserError: For bad input; nothing was written that was not there.
+        InterruptedRunError: After Ctrl-C or SIGTERM; ``resume`` continues.
+    """
+    world = init_distributed_device_so(device=pick_device(config.device))
+    try:
+        run = _Run(config, resume, world, progress)
+        with stop_on_signal() as stop:
+            return run.train(stop)
+    finally:
+        if world["distributed"]:
+            torch.distributed.destroy_process_group()
+
+
+def pick_device(name: str) -> str:
+    """The device that ``auto`` stands for: CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: If the named device is not at hand.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} is not usable here: {str(error).splitlines()[0]} "
+            "Use --device auto or cpu."
+        ) from error
+    return name
+
+
+class _Run:
+    """One run: what it is made of, the loop, and what it saves."""
+
+    def __init__(self, config: FinetuneConfig, resume: bool, world: dict, progress: bool):
+        self.config = config
+        self.rank, self.world_size = world["global_rank"], world["world_size"]
+        self.main = self.rank == 0
+        self.progress = progress and self.main
+        self.device = torch.device(world["device"])
+        self.amp_dtype = getattr(torch, config.amp_dtype) if config.amp else None
+        _check(config)
+        self.folder = RunFolder(config.output)
+        self.train_data, self.val_data = _open_data(config, self.progress)
+        self.state = None
+        if self.main:
+            self.folder.prepare(resume)
+        if world["distributed"]:
+            torch.distributed.barrier()
+        if resume:
+            self.state = self.folder.load_state()
+            _check_same_run(self.state, self._identity())
+        self._build()
+        if self.state:
+            self._restore(self.state)
+
+    def _build(self) -> None:
+        config = self.config
+        seed_everything(config.seed, 0, 0)  # the same start on every process
+        self.classes = self.train_data.class_names
+        # A run that continues gets all its weights from its state.
+        self.model, self.model_args = create_model(
+            config, len(self.classes), fetch=self.state is None
+        )
+        self.base = describe_base(self.model, config)
+        self.data_config = resolve_data_config(
+            {"img_size": config.img_size or None}, model=self.model
+        )
+        self.model.to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if config.grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        self.train_loader, self.val_loader = self._loaders()
+        self.steps = len(self.train_loader)
+        if self.steps == 0:
+            raise UserError(
+                f"--batch-size {config.batch_size} on {self.world_size} process(es) is more than "
+                f"the {len(self.train_data)} training images. Use a smaller batch."
+            )
+        self.optimizer = create_optimizer_v2(
+            self.model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay or None,
+        )
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.amp_dtype == torch.float16
+        )
+        self.mixup, self.loss_fn = _loss(config, len(self.classes))
+        self.ddp = self.model
+        if self.world_size > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            self.ddp = DistributedDataParallel(self.model, device_ids=ids)
+        self.epoch, self.step, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
+        self.history, self.best, self.rng = [], None, None
+
+    def _loaders(self):
+        config, data = self.config, self.data_config
+        common = {
+            "input_size": data["input_size"],
+            "batch_size": config.batch_size,
+            "mean": data["mean"],
+            "std": data["std"],
+            "num_workers": config.workers,
+            "distributed": self.world_size > 1,
+            "device": self.device,
+            "use_prefetcher": False,
+            "pin_memory": self.device.type == "cuda",
+            # Workers that outlive an epoch keep generators that a resumed run cannot have.
+            "persistent_workers": False,
+        }
+        train = create_loader(
+            self.train_data,
+            is_training=True,
+            interpolation="random",
+            auto_augment=config.aa or None,
+            re_prob=config.reprob,
+            hflip=config.hflip,
+            scale=(config.scale_min, 1.0),
+            color_jitter=config.color_jitter or None,
+            **common,
+        )
+        val = create_loader(
+            self.val_data,
+            is_training=False,
+            interpolation=data["interpolation"],
+            crop_pct=data["crop_pct"],
+            crop_mode=data["crop_mode"],
+            **common,
+        )
+        return train, val
+
+    def train(self, stop: Stop) -> dict:
+        """Run the remaining epochs, saving after each."""
+        if self.progress:
+            self._announce()
+        while self.epoch < self.config.epochs:
+            loss = self._train_epoch(stop)
+            if self.world_size > 1:
+                distribute_bn(self.model, self.world_size, reduce=True)
+            metrics = self._evaluate()
+            self.epoch += 1
+            self._record(loss, metrics)
+            self.step, self.loss_sum, self.seconds, self.rng = 0, 0.0, 0.0, None
+            if self.main:
+                self._save_epoch()
+            if stop.requested and self.epoch < self.config.epochs:
+                raise InterruptedRunError
+        return self.results()
+
+    def _train_epoch(self, stop: Stop) -> float:
+        """Train the rest of an epoch; returns its mean loss."""
+        seed_everything(self.config.seed, self.epoch + 1, self.rank)
+        if self.world_size > 1:
+            self.train_loader.sampler.set_epoch(self.epoch)
+        self.ddp.train()
+        started = time.perf_counter() - self.seconds
+        batches = iter(self.train_loader)
+        bar = tqdm(
+            total=self.steps,
+            desc=f"epoch {self.epoch + 1}/{self.config.epochs}",
+            disable=None if self.progress else True,
+            leave=False,
+        )
+        with bar:
+            for _ in range(self.step):  # the images that an interrupted epoch has seen
+                next(batches)
+                bar.update()
+            if self.rng is not None:
+                set_rng_state(self.rng)
+            while self.step < self.steps:
+                batch = self._next_batch(batches, stop, started)
+                self.loss_sum += self.train_step(*batch)
+                self.step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{self.loss_sum / self.step:.3f}", refresh=False)
+                self._stop_here(stop, started)
+        self.seconds = time.perf_counter() - started
+        total = torch.tensor([self.loss_sum, self.step], dtype=torch.float64)
+        total = sum_over_processes(total, self.device)
+        return float(total[0] / total[1])
+
+    def _next_batch(self, batches: Iterator, stop: Stop, started: float):
+        try:
+            return next(batches)
+        except RuntimeError:
+            # Ctrl-C reaches the loader's processes too, and ends them.
+            self._stop_here(stop, started)
+            raise
+
+    def _stop_here(self, stop: Stop, started: float) -> None:
+        """Save and leave, if asked to; between two steps, so that nothing is half done.
+
+        Several processes get the signal at different steps; they leave without saving, and the
+        epoch is repeated from its start, with the same outcome.
+        """
+        if not stop.requested or self.step == self.steps:
+            return
+        if self.world_size == 1:
+            self.rng = get_rng_state()
+            self.seconds = time.perf_counter() - started
+            self.folder.save_state(self._state())
+        raise InterruptedRunError
+
+    def train_step(self, images: torch.Tensor, targets: torch.Tensor) -> float:
+        """One optimiser step; returns the loss."""
+        memory_format = (
+            torch.channels_last if self.config.channels_last else torch.contiguous_format
+        )
+        images = images.to(self.device, memory_format=memory_format, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        done = self.epoch * self.steps + self.step
+        self.scheduler.step_update(num_updates=done)
+        with autocast(self.device, self.amp_dtype):
+            loss = self.loss_fn(self.ddp(images), targets)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss became {value} in epoch {self.epoch + 1}. Use a smaller --lr, "
+                "--clip-grad 1, or --amp-dtype bfloat16."
+            )
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return value
+
+    def _evaluate(self) -> Metrics:
+        images = len(self.val_data)
+        return evaluate(
+            self.model,
+            self.val_loader,
+            self.device,
+            self.amp_dtype,
+            self.config.channels_last,
+            images_here=math.ceil((images - self.rank) / self.world_size),
+            progress=self.progress,
+        )
+
+    def _record(self, loss: float, metrics: Metrics) -> None:
+        entry = {"epoch": self.epoch, "train_loss": loss, "seconds": round(self.seconds, 2)}
+        entry |= metrics._asdict()
+        self.history.append(entry)
+        self.improved = self.best is None or metrics.top1 > self.best["top1"]
+        if self.improved:
+            self.best = entry
+        if self.progress:
+            tqdm.write(
+                f"epoch {self.epoch}/{self.config.epochs}  train loss {loss:.4f}  "
+                f"top-1 {metrics.top1:.2f}% of {metrics.images} images  "
+                f"(best {self.best['top1']:.2f}%)  {self.seconds:.1f} s",
+                file=sys.stderr,
+            )
+
+    def _save_epoch(self) -> None:
+        """Write the checkpoint of the best epoch, then the state that the next one starts from.
+
+        In this order a run that is killed in between repeats the epoch and writes the same.
+        """
+        if self.improved:
+            self.best["weights_sha256"] = self.folder.save_model(
+                self.model, self.model_args, self.data_config, self.classes
+            )
+        results = self.results()
+        self.folder.write_json("results.json", results)
+        self.folder.write_text("README.md", card_text(results))
+        if save_curves is not None:
+            self.folder.write("curves.png", lambda path: save_curves(self.history, path))
+        self.folder.save_state(self._state())
+
+    def results(self) -> dict:
+        """The content of results.json."""
+        best = self.best
+        return {
+            "architecture": self.model.pretrained_cfg["architecture"],
+            "base": self.base,
+            "task": "image-classification",
+            "metrics": {key: best[key] for key in Metrics._fields},
+            "best_epoch": best["epoch"],
+            "weights_sha256": best["weights_sha256"] if self.main else None,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "classes": self.classes,
+            "input": {
+                key: self.data_config[key]
+                for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+            },
+            "data": self._identity()["data"],
+            "arguments": dataclasses.asdict(self.config),
+            "history": self.history,
+            "device": str(self.device.type),
+            "processes": self.world_size,
+            "versions": versions(),
+        }
+
+    def _identity(self) -> dict:
+        """What makes a run this run: all that its outcome depends on."""
+        arguments = dataclasses.asdict(self.config)
+        return {
+            "arguments": {k: v for k, v in arguments.items() if k not in FinetuneConfig.ANYTIME},
+            "processes": self.world_size,
+            "data": {
+                "train": _describe_data(self.train_data),
+                "val": _describe_data(self.val_data),
+            },
+        }
+
+    def _state(self) -> dict:
+        return {
+            "identity": self._identity(),
+            "config": dataclasses.asdict(self.config),
+            "base": self.base,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "seconds": self.seconds,
+            "rng": self.rng,
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def _restore(self, state: dict) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+            raise UserError(
+                f"cannot resume: the saved weights are of another network "
+                f"({lines[0] if lines else error}). Start anew with another --output."
+            ) from error
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name in ("base", "epoch", "step", "loss_sum", "seconds", "rng", "history", "best"):
+            setattr(self, name, state[name])
+
+    def _announce(self) -> None:
+        done = f", from epoch {self.epoch + 1}, step {self.step + 1}" if self.state else ""
+        size = "×".join(map(str, self.data_config["input_size"][1:]))
+        tqdm.write(
+            f"{self.config.model} ({self.base['weights']}), {len(self.classes)} classes, "
+            f"{len(self.train_data)} training and {len(self.val_data)} validation images at "
+            f"{size}, on {self.device}{done}",
+            file=sys.stderr,
+        )
+        if save_curves is None:
+            tqdm.write(
+                "no curves.png: matplotlib is missing (pip install 'ema-timm[train]')",
+                file=sys.stderr,
+            )
+
+
+def _open_data(config: FinetuneConfig, progress: bool) -> tuple[FolderDataset, FolderDataset]:
+    channels = int(config.model_kwargs.get("in_chans", 3))
+    train = open_folder(config.data_dir, TRAIN, channels)
+    if len(train.class_to_idx) < 2:
+        raise UserError(
+            f"{train.reader.root} has one class ({train.class_names[0]}), and a classifier needs "
+            "at least two. Put each class in a folder of its own."
+        )
+    val = open_folder(config.data_dir, VAL, channels, train.class_to_idx)
+    for dataset in (train, val):
+        check_readable(dataset, progress)
+    return train, val
+
+
+def _describe_data(dataset: FolderDataset) -> dict:
+    return {"images": len(dataset), "fingerprint": dataset.fingerprint()}
+
+
+def _check(config: FinetuneConfig) -> None:
+    if config.epochs < 1 or config.batch_size < 1:
+        raise UserError("--epochs and --batch-size must be at least 1.")
+    if (config.mixup or config.cutmix) and config.batch_size % 2:
+        raise UserError(
+            "--mixup and --cutmix pair the images of a batch: --batch-size must be even."
+        )
+    if config.weights and not Path(config.weights).is_file():
+        raise UserError(f"--weights: there is no file {config.weights}.")
+
+
+def _check_same_run(state: dict, identity: dict) -> None:
+    """Refuse to continue a run under settings that would change its outcome."""
+    saved = state["identity"]
+    for name, value in identity["arguments"].items():
+        if saved["arguments"].get(name) != value:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"cannot resume: {option} is {value!r} and the run was started with "
+                f"{saved['arguments'].get(name)!r}. Leave it out, or start anew with another "
+                "--output."
+            )
+    if saved["processes"] != identity["processes"]:
+        raise UserError(
+            f"cannot resume on {identity['processes']} process(es): the run was started on "
+            f"{saved['processes']}."
+        )
+    if saved["data"] != identity["data"]:
+        raise UserError(
+            "cannot resume: the images in --data-dir are not those the run was started on. "
+            "Restore them, or start anew with another --output."
+        )
+
+
+def _loss(config: FinetuneConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    if config.mixup or config.cutmix:
+        mixup = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            label_smoothing=config.smoothing,
+            num_classes=num_classes,
+        )
+        return mixup, SoftTargetCrossEntropy()
+    if config.smoothing:
+        return None, LabelSmoothingCrossEntropy(config.smoothing)
+    return None, nn.CrossEntropyLoss()

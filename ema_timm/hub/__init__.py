@@ -1,0 +1,1 @@
+"""Checkpoint folders as Hugging Face Hub repositories."""
