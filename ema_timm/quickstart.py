@@ -94,12 +94,15 @@ def write_digits(folder: Path) -> None:
             "the quick start takes its images from scikit-learn: pip install 'ema-timm[train]'"
         ) from error
     digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype("uint8")
-    for index, (image, target) in enumerate(zip(pixels, digits.target, strict=True)):
+    for index, (image, target) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "val" if index % 5 == 0 else "train"
-        path = folder / split / str(target) / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        write_image(image, folder / split / str(target) / f"{index:04d}.png")
+
+
+def write_image(digit, path: Path) -> None:
+    """Write one of scikit-learn's digits, (8, 8) with values 0 to 16, as a greyscale image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((digit * (255 / 16)).round().astype("uint8")).save(path)
 
 
 def validate(model, data_dir: str | Path) -> dict:

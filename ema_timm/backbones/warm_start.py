@@ -22,11 +22,23 @@ def neutral_state(layer: EmaAttn) -> dict[str, Tensor]:
     The 1×1 and 3×3 convolutions keep their random start, the latter centred.
     """
     state = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
-    weight = state["conv3x3.weight"]
-    state["conv3x3.weight"] = weight - weight.mean(0, keepdim=True)
+    state["conv3x3.weight"] = centred(state["conv3x3.weight"])
     for name in ("conv3x3.bias", "gn.weight", "gn.bias"):
         state[name] = torch.zeros_like(state[name])
     return state
+
+
+def centred(weight: Tensor) -> Tensor:
+    """``weight`` with a sum over output channels of exactly 0.
+
+    Subtracting the mean leaves a rounding error, which large activations would make visible in
+    the gate. On a grid of 2⁻¹⁶ every partial sum is exact in float32, in any order.
+    """
+    grid = 2.0**16
+    steps = (weight.float() * grid).round()
+    steps = steps - steps.mean(0).round()
+    steps[0] -= steps.sum(0)  # at most half a step an output channel
+    return (steps / grid).to(weight.dtype)
 
 
 @torch.no_grad()

@@ -1,0 +1,71 @@
+"""Shared fixtures: fresh interpreters, a small image folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def python():
+    """Run code in a fresh interpreter; returns its stdout, fails with its stderr."""
+
+    def run(code, *flags, env=None, cwd=None, args=(), check=True):
+        done = subprocess.run(
+            [sys.executable, *flags, "-c", code, *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=cwd or os.sep,  # not the checkout: what is tested is the installed package
+            env={**os.environ, **(env or {})},
+            timeout=300,
+        )
+        if check and done.returncode:
+            pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done if not check else done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """An image folder of real handwritten digits: 4 classes, 60 to train on, 23 to validate."""
+    from sklearn.datasets import load_digits
+
+    from ema_timm.quickstart import write_image
+
+    folder = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    taken = {"train": 0, "val": 0}
+    for index, (image, target) in enumerate(zip(data.images, data.target, strict=True)):
+        split = "val" if index % 4 == 0 else "train"
+        if target < 4 and taken[split] < {"train": 60, "val": 23}[split]:
+            taken[split] += 1
+            write_image(image, folder / split / f"digit_{target}" / f"{index:04d}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter and running statistic a random value, near a trained network's.
+
+    timm zeroes the last norm of each ResNet block, and EMA attention of a zero map is zero: on
+    fresh weights a comparison of whole networks would compare nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.2)
+                module.running_mean.normal_(0, 0.1, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model
