@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from timm.data import resolve_data_config
 from timm.models import is_model_pretrained, load_model_config_from_hf
 from timm.models._factory import parse_model_name
 from timm.models._hub import load_model_config_from_path
@@ -54,6 +55,23 @@ def create_model(
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"cannot build {config.model}: {_explain(error, config.model)}") from error
     return model, {k: v for k, v in model_args.items() if k != "num_classes"}
+
+
+def preprocessing(model: nn.Module, model_args: dict, img_size: int = 0) -> dict:
+    """Timm's preprocessing for ``model``, for its own number of input channels.
+
+    Args:
+        model: The network.
+        model_args: Arguments that rebuild it.
+        img_size: Height and width in pixels; 0 is the network's own.
+    """
+    data = resolve_data_config({"img_size": img_size or None}, model=model)
+    channels = model_args.get("in_chans", model.pretrained_cfg["input_size"][0])
+    data["input_size"] = (channels, *data["input_size"][1:])
+    for key in ("mean", "std"):
+        if len(data[key]) != channels:  # statistics of RGB, and a network for greyscale, say
+            data[key] = (sum(data[key]) / len(data[key]),) * channels
+    return data
 
 
 def wants_pretrained(config: FinetuneConfig) -> bool:

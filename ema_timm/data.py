@@ -31,6 +31,19 @@ class FolderDataset(ImageDataset):
             raise UnreadableImageError(_unreadable(path, error)) from error
         return self.transform(image), target
 
+    def read_channels(self, channels: int) -> None:
+        """Read greyscale images for a network of one input channel, RGB for one of three.
+
+        Raises:
+            UserError: For any other number.
+        """
+        if channels not in (1, 3):
+            raise UserError(
+                f"image files have 1 or 3 channels, and the network takes {channels}. Use "
+                "--model-kwargs in_chans=1 or 3."
+            )
+        self.input_img_mode = "L" if channels == 1 else "RGB"
+
     @property
     def class_to_idx(self) -> dict[str, int]:
         """Index of each class by its folder's name."""
@@ -51,14 +64,13 @@ class FolderDataset(ImageDataset):
 
 
 def open_folder(
-    data_dir: str | Path, names: tuple[str, ...], in_chans: int = 3, class_map: dict | None = None
+    data_dir: str | Path, names: tuple[str, ...], class_map: dict | None = None
 ) -> FolderDataset:
     """One split of an image folder.
 
     Args:
         data_dir: Folder with one folder a split, each with one folder a class.
         names: Names of the split's folder, the first that exists is taken.
-        in_chans: 1 reads greyscale, anything else RGB.
         class_map: Class name to index; None numbers the folders in natural order.
 
     Raises:
@@ -71,7 +83,7 @@ def open_folder(
             "DIR/train/CLASS/image.jpg and DIR/val/CLASS/image.jpg."
         )
     try:
-        dataset = FolderDataset(root, input_img_mode="L" if in_chans == 1 else "RGB")
+        dataset = FolderDataset(root)
         if class_map is not None:
             unknown = sorted(set(dataset.class_to_idx) - set(class_map))
             if unknown:
@@ -79,9 +91,7 @@ def open_folder(
                     f"{root} has classes that the training images lack: {', '.join(unknown[:5])}. "
                     "Both splits take the same class folders."
                 )
-            dataset = FolderDataset(
-                root, class_map=class_map, input_img_mode=dataset.input_img_mode
-            )
+            dataset = FolderDataset(root, class_map=class_map)
     except RuntimeError as error:
         raise UserError(
             f"{root} has no images in class folders. Put them at {root}/CLASS/image.jpg."

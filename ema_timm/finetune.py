@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from timm.data import Mixup, create_loader, resolve_data_config
+from timm.data import Mixup, create_loader
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ema_timm.base_model import create_model, describe_base
+from ema_timm.base_model import create_model, describe_base, preprocessing
 from ema_timm.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
 from ema_timm.errors import UserError
 from ema_timm.evaluate import Metrics, autocast, evaluate, sum_over_processes
@@ -122,9 +122,9 @@ class _Run:
             config, len(self.classes), fetch=self.state is None
         )
         self.base = describe_base(self.model, config)
-        self.data_config = resolve_data_config(
-            {"img_size": config.img_size or None}, model=self.model
-        )
+        self.data_config = preprocessing(self.model, self.model_args, config.img_size)
+        for dataset in (self.train_data, self.val_data):
+            dataset.read_channels(self.data_config["input_size"][0])
         self.model.to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -137,23 +137,7 @@ class _Run:
                 f"--batch-size {config.batch_size} on {self.world_size} process(es) is more than "
                 f"the {len(self.train_data)} training images. Use a smaller batch."
             )
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay or None,
-        )
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps,
-        )
+        self.optimizer, self.scheduler = _optimizer(config, self.model, self.steps)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype == torch.float16
         )
@@ -430,17 +414,45 @@ class _Run:
 
 
 def _open_data(config: FinetuneConfig, progress: bool) -> tuple[FolderDataset, FolderDataset]:
-    channels = int(config.model_kwargs.get("in_chans", 3))
-    train = open_folder(config.data_dir, TRAIN, channels)
+    train = open_folder(config.data_dir, TRAIN)
     if len(train.class_to_idx) < 2:
         raise UserError(
             f"{train.reader.root} has one class ({train.class_names[0]}), and a classifier needs "
             "at least two. Put each class in a folder of its own."
         )
-    val = open_folder(config.data_dir, VAL, channels, train.class_to_idx)
+    val = open_folder(config.data_dir, VAL, train.class_to_idx)
     for dataset in (train, val):
         check_readable(dataset, progress)
     return train, val
+
+
+def _optimizer(config: FinetuneConfig, model: nn.Module, steps: int):
+    """Timm's optimiser and scheduler; ``steps`` is the number of steps in an epoch."""
+    option = f"--opt {config.opt}"
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay or None,
+        )
+        option = f"--sched {config.sched}"
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"timm cannot build {option}: {error}") from error
+    if scheduler is None:
+        raise UserError(f"timm has no scheduler for {option}; cosine, step and poly are some.")
+    return optimizer, scheduler
 
 
 def _describe_data(dataset: FolderDataset) -> dict:

@@ -116,8 +116,10 @@ def validate(model, data_dir: str | Path) -> dict:
     data = resolve_data_config(model=model)
     classes = model.pretrained_cfg["label_names"]
     class_map = {name: index for index, name in enumerate(classes)}
+    images = open_folder(data_dir, VAL, class_map)
+    images.read_channels(data["input_size"][0])
     loader = create_loader(
-        open_folder(data_dir, VAL, class_map=class_map),
+        images,
         batch_size=32,
         use_prefetcher=False,
         num_workers=0,

@@ -26,9 +26,12 @@ def test_images_and_classes(folder):
 
 
 def test_greyscale(folder):
-    train = open_folder(folder, TRAIN, in_chans=1)
+    train = open_folder(folder, TRAIN)
     train.transform = ToTensor()
+    train.read_channels(1)
     assert train[0][0].shape == (1, 8, 8)
+    with pytest.raises(UserError, match="1 or 3 channels, and the network takes 4"):
+        train.read_channels(4)
 
 
 def test_validation_takes_the_class_numbers_of_training(folder):

@@ -150,7 +150,7 @@ def test_finished_run_resumes_to_its_results(config):
 
 
 def test_termination_of_the_command_and_resume_by_output_alone(config, tmp_path):
-    args = [sys.executable, "-m", "ema_timm", *cli(config, epochs=200)]
+    args = [sys.executable, "-m", "ema_timm", *cli(config, "--epochs", 200)]
     process = subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen = []
     for line in process.stderr:  # wait for training to be under way
@@ -251,7 +251,7 @@ def test_missing_options_are_named(capsys):
 
 
 def assert_refused(args, said, capsys):
-    assert main(args) == 2
+    assert main([str(arg) for arg in args]) == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("ema-timm: ")]
     assert len(lines) == 1 and said in lines[0], captured.err
