@@ -2,9 +2,11 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 
 import timm
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import is_model_pretrained, load_model_config_from_hf
 from timm.models._factory import parse_model_name
@@ -46,7 +48,7 @@ def create_model(
         )
     except UserError:
         raise
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, UnpicklingError, SafetensorError) as error:
         raise UserError(
             f"cannot load the weights of {config.model}: {_first_line(error)} "
             "Without network give them as --weights FILE, or start from none with "

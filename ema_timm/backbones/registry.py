@@ -7,6 +7,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from timm.models import (
     DefaultCfg,
@@ -24,12 +26,12 @@ from ema_timm.backbones.inject import add_ema
 from ema_timm.backbones.warm_start import warm_start_filter
 
 OLDEST_TIMM = (1, 0, 24)
+TIMM = tuple(int(part) for part in re.findall(r"\d+", timm_version)[:3])
 
 
 def require_supported_timm() -> None:
     """Raise RuntimeError, with the remedy, where timm is older than `OLDEST_TIMM`."""
-    found = tuple(int(part) for part in re.findall(r"\d+", timm_version)[:3])
-    if found < OLDEST_TIMM:
+    if TIMM < OLDEST_TIMM:
         oldest = ".".join(map(str, OLDEST_TIMM))
         raise RuntimeError(
             f"needs timm >= {oldest}, found {timm_version}: pip install -U 'timm>={oldest}'"
@@ -125,6 +127,8 @@ def build_ema(
         plain_kwargs: Arguments for ``plain`` alone.
         **kwargs: What timm's builder and the plain network take.
     """
+    if TIMM < (1, 0, 26):
+        kwargs["pretrained_cfg"] = _with_named_file(kwargs.get("pretrained_cfg"))
     return build_model_with_cfg(
         partial(
             _network, plain, ema_groups=ema_groups, ema_stages=ema_stages, **(plain_kwargs or {})
@@ -134,6 +138,17 @@ def build_ema(
         pretrained_filter_fn=warm_start_filter,
         **kwargs,
     )
+
+
+def _with_named_file(cfg: Any) -> Any:
+    """The cfg of a ``local-dir:`` name, with the weights file in place of the folder.
+
+    timm before 1.0.26 unpickles whatever file it finds in the folder, safetensors too.
+    """
+    if not isinstance(cfg, dict) or cfg.get("source") != "local-dir":
+        return cfg
+    file = Path(cfg["file"]) / "model.safetensors"
+    return {**cfg, "source": "", "file": str(file)} if file.is_file() else cfg
 
 
 def _network(plain, ema_groups, ema_stages, **kwargs) -> nn.Module:
