@@ -123,6 +123,7 @@ def validate(model, data_dir: str | Path) -> dict:
         batch_size=32,
         use_prefetcher=False,
         num_workers=0,
+        persistent_workers=False,
         **data,
     )
     metrics = evaluate(model, loader, torch.device("cpu"), progress=False)
