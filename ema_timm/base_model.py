@@ -91,8 +91,8 @@ def describe_base(model: nn.Module, config: FinetuneConfig) -> dict:
         weights = "random start"
     elif config.weights:
         weights = Path(config.weights).name
-    elif cfg.get("source") == "local-dir":
-        weights = Path(cfg["file"]).name
+    elif config.model.startswith("local-dir:"):
+        weights = Path(config.model.removeprefix("local-dir:")).name
     else:
         repository = cfg.get("hf_hub_id")
         weights = repository or cfg.get("url")

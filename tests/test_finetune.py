@@ -227,7 +227,7 @@ def test_image_that_breaks_off_is_named_while_training(config, digits, tmp_path,
     ("changes", "said"),
     [
         (["--model", "resnet50_emma"], "no model of that name. Did you mean resnet50_ema"),
-        (["--model", "some/where"], "local-dir:some/where"),
+        (["--model", "some/where"], "cannot build some/where"),
         (["--model", "local-dir:nowhere"], "Config file not found: nowhere/config.json"),
         (["--model-kwargs", "ema_stages=[9]"], "ema_stages must name stages"),
         (["--model-kwargs", "ema_gruops=8"], "ema_gruops"),
@@ -337,7 +337,7 @@ def test_settings_train(config, changes):
     readable = results["architecture"].endswith("_ema") or TIMM >= (1, 0, 26)
     model = timm.create_model(f"local-dir:{config.output}", pretrained=readable)
     size = resolve_data_config(model=model)["input_size"]
-    assert tuple(results["input"]["input_size"]) == size
+    assert tuple(results["input"]["input_size"]) == tuple(size)
 
 
 def torchrun(*args, **options):

@@ -109,7 +109,7 @@ def test_reloads_by_name(folder, name):
     x = torch.randn(1, 1, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
-    assert resolve_data_config(model=loaded)["input_size"][1:] == (64, 64)
+    assert tuple(resolve_data_config(model=loaded)["input_size"][1:]) == (64, 64)
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers warns about its own parts
