@@ -5,6 +5,7 @@ Results go to stdout, messages to stderr. Exit codes: 0 done, 1 failed, 2 bad in
 
 import argparse
 import ast
+import os
 import sys
 from collections.abc import Sequence
 
@@ -119,7 +120,8 @@ def _finetune(args: argparse.Namespace) -> int:
         )
         return 130
     metrics = results["metrics"]
-    print(f"{given['output']}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(f"{given['output']}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
     return 0
 
 

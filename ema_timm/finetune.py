@@ -62,7 +62,10 @@ def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True
     try:
         run = _Run(config, resume, world, progress)
         with stop_on_signal() as stop:
-            return run.train(stop)
+            results = run.train(stop)
+        if world["distributed"]:
+            torch.distributed.barrier()  # leave together: the main process may still be writing
+        return results
     finally:
         if world["distributed"]:
             torch.distributed.destroy_process_group()

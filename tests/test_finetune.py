@@ -363,6 +363,7 @@ def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_pat
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert validate(model, digits)["correct"] == results["metrics"]["correct"]
     assert done.stderr.count("epoch 2/2") == 1  # one process speaks
+    assert done.stdout.count("top-1") == 1
     again = torchrun("finetune", "--resume", "--output", config.output)
     assert again.returncode == 0, again.stderr
     refused = subprocess.run(
