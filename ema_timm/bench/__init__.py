@@ -1,0 +1,1 @@
+"""What EMA attention costs: parity first, then time and memory -> table, JSON, plot."""
