@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ema_timm.ops.closed_form import closed_form
+from ema_timm.ops.closed_form_autograd import closed_form_eager
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EmaWeights
 
@@ -42,7 +44,20 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> Tensor:
     if not torch.jit.is_scripting():
         if impl == "reference":
             return reference(x, weights, groups)
+        if not _is_traced(x):
+            return closed_form_eager(x, weights, groups)
     return closed_form(x, weights, groups)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether something other than eager autograd looks at the operations on ``x``."""
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or x.device.type == "meta"
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(x).tangent is not None
+    )
 
 
 def _validate(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> None:
