@@ -1,9 +1,12 @@
 """What autograd sees of the closed form: one node, whose backward is written out by hand."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ema_timm.ops import closed_form_eager as eager
+from ema_timm.ops import closed_form_native as native
 from ema_timm.ops.closed_form import closed_form, fold, statistics_type
 from ema_timm.ops.weights import EmaWeights
 
@@ -25,14 +28,20 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
         return _ClosedForm.apply(x, groups, *weights)
-    return eager.forward(x, fold(statistics_type(x, weights)), groups, save=False)[0]
+    folded = fold(statistics_type(x, weights))
+    return kernel(x).forward(x, folded, groups, save=False)[0]
+
+
+def kernel(x: Tensor) -> ModuleType:
+    """Who computes: the native kernel where it can, else PyTorch operators."""
+    return native if native.takes(x) else eager
 
 
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, groups, *weights):
         folded = fold(statistics_type(x, EmaWeights(*weights)))
-        out, saved = eager.forward(x, folded, groups, save=True)
+        out, saved = kernel(x).forward(x, folded, groups, save=True)
         ctx.save_for_backward(x, *weights, *saved)
         ctx.groups = groups
         return out
@@ -44,7 +53,7 @@ class _ClosedForm(torch.autograd.Function):
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
             return _differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
-        dx, dw = eager.backward(
+        dx, dw = kernel(x).backward(
             grad, x, saved, statistics_type(x, weights), ctx.groups, need_x, any(need)
         )
         if dw is None:

@@ -27,7 +27,7 @@ class Saved(NamedTuple):
     Attributes:
         gates: Gates along H and W, (BG, n, H + W).
         gate_map: A = sigmoid(L), (BG, H, W).
-        vectors: Mean of y, 1/std of y, and u, (3, BG, n).
+        vectors: Mean of y, what its rounding leaves, 1/std of y, and u, (4, BG, n).
     """
 
     gates: Tensor
@@ -52,7 +52,7 @@ def forward(
     out = torch.empty_like(x)
     saved = None
     if save:
-        saved = _new_saved(x, groups, weights.gn_weight.dtype)
+        saved = new_saved(x, groups, weights.gn_weight.dtype)
     for tiles, g, gated in _chunks(groups, x, out):
         kept = _forward_chunk(g, weights, gated)
         if saved is not None:
@@ -73,20 +73,23 @@ def _forward_chunk(g: Tensor, w: FoldedWeights, out: Tensor) -> tuple[Tensor, Te
     y = torch.mul(g, gate_h).mul_(gate_w)
     mean = y.mean((2, 3), keepdim=True)
     y.sub_(mean)
+    # The rounded mean leaves a rest, which r would magnify 316 times on a constant channel.
+    rest = y.mean((2, 3))
     # The norm of the centred map: var_mean needs many times as long for the same number.
-    r = torch.linalg.vector_norm(y, dim=(2, 3)).square_().div_(height * width).add_(EPS).rsqrt_()
+    var = torch.linalg.vector_norm(y, dim=(2, 3)).square_().div_(height * width)
+    r = var.sub_(rest.square()).clamp_(min=0).add_(EPS).rsqrt_()
     u = vote(shifted_means(g, row, col).flatten(1), w)  # (T, n)
 
     coef = u * w.gn_weight * r
     logits = torch.matmul(coef[:, None], _flat(y)).view(-1, height, width)
     del y
     _add_convolution(logits, g, w.kernel)
-    logits.add_((u @ w.gn_bias)[:, None, None])
+    logits.add_((u @ w.gn_bias - (coef * rest).sum(1))[:, None, None])
     gate_map = logits.sigmoid_()
     torch.mul(g, gate_map[:, None], out=out) if g.dtype == out.dtype else out.copy_(
         g.mul_(gate_map[:, None])
     )
-    return gates, gate_map, torch.stack([mean[..., 0, 0], r, u])
+    return gates, gate_map, torch.stack([mean[..., 0, 0], rest, r, u])
 
 
 def backward(
@@ -119,7 +122,7 @@ def backward(
     for tiles, g, d, dg in _chunks(groups, x, grad, dx):
         kept = saved.gates[tiles], saved.gate_map[tiles], saved.vectors[:, tiles]
         _backward_chunk(g, d, kept, folded, dg, total)
-    return dx, total.finish(weights) if need_weights else None
+    return dx, finish_weights(total.folded(), total.logits, weights) if need_weights else None
 
 
 class _TileSums:
@@ -135,27 +138,46 @@ class _TileSums:
         self.gn_bias = torch.zeros_like(like.gn_bias)
         self.logits = torch.zeros_like(like.gn_bias[:1])
 
-    def finish(self, w: EmaWeights) -> EmaWeights:
-        """From the gradients of the folded parameters to those of the layer's own."""
-        n = w.gn_bias.shape[0]
-        v = w.gn_bias.softmax(0)
-        kernel = self.kernel.t().reshape(9 * n)
-        dv = w.conv3x3_weight.reshape(n, 9 * n) @ kernel + w.conv3x3_bias * self.logits
-        return EmaWeights(
-            self.mix.view_as(w.conv1x1_weight),
+    def folded(self) -> FoldedWeights:
+        """As gradients of the folded parameters."""
+        return FoldedWeights(
+            self.mix,
             self.mix_bias,
-            torch.addr(self.votes, v, kernel).view_as(w.conv3x3_weight),
-            v * self.logits + self.vote_bias,
+            self.kernel,
+            self.votes,
+            self.vote_bias,
             self.gn_weight,
-            self.gn_bias + v * (dv - v @ dv),
+            self.gn_bias,
         )
+
+
+def finish_weights(found: FoldedWeights, logits: Tensor, w: EmaWeights) -> EmaWeights:
+    """From the gradients of the folded parameters to those of the layer's own.
+
+    Args:
+        found: Gradients through the votes, the mixing, the norm and k; β without its part in v.
+        logits: The sum of dL over everything, (1,).
+        w: The layer's parameters in the type of the statistics.
+    """
+    n = w.gn_bias.shape[0]
+    v = w.gn_bias.softmax(0)
+    kernel = found.kernel.t().reshape(9 * n)
+    dv = w.conv3x3_weight.reshape(n, 9 * n) @ kernel + w.conv3x3_bias * logits
+    return EmaWeights(
+        found.mix_weight.view_as(w.conv1x1_weight),
+        found.mix_bias,
+        torch.addr(found.vote_weight, v, kernel).view_as(w.conv3x3_weight),
+        v * logits + found.vote_bias,
+        found.gn_weight,
+        found.gn_bias + v * (dv - v @ dv),
+    )
 
 
 def _backward_chunk(g, grad, kept, w: FoldedWeights, dg: Tensor | None, total: _TileSums) -> None:
     """One chunk: ``g`` and ``grad`` (T, n, H, W) to ``dg``, and its share of the tile sums."""
     dtype = w.gn_weight.dtype
     g, grad = g.to(dtype), grad.to(dtype)
-    gates, gate_map, (mean, r, u) = kept
+    gates, gate_map, (mean, rest, r, u) = kept
     height, width = g.shape[2], g.shape[3]
     area = height * width
     gate_h, gate_w = gates[..., :height], gates[..., height:]
@@ -174,7 +196,7 @@ def _backward_chunk(g, grad, kept, w: FoldedWeights, dg: Tensor | None, total: _
 
     # Norm branch, ŷ = (y − mean)·r.
     y = torch.mul(g, gate_h[..., None], out=buffer).mul_(gate_w[..., None, :])
-    y.sub_(mean[..., None, None])
+    y.sub_(mean[..., None, None]).sub_(rest[..., None, None])
     y_dot = torch.matmul(dlogits.view(-1, 1, area), _flat(y).mT)[:, 0] * r  # Σ dL·ŷ, (T, n)
     coef = u * w.gn_weight * r
     y.mul_((coef * r * y_dot / -area)[..., None, None])
@@ -252,13 +274,13 @@ def _chunks(groups: int, *maps: Tensor | None) -> Iterator[tuple]:
             )
 
 
-def _new_saved(x: Tensor, groups: int, dtype: torch.dtype) -> Saved:
+def new_saved(x: Tensor, groups: int, dtype: torch.dtype) -> Saved:
     batch, channels, height, width = x.shape
     tiles, n = batch * groups, channels // groups
     return Saved(
         x.new_empty((tiles, n, height + width), dtype=dtype),
         x.new_empty((tiles, height, width), dtype=dtype),
-        x.new_empty((3, tiles, n), dtype=dtype),
+        x.new_empty((4, tiles, n), dtype=dtype),
     )
 
 
