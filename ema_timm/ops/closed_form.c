@@ -24,6 +24,10 @@
 #include <omp.h>
 #endif
 
+#if !defined(__clang__) /* else short copies of rows become calls to memcpy */
+#pragma GCC optimize("no-tree-loop-distribute-patterns")
+#endif
+
 #define EMA_ABI 1
 #define LANES 8
 #define INLINE static inline __attribute__((always_inline))
@@ -209,6 +213,12 @@ INLINE void NAME(store_row)(void *to, int64_t offset, int64_t step, const float 
     }
 }
 
+/* kernel (9, n) to (n, 9). */
+INLINE void NAME(by_channel)(const float *kernel, int64_t n, float *to) {
+    for (int64_t c = 0; c < n; c++)
+        for (int64_t t = 0; t < 9; t++) to[c * 9 + t] = kernel[t * n + c];
+}
+
 /* Channels of contiguous float32. */
 INLINE int NAME(packed)(const int64_t *stride, const Shape *s) {
     return s->dtype == FLOAT32 && stride[3] == 1 && stride[2] == s->width;
@@ -230,7 +240,7 @@ INLINE void NAME(load_packed)(float *to, const float *from, int64_t H, int64_t W
     }
 }
 
-INLINE void NAME(store_packed)(float *to, int64_t w, vec v, int64_t h, int64_t H, int64_t W) {
+INLINE void NAME(store_tail)(float *to, int64_t w, vec v, int64_t h, int64_t H, int64_t W) {
     if ((H - h) * W - w >= LANES)
         NAME(store)(to + w, v);
     else
@@ -286,26 +296,38 @@ INLINE void NAME(pool)(const float *g, int64_t step, int64_t n, int64_t H, int64
     }
 }
 
+/* Rows o to o + 3 of the product below, at `vectors` (1 or 2) vectors from p on. */
+INLINE void NAME(mix_block)(const float *matrix, int64_t row_step, int64_t col_step,
+                            const float *bias, const float *from, float *to, int64_t n,
+                            int64_t P, int64_t o, int64_t p, const int vectors) {
+    const int64_t last = n - 1 - o;
+    const float *m[4];
+    for (int64_t i = 0; i < 4; i++) m[i] = matrix + (o + (i < last ? i : last)) * row_step;
+    vec a[4] = {{0}}, b[4] = {{0}};
+    for (int64_t c = 0; c < n; c++) {
+        const vec v = NAME(load)(from + c * P + p);
+        vec v2 = v;
+        if (vectors == 2) v2 = NAME(load)(from + c * P + p + LANES);
+        for (int i = 0; i < 4; i++) {
+            a[i] += m[i][c * col_step] * v;
+            if (vectors == 2) b[i] += m[i][c * col_step] * v2;
+        }
+    }
+    for (int64_t i = 0; i < 4 && i <= last; i++) {
+        const float add = bias ? bias[o + i] : 0.0f;
+        NAME(store)(to + (o + i) * P + p, a[i] + add);
+        if (vectors == 2) NAME(store)(to + (o + i) * P + p + LANES, b[i] + add);
+    }
+}
+
 /* to (n, P) = matrix (n, n), or its transpose, times from (n, P), plus bias (n). */
 INLINE void NAME(mix)(const float *matrix, int64_t row_step, int64_t col_step, const float *bias,
                       const float *from, float *to, int64_t n, int64_t P) {
     for (int64_t o = 0; o < n; o += 4) {
-        const int64_t last = n - 1 - o;
-        const float *m[4];
-        for (int64_t i = 0; i < 4; i++) m[i] = matrix + (o + (i < last ? i : last)) * row_step;
-        for (int64_t p = 0; p < P; p += LANES) {
-            vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0};
-            for (int64_t c = 0; c < n; c++) {
-                const vec v = NAME(load)(from + c * P + p);
-                a0 += m[0][c * col_step] * v;
-                a1 += m[1][c * col_step] * v;
-                a2 += m[2][c * col_step] * v;
-                a3 += m[3][c * col_step] * v;
-            }
-            const vec sums[4] = {a0, a1, a2, a3};
-            for (int64_t i = 0; i < 4 && i <= last; i++)
-                NAME(store)(to + (o + i) * P + p, sums[i] + (bias ? bias[o + i] : 0.0f));
-        }
+        int64_t p = 0;
+        for (; p + 2 * LANES <= P; p += 2 * LANES)
+            NAME(mix_block)(matrix, row_step, col_step, bias, from, to, n, P, o, p, 2);
+        if (p < P) NAME(mix_block)(matrix, row_step, col_step, bias, from, to, n, P, o, p, 1);
     }
 }
 
@@ -330,26 +352,32 @@ INLINE void NAME(shifted_means)(const float *g, int64_t step, const float *pools
     }
 }
 
-INLINE float NAME(dot)(const float *a, const float *b, int64_t size) {
-    vec s0 = {0}, s1 = {0};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= size; i += 2 * LANES) {
-        s0 += NAME(load)(a + i) * NAME(load)(b + i);
-        s1 += NAME(load)(a + i + LANES) * NAME(load)(b + i + LANES);
+/* Dot products of b (size) with four rows of a, or with as many as there are. */
+INLINE void NAME(dot4)(const float *a, int64_t step, int64_t rows, const float *b, int64_t size,
+                       float *out) {
+    const float *r[4];
+    for (int64_t i = 0; i < 4; i++) r[i] = a + (i < rows ? i : rows - 1) * step;
+    vec s[4] = {{0}};
+    int64_t j = 0;
+    for (; j + LANES <= size; j += LANES) {
+        const vec v = NAME(load)(b + j);
+        for (int i = 0; i < 4; i++) s[i] += NAME(load)(r[i] + j) * v;
     }
-    float sum = NAME(hsum)(s0 + s1);
-    for (; i < size; i++) sum += a[i] * b[i];
-    return sum;
+    for (int64_t i = 0; i < 4 && i < rows; i++) {
+        out[i] = NAME(hsum)(s[i]);
+        for (int64_t l = j; l < size; l++) out[i] += r[i][l] * b[l];
+    }
 }
 
 /* u (n): softmax of the votes; where the first row was folded away its logit is 0. */
 INLINE void NAME(vote)(const float *means, const Weights *k, int64_t n, int64_t votes, float *u) {
     const int64_t skip = n - votes;
     float top = -INFINITY, sum = 0.0f;
+    u[0] = 0.0f;
+    for (int64_t o = 0; o < votes; o += 4)
+        NAME(dot4)(k->vote_weight + o * 9 * n, 9 * n, votes - o, means, 9 * n, u + skip + o);
     for (int64_t o = 0; o < n; o++) {
-        u[o] = o < skip ? 0.0f
-                        : NAME(dot)(k->vote_weight + (o - skip) * 9 * n, means, 9 * n) +
-                              k->vote_bias[o - skip];
+        if (o >= skip) u[o] += k->vote_bias[o - skip];
         top = u[o] > top ? u[o] : top;
     }
     for (int64_t o = 0; o < n; o++) {
@@ -404,7 +432,7 @@ static int NAME(forward)(const Shape *s, const Weights *k, const void *x, void *
                          const Saved *saved) {
     const int64_t n = s->n, H = s->height, W = s->width, Wp = padded(W), Hp = padded(H);
     const int64_t P = Hp + Wp, line = Wp + 2 * LANES, tiles = s->batch * s->groups;
-    const int64_t need = n * H * Wp + 2 * n * P + 16 * n + 9 * line + (H + 2) * Wp + Wp;
+    const int64_t need = n * H * Wp + 2 * n * P + 23 * n + 9 * line + (H + 2) * Wp + Wp;
     int failed = 0;
 #pragma omp parallel num_threads(s->threads)
     {
@@ -420,8 +448,9 @@ static int NAME(forward)(const Shape *s, const Weights *k, const void *x, void *
         }
         float *copy = scratch, *pools = copy + n * H * Wp, *gates = pools + n * P;
         float *means = gates + n * P, *u = means + 9 * n, *mean = u + n, *r = mean + n;
-        float *coef = r + n, *rest = coef + n, *taps = rest + 3 * n, *logits = taps + 9 * line, *row;
+        float *coef = r + n, *rest = coef + n, *kernel = rest + n, *taps = kernel + 9 * n, *logits = taps + 9 * line, *row;
         row = logits + (H + 2) * Wp;
+        if (scratch) NAME(by_channel)(k->kernel, n, kernel);
         const int64_t end = scratch ? tiles * (thread + 1) / threads : 0;
         for (int64_t tile = tiles * thread / threads; tile < end; tile++) {
             const int64_t b = tile / s->groups, group = tile % s->groups;
@@ -450,17 +479,17 @@ static int NAME(forward)(const Shape *s, const Weights *k, const void *x, void *
                     vec t0 = {0}, t1 = {0}, t2 = {0}, t3 = {0}, t4 = {0}, t5 = {0}, t6 = {0};
                     vec t7 = {0}, t8 = {0}, norm = {0};
                     for (int64_t c = 0; c < n; c++) {
-                        const float *q = k->kernel + c, *gate = gates + c * P;
+                        const float *q = kernel + 9 * c, *gate = gates + c * P;
                         const vec v = NAME(load)(g + c * step + h * Wp + w);
                         t0 += q[0] * v;
-                        t1 += q[n] * v;
-                        t2 += q[2 * n] * v;
-                        t3 += q[3 * n] * v;
-                        t4 += q[4 * n] * v;
-                        t5 += q[5 * n] * v;
-                        t6 += q[6 * n] * v;
-                        t7 += q[7 * n] * v;
-                        t8 += q[8 * n] * v;
+                        t1 += q[1] * v;
+                        t2 += q[2] * v;
+                        t3 += q[3] * v;
+                        t4 += q[4] * v;
+                        t5 += q[5] * v;
+                        t6 += q[6] * v;
+                        t7 += q[7] * v;
+                        t8 += q[8] * v;
                         norm += (v * NAME(load)(gate + Hp + w) * gate[h] - mean[c]) * coef[c];
                     }
                     const vec all[9] = {t0, t1, t2, t3, t4, t5, t6, t7, t8};
@@ -483,21 +512,25 @@ static int NAME(forward)(const Shape *s, const Weights *k, const void *x, void *
 
             const int64_t start = b * s->out[0] + group * n * s->out[1];
             const int packed = NAME(packed)(s->out, s);
+            const int64_t whole = W / LANES * LANES;
             for (int64_t i = 0; i < n * H; i++) {
                 /* Packed channels one after another; else rows, whose pixels share cache lines. */
                 const int64_t c = packed ? i / H : i % n, h = packed ? i % H : i / n;
                 const float *p = g + c * step + h * Wp;
                 float *to = (float *)out + start + c * s->out[1] + h * W;
-                for (int64_t w = 0; w < Wp; w += LANES) {
-                    const vec v = NAME(load)(p + w) * NAME(load)(map + h * Wp + w);
-                    if (packed)
-                        NAME(store_packed)(to, w, v, h, H, W);
-                    else
-                        NAME(store)(row + w, v);
+                if (packed) {
+                    for (int64_t w = 0; w < whole; w += LANES)
+                        NAME(store)(to + w, NAME(load)(p + w) * NAME(load)(map + h * Wp + w));
+                    if (whole < W)
+                        NAME(store_tail)(to, whole,
+                                         NAME(load)(p + whole) * NAME(load)(map + h * Wp + whole),
+                                         h, H, W);
+                    continue;
                 }
-                if (!packed)
-                    NAME(store_row)(out, start + c * s->out[1] + h * s->out[2], s->out[3], row, W,
-                                    s->dtype);
+                for (int64_t w = 0; w < Wp; w += LANES)
+                    NAME(store)(row + w, NAME(load)(p + w) * NAME(load)(map + h * Wp + w));
+                NAME(store_row)(out, start + c * s->out[1] + h * s->out[2], s->out[3], row, W,
+                                s->dtype);
             }
             if (!saved->gates) continue;
             for (int64_t c = 0; c < n; c++) {
@@ -522,7 +555,7 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
     const int64_t P = Hp + Wp, line = Wp + 2 * LANES, tiles = s->batch * s->groups;
     const int64_t np = padded(n), L = H + W;
     const float area = (float)H * (float)W;
-    const int64_t need = 2 * n * H * Wp + 4 * n * P + L * np + n * np + 40 * n + (H + 2) * line +
+    const int64_t need = 2 * n * H * Wp + 4 * n * P + L * np + n * np + 41 * n + (H + 2) * line +
                          Wp + H * Wp;
     int failed = 0;
 #pragma omp parallel num_threads(s->threads)
@@ -543,8 +576,9 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
         float *mix_sum = pools_t + L * np;        /* (n, np) */
         float *means = mix_sum + n * np, *dtaps = means + 9 * n, *dots = dtaps + 9 * n;
         float *ydot = dots + 9 * n, *dm = ydot + n, *base = dm + n, *slope = base + n;
-        float *scale = slope + n, *dlogits = scale + 9 * n;
+        float *scale = slope + n, *kernel = scale + n, *dlogits = kernel + 9 * n;
         float *row = dlogits + (H + 2) * line, *map = row + Wp;
+        if (scratch) NAME(by_channel)(k->kernel, n, kernel);
         float *sums = grads->sums ? grads->sums + thread * sums_size(n) : NULL;
         float *sum_kernel = sums + n * n, *sum_mix_bias = sums + n * n + 9 * n;
         float *sum_gn_weight = sum_mix_bias + n, *sum_gn_bias = sum_gn_weight + n;
@@ -702,11 +736,12 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
                 dcol[0] -= t[2] + t[5] + t[8];
             }
             const int packed = NAME(packed)(s->out, s);
+            const int64_t whole = W / LANES * LANES;
             for (int64_t i = 0; i < n * H; i++) {
                 const int64_t c = packed ? i / H : i % n, h = packed ? i % H : i / n;
                 const float *gate_h = gates + c * P, *gate_w = gate_h + Hp, *t = dtaps + c * 9;
                 const float *p = g + c * step + h * Wp, *dp = d + c * dstep + h * Wp;
-                const float *q = dlogits + (h + 1) * line + LANES, *kc = k->kernel + c;
+                const float *q = dlogits + (h + 1) * line + LANES, *kc = kernel + 9 * c;
                 const float *dcol = dpool + c * P + Hp, drow = dpool[c * P + h];
                 float *to = (float *)grads->dx + start + c * s->out[1] + h * W;
                 for (int64_t w = 0; w < Wp; w += LANES) {
@@ -716,15 +751,15 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
                                    (NAME(load)(p + w) * both - mean[c]) * slope[c];
                     vec sum = dy * both + drow + NAME(load)(dcol + w);
                     sum += NAME(load)(dp + w) * NAME(load)(map + h * Wp + w);
-                    vec conv = kc[4 * n] * here;
+                    vec conv = kc[4] * here;
                     conv += kc[0] * NAME(load)(q + w + line + 1);
-                    conv += kc[n] * NAME(load)(q + w + line);
-                    conv += kc[2 * n] * NAME(load)(q + w + line - 1);
-                    conv += kc[3 * n] * NAME(load)(q + w + 1);
-                    conv += kc[5 * n] * NAME(load)(q + w - 1);
-                    conv += kc[6 * n] * NAME(load)(q + w - line + 1);
-                    conv += kc[7 * n] * NAME(load)(q + w - line);
-                    conv += kc[8 * n] * NAME(load)(q + w - line - 1);
+                    conv += kc[1] * NAME(load)(q + w + line);
+                    conv += kc[2] * NAME(load)(q + w + line - 1);
+                    conv += kc[3] * NAME(load)(q + w + 1);
+                    conv += kc[5] * NAME(load)(q + w - 1);
+                    conv += kc[6] * NAME(load)(q + w - line + 1);
+                    conv += kc[7] * NAME(load)(q + w - line);
+                    conv += kc[8] * NAME(load)(q + w - line - 1);
                     NAME(store)(row + w, sum + conv);
                 }
                 if (h == H - 1) {
@@ -735,10 +770,11 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
                     row[W - 1] += t[6];
                     row[0] += t[8];
                 }
-                if (packed)
-                    for (int64_t w = 0; w < W; w += LANES)
-                        NAME(store_packed)(to, w, NAME(load)(row + w), h, H, W);
-                else
+                if (packed) {
+                    for (int64_t w = 0; w < whole; w += LANES)
+                        NAME(store)(to + w, NAME(load)(row + w));
+                    if (whole < W) NAME(store_tail)(to, whole, NAME(load)(row + whole), h, H, W);
+                } else
                     NAME(store_row)(grads->dx, start + c * s->out[1] + h * s->out[2], s->out[3],
                                     row, W, s->dtype);
             }

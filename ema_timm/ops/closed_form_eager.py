@@ -275,6 +275,7 @@ def _chunks(groups: int, *maps: Tensor | None) -> Iterator[tuple]:
 
 
 def new_saved(x: Tensor, groups: int, dtype: torch.dtype) -> Saved:
+    """Memory for what the backward of ``x``, (B, C, H, W), will need."""
     batch, channels, height, width = x.shape
     tiles, n = batch * groups, channels // groups
     return Saved(

@@ -153,18 +153,24 @@ def backward(
     )
     if not need_weights:
         return dx, None
-    mix, kernel, mix_bias, gn_weight, gn_bias, logits = sums.sum(0).split(
-        [n * n, 9 * n, n, n, n, 1]
-    )
+    parts = sums.sum(0).split([n * n, 9 * n, n, n, n, 1])
+    # Copies, because a gradient must not share memory with another.
+    mix, kernel, mix_bias, gn_weight, gn_bias, logits = [part.clone() for part in parts]
     found = FoldedWeights(
-        mix.view(n, n), mix_bias, kernel.view(n, 9).t(), dm.t() @ means, dm.sum(0), gn_weight, gn_bias
+        mix.view(n, n),
+        mix_bias,
+        kernel.view(n, 9).t(),
+        dm.t() @ means,
+        dm.sum(0),
+        gn_weight,
+        gn_bias,
     )
     return dx, finish_weights(found, logits, weights)
 
 
 def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int, w: FoldedWeights) -> _Shape:
     batch, channels, height, width = x.shape
-    strides = (ctypes.c_int64 * 4)
+    strides = ctypes.c_int64 * 4
     return _Shape(
         batch,
         groups,
