@@ -76,6 +76,19 @@ def fold(w: EmaWeights) -> FoldedWeights:
     )
 
 
+def drop_common_vote(w: FoldedWeights) -> FoldedWeights:
+    """The same function without the part of the votes that the softmax cancels.
+
+    Softmax takes the same number off every logit, so the first channel's row is subtracted from
+    all and left out. 9n + 1 numbers go and 9n, the kernel k, came by folding: no exact folding of
+    this layer can save more, since nothing else in it is redundant.
+    """
+    return w._replace(
+        vote_weight=w.vote_weight[1:] - w.vote_weight[:1],
+        vote_bias=w.vote_bias[1:] - w.vote_bias[:1],
+    )
+
+
 def vote(means: Tensor, w: FoldedWeights) -> Tensor:
     """The softmax weights u of the local branch, (..., n), from shifted means (..., 9n)."""
     logits = means @ w.vote_weight.t() + w.vote_bias
@@ -137,7 +150,7 @@ def convolve_to_one_channel(g: Tensor, kernel: Tensor) -> Tensor:
     return out
 
 
-def gate_logits(g: Tensor, w: FoldedWeights) -> Tensor:
+def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
     """The logits L of the gate, (B, G, H, W), for ``g`` of (B, G, n, H, W)."""
     height = g.shape[3]
     row = g.mean(4)  # (B, G, n, H)
@@ -149,7 +162,7 @@ def gate_logits(g: Tensor, w: FoldedWeights) -> Tensor:
     # Centred before squaring: E[y²] − μ² cancels where the mean is large.
     y = g * gate_h[..., None] * gate_w[..., None, :]
     centred = y - y.mean((3, 4), keepdim=True)
-    r = (centred.square().mean((3, 4)) + EPS).rsqrt()  # (B, G, n)
+    r = (centred.square().mean((3, 4)) + eps).rsqrt()  # (B, G, n)
     u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
 
     normed = (centred * (u * w.gn_weight * r)[..., None, None]).sum(2)

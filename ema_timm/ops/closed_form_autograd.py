@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ema_timm.ops import closed_form_eager as eager
 from ema_timm.ops import closed_form_native as native
-from ema_timm.ops.closed_form import closed_form, fold, statistics_type
+from ema_timm.ops.closed_form import FoldedWeights, closed_form, fold, statistics_type
 from ema_timm.ops.weights import EmaWeights
 
 
@@ -30,6 +30,11 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
         return _ClosedForm.apply(x, groups, *weights)
     folded = fold(statistics_type(x, weights))
     return kernel(x).forward(x, folded, groups, save=False)[0]
+
+
+def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
+    """`closed_form_eager` from folded weights in the type of the statistics, for inference only."""
+    return kernel(x).forward(x, weights, groups, save=False)[0]
 
 
 def kernel(x: Tensor) -> ModuleType:
