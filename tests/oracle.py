@@ -113,9 +113,10 @@ def assert_matches(function: Callable, case: Case, tolerance: float | None = Non
     found = output_and_gradients(function, case)
     assert found["out"].dtype == case.x.dtype
     assert found["out"].shape == case.x.shape
-    # A gradient that the definition makes (nearly) zero is rounding noise on the scale of the
-    # others, whatever its own largest number is.
-    floor = 1e-3 * max(t.abs().max().item() for t in truth.values() if t.numel())
+    # A gradient that the definition makes zero (of the gates, on a map of one pixel) is rounding
+    # noise, which the norm of a constant map magnifies 1/sqrt(eps) = 316 times: it is measured on
+    # the scale of the other tensors.
+    floor = 1e-2 * max(t.abs().max().item() for t in truth.values() if t.numel())
     for name, value in truth.items():
         assert found[name].isfinite().all(), f"{name} is not finite"
         scale = max(value.abs().max().item(), floor) if value.numel() else 1.0
