@@ -266,6 +266,57 @@ INLINE void NAME(store_tail)(float *to, int64_t w, vec v, int64_t h, int64_t H, 
         for (int64_t i = 0; w + i < W; i++) to[w + i] = v[i];
 }
 
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+INLINE void NAME(transpose)(vec v[8]) {
+    vec t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        t[i + 1] = SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = SHUFFLE(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            v[i + 2 * j + 1] = SHUFFLE(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        t[i] = SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        t[i + 4] = SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int i = 0; i < 8; i++) v[i] = t[i];
+}
+
+/* Pixels of whole vectors of float32 channels, as in channels-last maps. */
+INLINE int NAME(pixels)(const int64_t *stride, const Shape *s) {
+    return s->dtype == FLOAT32 && stride[1] == 1 && s->n % LANES == 0;
+}
+
+/* One row of eight channels: pixels at stride `step` to or from rows at stride `apart`. */
+INLINE void NAME(load_pixels)(float *to, int64_t apart, const float *from, int64_t step,
+                              int64_t W) {
+    for (int64_t w = 0; w < W; w += LANES) {
+        vec v[8];
+        for (int64_t i = 0; i < 8; i++)
+            v[i] = w + i < W ? NAME(load)(from + (w + i) * step) : (vec){0};
+        NAME(transpose)(v);
+        for (int64_t i = 0; i < 8; i++) NAME(store)(to + i * apart + w, v[i]);
+    }
+}
+
+INLINE void NAME(store_pixels)(float *to, int64_t step, const float *from, int64_t apart,
+                               int64_t W) {
+    for (int64_t w = 0; w < W; w += LANES) {
+        vec v[8];
+        for (int64_t i = 0; i < 8; i++) v[i] = NAME(load)(from + i * apart + w);
+        NAME(transpose)(v);
+        for (int64_t i = 0; i < 8 && w + i < W; i++) NAME(store)(to + (w + i) * step, v[i]);
+    }
+}
+
 /* The tile's maps as rows of Wp floats: in place where they are that already, else a copy. */
 INLINE const float *NAME(tile)(const void *from, const int64_t *stride, const Shape *s, int64_t b,
                                int64_t group, float *copy, int64_t *channel_step) {
@@ -283,6 +334,13 @@ INLINE const float *NAME(tile)(const void *from, const int64_t *stride, const Sh
         for (int64_t c = 0; c < s->n; c++)
             NAME(load_packed)(copy + c * H * Wp, (const float *)from + start + c * stride[1], H, W,
                               tail);
+        return copy;
+    }
+    if (NAME(pixels)(stride, s)) {
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t c = 0; c < s->n; c += LANES)
+                NAME(load_pixels)(copy + (c * H + h) * Wp, H * Wp,
+                                  (const float *)from + start + c + h * stride[2], stride[3], W);
         return copy;
     }
     for (int64_t h = 0; h < H; h++) /* rows outside: channels-last rows share cache lines */
@@ -451,7 +509,7 @@ static int NAME(forward)(const Shape *s, const Weights *k, const void *x, void *
                          const Saved *saved) {
     const int64_t n = s->n, H = s->height, W = s->width, Wp = padded(W), Hp = padded(H);
     const int64_t P = Hp + Wp, line = Wp + 2 * LANES, tiles = s->batch * s->groups;
-    const int64_t need = n * H * Wp + 2 * n * P + 23 * n + 9 * line + (H + 2) * Wp + Wp;
+    const int64_t need = n * H * Wp + 2 * n * P + 23 * n + 9 * line + (H + 2) * Wp + LANES * Wp;
     int failed = 0;
 #pragma omp parallel num_threads(s->threads)
     {
@@ -530,7 +588,7 @@ static int NAME(forward)(const Shape *s, const Weights *k, const void *x, void *
                 NAME(store)(map + i, NAME(sigmoid)(NAME(load)(map + i) + bias));
 
             const int64_t start = b * s->out[0] + group * n * s->out[1];
-            const int packed = NAME(packed)(s->out, s);
+            const int packed = NAME(packed)(s->out, s), pixels = NAME(pixels)(s->out, s);
             const int64_t whole = W / LANES * LANES;
             for (int64_t i = 0; i < n * H; i++) {
                 /* Packed channels one after another; else rows, whose pixels share cache lines. */
@@ -546,8 +604,15 @@ static int NAME(forward)(const Shape *s, const Weights *k, const void *x, void *
                                          h, H, W);
                     continue;
                 }
+                float *line_out = pixels ? row + c % LANES * Wp : row;
                 for (int64_t w = 0; w < Wp; w += LANES)
-                    NAME(store)(row + w, NAME(load)(p + w) * NAME(load)(map + h * Wp + w));
+                    NAME(store)(line_out + w, NAME(load)(p + w) * NAME(load)(map + h * Wp + w));
+                if (pixels) {
+                    if (c % LANES == LANES - 1)
+                        NAME(store_pixels)((float *)out + start + c - (LANES - 1) + h * s->out[2],
+                                           s->out[3], row, Wp, W);
+                    continue;
+                }
                 NAME(store_row)(out, start + c * s->out[1] + h * s->out[2], s->out[3], row, W,
                                 s->dtype);
             }
@@ -575,7 +640,7 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
     const int64_t np = padded(n), L = H + W;
     const float area = (float)H * (float)W;
     const int64_t need = 2 * n * H * Wp + 4 * n * P + L * np + n * np + 41 * n + (H + 2) * line +
-                         Wp + H * Wp;
+                         LANES * Wp + H * Wp;
     int failed = 0;
 #pragma omp parallel num_threads(s->threads)
     {
@@ -596,7 +661,7 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
         float *means = mix_sum + n * np, *dtaps = means + 9 * n, *dots = dtaps + 9 * n;
         float *ydot = dots + 9 * n, *dm = ydot + n, *base = dm + n, *slope = base + n;
         float *scale = slope + n, *kernel = scale + n, *dlogits = kernel + 9 * n;
-        float *row = dlogits + (H + 2) * line, *map = row + Wp;
+        float *rows = dlogits + (H + 2) * line, *map = rows + LANES * Wp;
         if (scratch) NAME(by_channel)(k->kernel, n, kernel);
         float *sums = grads->sums ? grads->sums + thread * sums_size(n) : NULL;
         float *sum_kernel = sums + n * n, *sum_mix_bias = sums + n * n + 9 * n;
@@ -754,7 +819,7 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
                 dcol[W - 1] -= t[0] + t[3] + t[6];
                 dcol[0] -= t[2] + t[5] + t[8];
             }
-            const int packed = NAME(packed)(s->out, s);
+            const int packed = NAME(packed)(s->out, s), pixels = NAME(pixels)(s->out, s);
             const int64_t whole = W / LANES * LANES;
             for (int64_t i = 0; i < n * H; i++) {
                 const int64_t c = packed ? i / H : i % n, h = packed ? i % H : i / n;
@@ -762,6 +827,7 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
                 const float *p = g + c * step + h * Wp, *dp = d + c * dstep + h * Wp;
                 const float *q = dlogits + (h + 1) * line + LANES, *kc = kernel + 9 * c;
                 const float *dcol = dpool + c * P + Hp, drow = dpool[c * P + h];
+                float *line_out = pixels ? rows + c % LANES * Wp : rows;
                 float *to = (float *)grads->dx + start + c * s->out[1] + h * W;
                 for (int64_t w = 0; w < Wp; w += LANES) {
                     const vec both = NAME(load)(gate_w + w) * gate_h[h];
@@ -779,23 +845,28 @@ static int NAME(backward)(const Shape *s, const Weights *k, const void *x, const
                     conv += kc[6] * NAME(load)(q + w - line + 1);
                     conv += kc[7] * NAME(load)(q + w - line);
                     conv += kc[8] * NAME(load)(q + w - line - 1);
-                    NAME(store)(row + w, sum + conv);
+                    NAME(store)(line_out + w, sum + conv);
                 }
                 if (h == H - 1) {
-                    row[W - 1] += t[0];
-                    row[0] += t[2];
+                    line_out[W - 1] += t[0];
+                    line_out[0] += t[2];
                 }
                 if (h == 0) {
-                    row[W - 1] += t[6];
-                    row[0] += t[8];
+                    line_out[W - 1] += t[6];
+                    line_out[0] += t[8];
                 }
                 if (packed) {
                     for (int64_t w = 0; w < whole; w += LANES)
-                        NAME(store)(to + w, NAME(load)(row + w));
-                    if (whole < W) NAME(store_tail)(to, whole, NAME(load)(row + whole), h, H, W);
+                        NAME(store)(to + w, NAME(load)(line_out + w));
+                    if (whole < W) NAME(store_tail)(to, whole, NAME(load)(line_out + whole), h, H, W);
+                } else if (pixels) {
+                    if (c % LANES == LANES - 1)
+                        NAME(store_pixels)((float *)grads->dx + start + c - (LANES - 1) +
+                                               h * s->out[2],
+                                           s->out[3], rows, Wp, W);
                 } else
                     NAME(store_row)(grads->dx, start + c * s->out[1] + h * s->out[2], s->out[3],
-                                    row, W, s->dtype);
+                                    rows, W, s->dtype);
             }
         }
         if (scratch && sums)
