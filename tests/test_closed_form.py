@@ -331,6 +331,20 @@ def test_gradients_of_hard_numbers_are_finite(form, kind):
         assert value.isfinite().all(), name
 
 
+@pytest.mark.parametrize("kind", ["far from zero", "constant channels"])
+def test_gradients_of_hard_numbers_are_no_worse_than_the_authors_form(form, kind):
+    total = {"ours": 0.0, "authors": 0.0}
+    for seed in range(8):
+        case = oracle.make_case((2, 16, 14, 14), 2, seed=seed)
+        case = case._replace(x=HARD[kind](case.x.detach()).requires_grad_())
+        truth = oracle.expected(case)
+        for name, function in (("ours", form), ("authors", authors_form)):
+            found = oracle.output_and_gradients(function, case)
+            total[name] += oracle.relative_error(found["gn_weight"], truth["gn_weight"], 1.0)
+            total[name] += oracle.relative_error(found["x"], truth["x"])
+    assert total["ours"] <= 2 * total["authors"]
+
+
 def test_half_precision_keeps_statistics_in_float32(form):
     case = oracle.make_case((1, 16, 12, 12), 2, torch.float16)
     case = case._replace(x=(case.x.detach() * 1e4).clamp(-6e4, 6e4).requires_grad_())
