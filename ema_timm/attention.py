@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from ema_timm.ops import EmaWeights, ema_attention
+from ema_timm.ops import EmaWeights, FoldedWeights, ema_attention, folded_ema_attention
+from ema_timm.ops.closed_form import drop_common_vote, fold
 from ema_timm.ops.weights import EPS
 
 # Symbolic tracers (torch.fx, timm's and torchvision's feature extraction) keep the operator
 # whole: its validation reads shapes, which a proxy does not have.
 torch.fx.wrap("ema_attention")
+torch.fx.wrap("folded_ema_attention")
 
 DEFAULT_GROUPS = 32
 """The paper's `factor`, in every experiment."""
@@ -68,6 +70,7 @@ class EmaAttn(nn.Module):
         self.channels = channels
         self.groups = groups
         self.impl = "auto"
+        self.folded = None
         self.conv1x1 = nn.Conv2d(n, n, kernel_size=1, **dd)
         self.conv3x3 = nn.Conv2d(n, n, kernel_size=3, padding=1, **dd)
         self.gn = nn.GroupNorm(n, n, eps=EPS, **dd)
@@ -81,7 +84,22 @@ class EmaAttn(nn.Module):
         Returns:
             (B, C, H, W), the dtype and memory format of ``x``.
         """
+        if self.folded is not None:
+            return self.folded(x)
         return ema_attention(x, self.weights(), self.groups, self.impl)
+
+    def reparameterize(self) -> None:
+        """Fold all products of weights once, for inference; timm's ``--reparam`` calls this.
+
+        The output stays the same. The parameters make way for those of `FoldedEma`, so the state
+        dict has other keys (listed there) and one number fewer. Folding cannot be undone, and a
+        checkpoint of the layer loads only before it: load first, then fold. A second call does
+        nothing.
+        """
+        if self.folded is None:
+            self.folded = FoldedEma(self.weights(), self.groups)
+            self.folded.train(self.training)
+            del self.conv1x1, self.conv3x3, self.gn
 
     def weights(self) -> EmaWeights:
         """The parameters as the operator takes them, read anew so that no update is missed."""
@@ -100,6 +118,55 @@ class EmaAttn(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows beside the class name."""
         return f"channels={self.channels}, groups={self.groups}"
+
+
+class FoldedEma(nn.Module):
+    """The inference form of one `EmaAttn`: what depends on weights alone is worked out.
+
+    State dict, n channels a group, no parameter of which requires gradients:
+
+    - ``mix_weight`` (n, n), ``mix_bias`` (n,): the 1×1 convolution, unchanged.
+    - ``kernel`` (9, n): the 3×3 convolution weighed by v = softmax(β), tap (dy, dx) in row
+      3·(dy + 1) + dx + 1.
+    - ``vote_weight`` (n - 1, 9n), ``vote_bias`` (n - 1,): the 3×3 convolution and its bias less
+      their first output channel; they make u.
+    - ``gn_weight`` (n,): γ. ``gn_bias`` (n,): β plus v·b₃.
+
+    Inside a model the keys begin with the layer's name and ``folded.``.
+
+    Args:
+        weights: Parameters of the layer to fold.
+        groups: G.
+    """
+
+    def __init__(self, weights: EmaWeights, groups: int):
+        super().__init__()
+        self.groups = groups
+        with torch.no_grad():
+            wide = drop_common_vote(fold(EmaWeights(*[w.double() for w in weights])))
+        for name, value in wide._asdict().items():
+            value = value.to(weights.gn_weight.dtype, copy=True).contiguous()
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate ``x``, as `EmaAttn` does.
+
+        Args:
+            x: Feature map, (B, C, H, W), floating point.
+
+        Returns:
+            (B, C, H, W), the dtype and memory format of ``x``.
+        """
+        weights = FoldedWeights(
+            self.mix_weight,
+            self.mix_bias,
+            self.kernel,
+            self.vote_weight,
+            self.vote_bias,
+            self.gn_weight,
+            self.gn_bias,
+        )
+        return folded_ema_attention(x, weights, self.groups)
 
 
 def _require_positive_int(name: str, value: int) -> None:

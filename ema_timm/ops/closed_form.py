@@ -18,11 +18,36 @@ Written with reductions, broadcasts and small matrix products on the five-dimens
 (B, G, n, H, W), which needs no copy in either memory format.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ema_timm.ops.weights import EPS, EmaWeights
+
+
+class FoldedWeights(NamedTuple):
+    """The parameters of one layer with everything that depends on weights alone worked out.
+
+    Attributes:
+        mix_weight: The 1×1 convolution, (n, n).
+        mix_bias: (n,).
+        kernel: Identity b, k of the collapsed 3×3 convolution, (9, n).
+        vote_weight: Makes the logits of u from the shifted means; (n, 9n), or (n - 1, 9n) where
+            the first channel's row has been subtracted from the others and is left out.
+        vote_bias: (n,) or (n - 1,).
+        gn_weight: γ, (n,).
+        gn_bias: β + v·b₃, (n,); as Σ_c u_c = 1, the constant of identity b rides on β.
+    """
+
+    mix_weight: Tensor
+    mix_bias: Tensor
+    kernel: Tensor
+    vote_weight: Tensor
+    vote_bias: Tensor
+    gn_weight: Tensor
+    gn_bias: Tensor
 
 
 def constant_channel_weights(gn_bias: Tensor) -> Tensor:
@@ -36,16 +61,52 @@ def collapsed_kernel(conv3x3_weight: Tensor, v: Tensor) -> Tensor:
     return (v @ conv3x3_weight.reshape(n, n * 9)).view(n, 9).t()
 
 
+def fold(w: EmaWeights) -> FoldedWeights:
+    """Work out the products of weights that every input shares; differentiable."""
+    n = w.gn_bias.shape[0]
+    v = constant_channel_weights(w.gn_bias)
+    return FoldedWeights(
+        w.conv1x1_weight.reshape(n, n),
+        w.conv1x1_bias,
+        collapsed_kernel(w.conv3x3_weight, v),
+        w.conv3x3_weight.reshape(n, 9 * n),
+        w.conv3x3_bias,
+        w.gn_weight,
+        w.gn_bias + v @ w.conv3x3_bias,
+    )
+
+
+def drop_common_vote(w: FoldedWeights) -> FoldedWeights:
+    """The same function without the part of the votes that the softmax cancels.
+
+    Softmax takes the same number off every logit, so the first channel's row is subtracted from
+    all and left out. 9n + 1 numbers go and 9n, the kernel k, came by folding: no exact folding of
+    this layer can save more, since nothing else in it is redundant.
+    """
+    return w._replace(
+        vote_weight=w.vote_weight[1:] - w.vote_weight[:1],
+        vote_bias=w.vote_bias[1:] - w.vote_bias[:1],
+    )
+
+
+def vote(means: Tensor, w: FoldedWeights) -> Tensor:
+    """The softmax weights u of the local branch, (..., n), from shifted means (..., 9n)."""
+    logits = means @ w.vote_weight.t() + w.vote_bias
+    if logits.shape[-1] < w.gn_bias.shape[0]:
+        logits = F.pad(logits, (1, 0))
+    return logits.softmax(-1)
+
+
 def shifted_means(g: Tensor, row: Tensor, col: Tensor) -> Tensor:
     """Identity c: means of ``g`` over what each tap of a zero-padded 3×3 kernel sees.
 
     Args:
-        g: (B, G, n, H, W).
-        row: Means of ``g`` over W, (B, G, n, H).
-        col: Means of ``g`` over H, (B, G, n, W).
+        g: (..., n, H, W).
+        row: Means of ``g`` over W, (..., n, H).
+        col: Means of ``g`` over H, (..., n, W).
 
     Returns:
-        (B, G, n, 9), tap (dy, dx) at index 3·(dy + 1) + dx + 1.
+        (..., n, 9), tap (dy, dx) at index 3·(dy + 1) + dx + 1.
     """
     height, width = row.shape[-1], col.shape[-1]
     total = row.mean(-1)
@@ -89,32 +150,28 @@ def convolve_to_one_channel(g: Tensor, kernel: Tensor) -> Tensor:
     return out
 
 
-def gate_logits(g: Tensor, w: EmaWeights, eps: float = EPS) -> Tensor:
+def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
     """The logits L of the gate, (B, G, H, W), for ``g`` of (B, G, n, H, W)."""
-    n, height = g.shape[2], g.shape[3]
+    height = g.shape[3]
     row = g.mean(4)  # (B, G, n, H)
     col = g.mean(3)  # (B, G, n, W)
-    mixed = torch.matmul(w.conv1x1_weight.reshape(n, n), torch.cat([row, col], -1))
-    gates = (mixed + w.conv1x1_bias[:, None]).sigmoid()
+    mixed = torch.matmul(w.mix_weight, torch.cat([row, col], -1))
+    gates = (mixed + w.mix_bias[:, None]).sigmoid()
     gate_h, gate_w = gates[..., :height], gates[..., height:]
 
     # Centred before squaring: E[y²] − μ² cancels where the mean is large.
     y = g * gate_h[..., None] * gate_w[..., None, :]
     centred = y - y.mean((3, 4), keepdim=True)
     r = (centred.square().mean((3, 4)) + eps).rsqrt()  # (B, G, n)
-
-    v = constant_channel_weights(w.gn_bias)
-    means = shifted_means(g, row, col).flatten(2)  # (B, G, 9n)
-    u = (means @ w.conv3x3_weight.reshape(n, 9 * n).t() + w.conv3x3_bias).softmax(-1)
+    u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
 
     normed = (centred * (u * w.gn_weight * r)[..., None, None]).sum(2)
-    local = convolve_to_one_channel(g, collapsed_kernel(w.conv3x3_weight, v))
-    bias = (u * w.gn_bias).sum(-1) + (v * w.conv3x3_bias).sum()
-    return normed + local + bias[..., None, None]
+    local = convolve_to_one_channel(g, w.kernel)
+    return normed + local + (u * w.gn_bias).sum(-1)[..., None, None]
 
 
 def closed_form(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
-    """Efficient Multi-scale Attention in closed form, differentiable by autograd.
+    """Efficient Multi-scale Attention in closed form, of plain operations that trace anywhere.
 
     Args:
         x: Feature map, (B, C, H, W), floating point.
@@ -124,16 +181,25 @@ def closed_form(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``.
     """
+    return closed_form_folded(x, fold(statistics_type(x, weights)), groups)
+
+
+def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
+    """The weights in the type of the statistics: float32, or float64 for float64 input."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    w = EmaWeights(
-        weights.conv1x1_weight.to(dtype),
-        weights.conv1x1_bias.to(dtype),
-        weights.conv3x3_weight.to(dtype),
-        weights.conv3x3_bias.to(dtype),
-        weights.gn_weight.to(dtype),
-        weights.gn_bias.to(dtype),
+    return EmaWeights(
+        w.conv1x1_weight.to(dtype),
+        w.conv1x1_bias.to(dtype),
+        w.conv3x3_weight.to(dtype),
+        w.conv3x3_bias.to(dtype),
+        w.gn_weight.to(dtype),
+        w.gn_bias.to(dtype),
     )
-    g = x.unflatten(1, (groups, x.shape[1] // groups)).to(dtype)  # (B, G, n, H, W)
+
+
+def closed_form_folded(x: Tensor, w: FoldedWeights, groups: int) -> Tensor:
+    """`closed_form` from folded weights in the type of the statistics."""
+    g = x.unflatten(1, (groups, x.shape[1] // groups)).to(w.gn_weight.dtype)  # (B, G, n, H, W)
     gated = (g * gate_logits(g, w).sigmoid().unsqueeze(2)).to(x.dtype)
     if torch.jit.is_tracing():  # neither the tracer nor the legacy ONNX exporter knows the other
         return gated.flatten(1, 2)

@@ -2,10 +2,16 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ema_timm.ops.closed_form import closed_form
+from ema_timm.ops.closed_form import FoldedWeights, closed_form, closed_form_folded
+from ema_timm.ops.closed_form_autograd import closed_form_eager, closed_form_folded_eager
+from ema_timm.ops.closed_form_compiled import closed_form_opaque
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EmaWeights
+
+# Before PyTorch 2.7 nothing tells compiling from exporting; the form that suits both is taken.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 
 IMPLEMENTATIONS = ("reference", "closed_form")
 
@@ -31,21 +37,89 @@ def ema_attention(x: Tensor, weights: EmaWeights, groups: int, impl: str = "auto
     """
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing():
-            _validate(x, weights, groups, impl)
+            _validate(x, weights.gn_weight.shape[0], groups, impl)
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return _run(x, weights, groups, impl)
     return _run(x, weights, groups, impl)
 
 
+def folded_ema_attention(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
+    """`ema_attention` from weights folded once, for inference.
+
+    Differentiable in ``x`` by plain autograd.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point, H and W at least 1.
+        weights: Folded parameters of one layer, of any floating point type.
+        groups: G; must divide C.
+
+    Returns:
+        Tensor with the shape, dtype and memory format of ``x``, owning its memory.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+        TypeError: If ``x`` is not floating point.
+    """
+    if not torch.jit.is_scripting():
+        if not torch.jit.is_tracing():
+            _validate(x, weights.gn_weight.shape[0], groups, "closed_form")
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return _run_folded(x, weights, groups)
+    return _run_folded(x, weights, groups)
+
+
+def _run_folded(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    w = FoldedWeights(
+        weights.mix_weight.to(dtype),
+        weights.mix_bias.to(dtype),
+        weights.kernel.to(dtype),
+        weights.vote_weight.to(dtype),
+        weights.vote_bias.to(dtype),
+        weights.gn_weight.to(dtype),
+        weights.gn_bias.to(dtype),
+    )
+    if not torch.jit.is_scripting():
+        recorded = torch.is_grad_enabled() and (x.requires_grad or w.gn_bias.requires_grad)
+        if not recorded and _closed_form(x) == "eager":
+            return closed_form_folded_eager(x, w, groups)
+    return closed_form_folded(x, w, groups)
+
+
 def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> Tensor:
     if not torch.jit.is_scripting():
         if impl == "reference":
             return reference(x, weights, groups)
+        form = _closed_form(x)
+        if form == "opaque":
+            return closed_form_opaque(x, weights, groups)
+        if form == "eager":
+            return closed_form_eager(x, weights, groups)
     return closed_form(x, weights, groups)
 
 
-def _validate(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> None:
+def _closed_form(x: Tensor) -> str:
+    """Which writing of the closed form suits who looks on: "traceable", "eager" or "opaque".
+
+    Measured in NOTES-closed-form.md: a compiled ResNet on the CPU trains and infers faster around
+    the opaque operator than with a form for Inductor to fuse. An exported program stays made of
+    PyTorch's own operators, so that it runs where this package is not.
+    """
+    if torch.compiler.is_compiling():
+        return "opaque" if x.device.type == "cpu" and not _is_exporting() else "traceable"
+    if (
+        torch.jit.is_tracing()
+        or x.device.type == "meta"
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(x).tangent is not None
+    ):
+        return "traceable"
+    return "eager"
+
+
+def _validate(x: Tensor, n: int, groups: int, impl: str) -> None:
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}.")
     if x.dim() != 4:
@@ -63,7 +137,6 @@ def _validate(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> None:
         raise TypeError(f"groups must be an int, got {groups!r} ({type(groups).__name__}).")
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}.")
-    n = weights.gn_weight.shape[0]
     if x.shape[1] != groups * n:
         raise ValueError(
             f"The layer's weights are for {groups * n} channels ({groups} groups of {n}), got "
