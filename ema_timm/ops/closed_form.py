@@ -92,9 +92,8 @@ def drop_common_vote(w: FoldedWeights) -> FoldedWeights:
 def vote(means: Tensor, w: FoldedWeights) -> Tensor:
     """The softmax weights u of the local branch, (..., n), from shifted means (..., 9n)."""
     logits = means @ w.vote_weight.t() + w.vote_bias
-    if logits.shape[-1] < w.gn_bias.shape[0]:
-        logits = F.pad(logits, (1, 0))
-    return logits.softmax(-1)
+    # A row left out votes 0. Never a branch: the tracer would burn it in, and says so.
+    return F.pad(logits, (w.gn_bias.shape[0] - w.vote_bias.shape[0], 0)).softmax(-1)
 
 
 def shifted_means(g: Tensor, row: Tensor, col: Tensor) -> Tensor:
