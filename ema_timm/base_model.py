@@ -5,6 +5,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import timm
+import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
@@ -127,3 +128,23 @@ def _explain(error: Exception, name: str) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(". ") + "."
+
+
+def pick_device(name: str) -> str:
+    """The device that ``auto`` stands for: CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: If the named device is not at hand.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} is not usable here: {str(error).splitlines()[0]} "
+            "Use --device auto or cpu."
+        ) from error
+    return name

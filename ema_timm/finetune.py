@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ema_timm.base_model import create_model, describe_base, preprocessing
+from ema_timm.base_model import create_model, describe_base, pick_device, preprocessing
 from ema_timm.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
 from ema_timm.errors import UserError
 from ema_timm.evaluate import Metrics, autocast, evaluate, sum_over_processes
@@ -69,26 +69,6 @@ def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True
     finally:
         if world["distributed"]:
             torch.distributed.destroy_process_group()
-
-
-def pick_device(name: str) -> str:
-    """The device that ``auto`` stands for: CUDA, then MPS, then the CPU.
-
-    Raises:
-        UserError: If the named device is not at hand.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} is not usable here: {str(error).splitlines()[0]} "
-            "Use --device auto or cpu."
-        ) from error
-    return name
 
 
 class _Run:

@@ -181,12 +181,13 @@ def _parity(variants: dict[str, _Variant], x: Tensor, upstream: Tensor) -> dict[
     exact = x.detach().double().requires_grad_()
     out = oracle(exact)
     parameters = list(oracle.parameters())
-    wanted = [out, *torch.autograd.grad(out, [exact, *parameters], upstream.double())]
+    wanted = [out.detach(), *torch.autograd.grad(out, [exact, *parameters], upstream.double())]
     errors = {}
     for name, variant in variants.items():
         out = variant.layer(x)
         inputs = [x, *variant.layer.parameters()]
-        found = [out, *torch.autograd.grad(out, inputs, upstream)]
+        gradients = torch.autograd.grad(out, inputs, upstream, materialize_grads=True)
+        found = [out.detach(), *gradients]
         errors[name] = max(
             float((got.double() - want).norm() / want.norm())
             for got, want in zip(found, wanted, strict=True)
