@@ -6,7 +6,6 @@ from torch.autograd import forward_ad
 
 from ema_timm.ops.closed_form import FoldedWeights, closed_form, closed_form_folded
 from ema_timm.ops.closed_form_autograd import closed_form_eager, closed_form_folded_eager
-from ema_timm.ops.closed_form_compiled import closed_form_opaque
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EmaWeights
 
@@ -94,6 +93,9 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> Tensor:
             return reference(x, weights, groups)
         form = _closed_form(x)
         if form == "opaque":
+            # Registering operators takes longer than all the rest of this package's import.
+            from ema_timm.ops.closed_form_compiled import closed_form_opaque
+
             return closed_form_opaque(x, weights, groups)
         if form == "eager":
             return closed_form_eager(x, weights, groups)
