@@ -184,6 +184,7 @@ def _add_bench(commands) -> None:
     table.add_argument(
         "--into", metavar="FILE.md", help="replace the part between its <!-- bench: … --> lines"
     )
+    table.add_argument("--brief", action="store_true", help="medians only, all shapes in one")
     table.set_defaults(run=_bench_table)
 
 
@@ -249,7 +250,7 @@ def _bench_table(args: argparse.Namespace) -> int:
 
     try:
         result = json.loads(Path(args.file).read_text())
-        text = table(result)
+        text = table(result, args.brief)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{args.file} is not a measurement of ema-timm bench --json.") from error
     if not args.into:

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from ema_timm.bench.timing import round_robin
 from ema_timm.cli import main
 from ema_timm.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "ema_timm" / "bench" / "results"
 TINY = {"tiny": (64, 6, 5)}
 SMALL = {"plain": ("test_resnet", {}), "ema": ("test_resnet_ema", {})}
 
@@ -136,6 +139,26 @@ def test_table_from_the_json_file_and_into_a_document(measured, tmp_path, capsys
         put_into(document, "model", "")
     file.write_text('{"accuracy": 1}')
     assert main(["bench", "table", str(file)]) == 2
+
+
+def test_brief_table_has_one_row_a_variant(measured):
+    lines = table(measured, brief=True).splitlines()
+    assert lines[2].startswith("| forward / forward + backward, ms | 64×6×5 |")
+    assert [line.split(" | ")[0][2:] for line in lines[4:]] == [
+        AUTHORS,
+        "reference",
+        "closed_form",
+        *PEERS,
+        FLOOR,
+    ]
+
+
+@pytest.mark.parametrize(("name", "brief"), [("layer", True), ("model", False)])
+def test_readme_tables_are_those_of_the_measurements(name, brief):
+    result = json.loads((RESULTS / f"{name}-cpu.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    _, _, rest = readme.partition(f"<!-- bench: {name} -->\n")
+    assert rest.partition("<!-- /bench -->")[0] == table(result, brief)
 
 
 @pytest.mark.parametrize("kind", ["layer", "model", "resolution"])

@@ -6,10 +6,17 @@ from ema_timm.bench.layer import AUTHORS, FLOOR
 from ema_timm.errors import UserError
 
 
-def table(result: dict) -> str:
-    """The Markdown table of a measurement, under a line that names the machine."""
-    body = {"layer": _layer, "model": _model, "resolution": _resolution}[result["bench"]](result)
-    return f"{caption(result)}\n\n{body}\n"
+def table(result: dict, brief: bool = False) -> str:
+    """The Markdown table of a measurement, under a line that names the machine.
+
+    Args:
+        result: What one of the measurements returned.
+        brief: For a layer, one table of the medians at all places.
+    """
+    body = {"layer": _layer, "model": _model, "resolution": _resolution}[result["bench"]]
+    if brief and result["bench"] == "layer":
+        body = _layer_brief
+    return f"{caption(result)}\n\n{body(result)}\n"
 
 
 def caption(result: dict) -> str:
@@ -57,6 +64,27 @@ def _layer(result: dict) -> str:
         shape = "×".join(map(str, rows[0]["shape"]))
         parts.append(f"**{place}, {shape}**\n\n{_rows(header, lines)}")
     return "\n\n".join(parts)
+
+
+def _layer_brief(result: dict) -> str:
+    """Rows: variants. Columns: places. Cells: forward / forward + backward, medians in ms."""
+    rows = {(row["variant"], row["place"]): row for row in result["rows"]}
+    places = list(dict.fromkeys(place for _, place in rows))
+    lines = []
+    for variant in dict.fromkeys(variant for variant, _ in rows):
+        cells = []
+        for place in places:
+            row = rows[variant, place]
+            forward, both = row.get("forward_ms"), row.get("both_ms")
+            if forward is None:
+                cells.append("failed parity")
+            elif variant == FLOOR:
+                cells.append(f"{forward['median']:.2f}")
+            else:
+                cells.append(f"{forward['median']:.2f} / {both['median']:.1f}")
+        lines.append([variant, *cells])
+    shapes = ["×".join(map(str, rows[FLOOR, place]["shape"][1:])) for place in places]
+    return _rows(["forward / forward + backward, ms", *shapes], lines)
 
 
 def _number(row: dict, key: str, unit: float, form: str) -> str:

@@ -86,9 +86,10 @@ def _forward_chunk(g: Tensor, w: FoldedWeights, out: Tensor) -> tuple[Tensor, Te
     _add_convolution(logits, g, w.kernel)
     logits.add_((u @ w.gn_bias - (coef * rest).sum(1))[:, None, None])
     gate_map = logits.sigmoid_()
-    torch.mul(g, gate_map[:, None], out=out) if g.dtype == out.dtype else out.copy_(
-        g.mul_(gate_map[:, None])
-    )
+    if g.dtype == out.dtype:
+        torch.mul(g, gate_map[:, None], out=out)
+    else:
+        out.copy_(g.mul_(gate_map[:, None]))  # g is a copy in the type of the statistics
     return gates, gate_map, torch.stack([mean[..., 0, 0], rest, r, u])
 
 
