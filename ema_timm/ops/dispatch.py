@@ -93,13 +93,17 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> Tensor:
             return reference(x, weights, groups)
         form = _closed_form(x)
         if form == "opaque":
-            # Registering operators takes longer than all the rest of this package's import.
-            from ema_timm.ops.closed_form_compiled import closed_form_opaque
-
-            return closed_form_opaque(x, weights, groups)
+            return _opaque(x, weights, groups)
         if form == "eager":
             return closed_form_eager(x, weights, groups)
     return closed_form(x, weights, groups)
+
+
+def _opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
+    # Registering operators takes longer than all the rest of this package's import.
+    from ema_timm.ops.closed_form_compiled import closed_form_opaque
+
+    return closed_form_opaque(x, weights, groups)
 
 
 def _closed_form(x: Tensor) -> str:
