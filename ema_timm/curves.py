@@ -17,7 +17,9 @@ def save_curves(history: list[dict], path: str | Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     marker = {"marker": "o", "markersize": 3}
-    left.plot(epochs, [entry["train_loss"] for entry in history], label="training", **marker)
+    left.plot(
+        epochs, [entry["train_loss"] for entry in history], label="training, as optimised", **marker
+    )
     left.plot(epochs, [entry["loss"] for entry in history], label="validation", **marker)
     left.set_ylabel("loss (cross-entropy)")
     left.legend()

@@ -176,7 +176,7 @@ def _plot_layer(result: dict, figure) -> None:
     axes.set_ylabel("forward + backward, times the traffic floor")
     axes.tick_params(axis="x", rotation=20)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _plot_model(result: dict, figure) -> None:
