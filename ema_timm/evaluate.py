@@ -61,6 +61,7 @@ def evaluate(
     model.eval()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     sums = torch.zeros(4, dtype=torch.float64)  # correct, in the top 5, loss, images
+    classes = 0  # stays so in a process whose shard is empty
     for images, targets in tqdm(
         loader, "validating", disable=None if progress else True, leave=False
     ):
@@ -75,6 +76,7 @@ def evaluate(
         with autocast(device, amp_dtype):
             logits = model(images)
         logits = logits.float()
+        classes = logits.shape[1]
         topk = accuracy(logits, targets, topk=(1, 5))
         hits = [round(float(percent) * count / 100) for percent in topk]
         loss = F.cross_entropy(logits, targets, reduction="sum").item()
@@ -83,7 +85,7 @@ def evaluate(
     correct, in_top5, loss, images = sums.tolist()
     return Metrics(
         top1=100 * correct / images,
-        top5=100 * in_top5 / images if logits.shape[1] > 5 else None,
+        top5=100 * in_top5 / images if classes > 5 else None,
         loss=loss / images,
         correct=int(correct),
         images=int(images),

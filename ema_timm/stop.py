@@ -9,10 +9,19 @@ from collections.abc import Iterator
 class Stop:
     """Whether a signal has asked the run to stop."""
 
-    requested = False
+    def __init__(self):
+        self.requested = False
+        self._process = os.getpid()
 
     def on_signal(self, signum: int, frame) -> None:
         """Note the request; the handler of both signals."""
+        if os.getpid() != self._process:
+            # A loader process has inherited this handler. Ctrl-C is its parent's affair, which
+            # still wants the batches; to be terminated is its own.
+            if signum == signal.SIGTERM:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
         if self.requested:  # a second Ctrl-C does not wait for the step to end
             raise KeyboardInterrupt
         self.requested = True

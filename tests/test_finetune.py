@@ -167,6 +167,21 @@ def test_termination_of_the_command_and_resume_by_output_alone(config, tmp_path)
     assert state["config"]["epochs"] == 200
 
 
+def test_control_c_reaches_loader_processes_too_and_is_one_message(config):
+    """A terminal sends SIGINT to the whole group; the loaders go on until the step is done."""
+    args = [sys.executable, "-m", "ema_timm", *cli(config, "--epochs", 200, "--workers", 2)]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if line.startswith("epoch 1/"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, rest
+    assert rest.count("stopping after this step") == 1, rest
+    assert "Traceback" not in rest, rest
+    assert RunFolder(config.output).load_state()["epoch"] >= 1
+
+
 def test_resume_needs_only_the_output(config, capsys):
     whole = run(config, epochs=1)
     assert main(["finetune", "--resume", "--output", config.output]) == 0
