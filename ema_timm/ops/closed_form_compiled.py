@@ -28,7 +28,19 @@ def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     return _forward(x, *weights, groups, save)[0]
 
 
-@torch.library.custom_op("ema_timm::closed_form", mutates_args=())
+# Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
+_PARAMETERS = (
+    "Tensor conv1x1_weight, Tensor conv1x1_bias, Tensor conv3x3_weight, Tensor conv3x3_bias, "
+    "Tensor gn_weight, Tensor gn_bias"
+)
+
+
+@torch.library.custom_op(
+    "ema_timm::closed_form",
+    mutates_args=(),
+    schema=f"(Tensor x, {_PARAMETERS}, SymInt groups, bool save) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _forward(
     x: Tensor,
     conv1x1_weight: Tensor,
@@ -56,7 +68,12 @@ def _(x, *rest):
     return torch.empty_like(x), *saved
 
 
-@torch.library.custom_op("ema_timm::closed_form_backward", mutates_args=())
+@torch.library.custom_op(
+    "ema_timm::closed_form_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor gates, Tensor gate_map, Tensor vectors, "
+    f"{_PARAMETERS}, SymInt groups, bool need_x, bool need_weights) -> Tensor[]",
+)
 def _backward(
     grad: Tensor,
     x: Tensor,
