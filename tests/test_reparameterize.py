@@ -7,7 +7,7 @@ import warnings
 import pytest
 import timm
 import torch
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from ema_timm.attention import EmaAttn
 
