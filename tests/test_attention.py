@@ -61,24 +61,6 @@ def test_closed_form_equals_the_definition(case, layout):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-def test_reference_is_the_authors_arrangement_of_library_layers():
-    """The oracle against convolutions, pools and a GroupNorm put together as in the paper."""
-    layer = random_layer(32, 8)
-    x = torch.randn(2, 32, 6, 5, dtype=torch.float64)
-    g = x.reshape(16, 4, 6, 5)
-    rows = nn.AdaptiveAvgPool2d((None, 1))(g)
-    cols = nn.AdaptiveAvgPool2d((1, None))(g).permute(0, 1, 3, 2)
-    h, w = layer.conv1x1(torch.cat([rows, cols], 2)).split([6, 5], 2)
-    x1 = layer.gn(g * h.sigmoid() * w.permute(0, 1, 3, 2).sigmoid())
-    x2 = layer.conv3x3(g)
-    a1 = nn.functional.adaptive_avg_pool2d(x1, 1).reshape(16, 1, 4).softmax(-1)
-    a2 = nn.functional.adaptive_avg_pool2d(x2, 1).reshape(16, 1, 4).softmax(-1)
-    gate = a1 @ x2.reshape(16, 4, 30) + a2 @ x1.reshape(16, 4, 30)
-    want = (g * gate.reshape(16, 1, 6, 5).sigmoid()).reshape(x.shape)
-    layer.impl = "reference"
-    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("impl", ["reference", "closed_form"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
