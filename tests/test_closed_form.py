@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ema_timm.attention import EmaAttn
 from ema_timm.bench.layer import AuthorsForm
 from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
+from ema_timm.ops import closed_form_eager as closed_form_chunks
 from ema_timm.ops import closed_form_native, ema_attention
 from ema_timm.ops.closed_form import (
     closed_form,
@@ -246,6 +247,14 @@ def test_two_runs_are_bit_equal(form):
         torch.use_deterministic_algorithms(deterministic)
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]), name
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("chunk", [1, 1 << 40])
+def test_the_size_of_chunks_changes_nothing(chunk, layout, monkeypatch):
+    monkeypatch.setattr(closed_form_native, "takes", lambda x: False)
+    monkeypatch.setattr(closed_form_chunks, "CHUNK", chunk)
+    oracle.assert_matches(closed_form_eager, oracle.make_case((3, 12, 5, 6), 4, layout=layout))
 
 
 # Memory.
