@@ -10,24 +10,26 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from timm.data import Mixup, create_loader
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad, distribute_bn
 from timm.utils.distributed import init_distributed_device_so
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ema_timm.base_model import create_model, describe_base, pick_device, preprocessing
-from ema_timm.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
 from ema_timm.errors import UserError
 from ema_timm.evaluate import Metrics, autocast, evaluate, sum_over_processes
 from ema_timm.finetune_config import FinetuneConfig
+from ema_timm.finetune_parts import (
+    check_same_run,
+    check_settings,
+    describe_data,
+    loaders,
+    mixup_and_loss,
+    open_data,
+    optimizer_and_scheduler,
+)
 from ema_timm.hub.card import card_text
 from ema_timm.reproducible import get_rng_state, seed_everything, set_rng_state, versions
 from ema_timm.run_folder import RunFolder
@@ -81,9 +83,9 @@ class _Run:
         self.progress = progress and self.main
         self.device = torch.device(world["device"])
         self.amp_dtype = getattr(torch, config.amp_dtype) if config.amp else None
-        _check(config)
+        check_settings(config)
         self.folder = RunFolder(config.output)
-        self.train_data, self.val_data = _open_data(config, self.progress)
+        self.train_data, self.val_data = open_data(config, self.progress)
         self.state = None
         if self.main:
             self.folder.prepare(resume)
@@ -91,7 +93,7 @@ class _Run:
             torch.distributed.barrier()
         if resume:
             self.state = self.folder.load_state()
-            _check_same_run(self.state, self._identity())
+            check_same_run(self.state, self._identity())
         self._build()
         if self.state:
             self._restore(self.state)
@@ -113,60 +115,26 @@ class _Run:
             self.model.to(memory_format=torch.channels_last)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing()
-        self.train_loader, self.val_loader = self._loaders()
+        self.train_loader, self.val_loader = loaders(
+            config, self.train_data, self.val_data, self.data_config, self.device, self.world_size
+        )
         self.steps = len(self.train_loader)
         if self.steps == 0:
             raise UserError(
                 f"--batch-size {config.batch_size} on {self.world_size} process(es) is more than "
                 f"the {len(self.train_data)} training images. Use a smaller batch."
             )
-        self.optimizer, self.scheduler = _optimizer(config, self.model, self.steps)
+        self.optimizer, self.scheduler = optimizer_and_scheduler(config, self.model, self.steps)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype == torch.float16
         )
-        self.mixup, self.loss_fn = _loss(config, len(self.classes))
+        self.mixup, self.loss_fn = mixup_and_loss(config, len(self.classes))
         self.ddp = self.model
         if self.world_size > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(self.model, device_ids=ids)
         self.epoch, self.step, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
         self.history, self.best, self.rng = [], None, None
-
-    def _loaders(self):
-        config, data = self.config, self.data_config
-        common = {
-            "input_size": data["input_size"],
-            "batch_size": config.batch_size,
-            "mean": data["mean"],
-            "std": data["std"],
-            "num_workers": config.workers,
-            "distributed": self.world_size > 1,
-            "device": self.device,
-            "use_prefetcher": False,
-            "pin_memory": self.device.type == "cuda",
-            # Workers that outlive an epoch keep generators that a resumed run cannot have.
-            "persistent_workers": False,
-        }
-        train = create_loader(
-            self.train_data,
-            is_training=True,
-            interpolation="random",
-            auto_augment=config.aa or None,
-            re_prob=config.reprob,
-            hflip=config.hflip,
-            scale=(config.scale_min, 1.0),
-            color_jitter=config.color_jitter or None,
-            **common,
-        )
-        val = create_loader(
-            self.val_data,
-            is_training=False,
-            interpolation=data["interpolation"],
-            crop_pct=data["crop_pct"],
-            crop_mode=data["crop_mode"],
-            **common,
-        )
-        return train, val
 
     def train(self, stop: Stop) -> dict:
         """Run the remaining epochs, saving after each."""
@@ -342,8 +310,8 @@ class _Run:
             "arguments": {k: v for k, v in arguments.items() if k not in FinetuneConfig.ANYTIME},
             "processes": self.world_size,
             "data": {
-                "train": _describe_data(self.train_data),
-                "val": _describe_data(self.val_data),
+                "train": describe_data(self.train_data),
+                "val": describe_data(self.val_data),
             },
         }
 
@@ -394,97 +362,3 @@ class _Run:
                 "no curves.png: matplotlib is missing (pip install 'ema-timm[train]')",
                 file=sys.stderr,
             )
-
-
-def _open_data(config: FinetuneConfig, progress: bool) -> tuple[FolderDataset, FolderDataset]:
-    train = open_folder(config.data_dir, TRAIN)
-    if len(train.class_to_idx) < 2:
-        raise UserError(
-            f"{train.reader.root} has one class ({train.class_names[0]}), and a classifier needs "
-            "at least two. Put each class in a folder of its own."
-        )
-    val = open_folder(config.data_dir, VAL, train.class_to_idx)
-    for dataset in (train, val):
-        check_readable(dataset, progress)
-    return train, val
-
-
-def _optimizer(config: FinetuneConfig, model: nn.Module, steps: int):
-    """Timm's optimiser and scheduler; ``steps`` is the number of steps in an epoch."""
-    option = f"--opt {config.opt}"
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay or None,
-        )
-        option = f"--sched {config.sched}"
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise UserError(f"timm cannot build {option}: {error}") from error
-    if scheduler is None:
-        raise UserError(f"timm has no scheduler for {option}; cosine, step and poly are some.")
-    return optimizer, scheduler
-
-
-def _describe_data(dataset: FolderDataset) -> dict:
-    return {"images": len(dataset), "fingerprint": dataset.fingerprint()}
-
-
-def _check(config: FinetuneConfig) -> None:
-    if config.epochs < 1 or config.batch_size < 1:
-        raise UserError("--epochs and --batch-size must be at least 1.")
-    if (config.mixup or config.cutmix) and config.batch_size % 2:
-        raise UserError(
-            "--mixup and --cutmix pair the images of a batch: --batch-size must be even."
-        )
-    if config.weights and not Path(config.weights).is_file():
-        raise UserError(f"--weights: there is no file {config.weights}.")
-
-
-def _check_same_run(state: dict, identity: dict) -> None:
-    """Refuse to continue a run under settings that would change its outcome."""
-    saved = state["identity"]
-    for name, value in identity["arguments"].items():
-        if saved["arguments"].get(name) != value:
-            option = "--" + name.replace("_", "-")
-            raise UserError(
-                f"cannot resume: {option} is {value!r} and the run was started with "
-                f"{saved['arguments'].get(name)!r}. Leave it out, or start anew with another "
-                "--output."
-            )
-    if saved["processes"] != identity["processes"]:
-        raise UserError(
-            f"cannot resume on {identity['processes']} process(es): the run was started on "
-            f"{saved['processes']}."
-        )
-    if saved["data"] != identity["data"]:
-        raise UserError(
-            "cannot resume: the images in --data-dir are not those the run was started on. "
-            "Restore them, or start anew with another --output."
-        )
-
-
-def _loss(config: FinetuneConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
-    if config.mixup or config.cutmix:
-        mixup = Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            label_smoothing=config.smoothing,
-            num_classes=num_classes,
-        )
-        return mixup, SoftTargetCrossEntropy()
-    if config.smoothing:
-        return None, LabelSmoothingCrossEntropy(config.smoothing)
-    return None, nn.CrossEntropyLoss()

@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def plain_names() -> list[str]:
-    """Timm's ResNets without an attention layer, from its registry."""
+    """The ResNets of timm without an attention layer, from its registry."""
     return [n for n in list_models(module="resnet") if not _sets_attention(model_entrypoint(n))]
 
 
