@@ -47,8 +47,6 @@ def create_model(
             pretrained_cfg_overlay={"file": config.weights} if config.weights else None,
             **kwargs,
         )
-    except UserError:
-        raise
     except (HfHubHTTPError, HFValidationError, OSError, UnpicklingError, SafetensorError) as error:
         raise UserError(
             f"cannot load the weights of {config.model}: {_first_line(error)} "
