@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ema_timm import __version__
-from ema_timm.errors import UserError
+from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.finetune_config import FinetuneConfig, option_fields
 
 
@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A loader process wraps the message in its traceback; the message is the last line.
         print(f"ema-timm: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
+    except InterruptedRunError as error:
+        print(f"ema-timm: {error}", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"ema-timm: {error}. What was saved before is whole.", file=sys.stderr)
         return 1
@@ -107,22 +110,14 @@ def _finetune(args: argparse.Namespace) -> int:
     if missing:
         raise UserError(f"finetune needs {', '.join(missing)}; see ema-timm finetune --help.")
 
-    from ema_timm.finetune import InterruptedRunError, finetune
+    from ema_timm.finetune import finetune
     from ema_timm.run_folder import RunFolder
 
     if args.resume:
         folder = RunFolder(given["output"])
         folder.prepare(resume=True)
         given = {**folder.load_state()["config"], **given}
-    try:
-        results = finetune(FinetuneConfig(**given), resume=args.resume)
-    except InterruptedRunError:
-        print(
-            f"ema-timm: stopped; continue with: ema-timm finetune --resume --output "
-            f"{given['output']}",
-            file=sys.stderr,
-        )
-        return 130
+    results = finetune(FinetuneConfig(**given), resume=args.resume)
     metrics = results["metrics"]
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(f"{given['output']}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")

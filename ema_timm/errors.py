@@ -1,9 +1,13 @@
-"""Errors that are the caller's to mend: one clear line, exit code 2."""
+"""Ends of a command that are not bugs: each message is one clear line, each has an exit code."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: the rule, what came, the remedy."""
+    """Bad input (exit code 2). The message is one line: the rule, what came, the remedy."""
 
 
 class UnreadableImageError(UserError):
     """An image of the data set cannot be decoded."""
+
+
+class InterruptedRunError(Exception):
+    """A run was asked to stop (exit code 130). The message says how to continue it."""

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ema_timm.base_model import create_model, describe_base, pick_device, preprocessing
-from ema_timm.errors import UserError
+from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.evaluate import Metrics, autocast, evaluate, sum_over_processes
 from ema_timm.finetune_config import FinetuneConfig
 from ema_timm.finetune_parts import (
@@ -39,10 +39,6 @@ try:
     from ema_timm.curves import save_curves
 except ImportError:  # matplotlib is an extra; the run says so when it starts
     save_curves = None
-
-
-class InterruptedRunError(Exception):
-    """The run was asked to stop and has saved what it needs to continue."""
 
 
 def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True) -> dict:
@@ -86,6 +82,8 @@ class _Run:
         check_settings(config)
         self.folder = RunFolder(config.output)
         self.train_data, self.val_data = open_data(config, self.progress)
+        # Once: the fingerprints in it look at every image file.
+        self.identity = self._identity()
         self.state = None
         if self.main:
             self.folder.prepare(resume)
@@ -93,7 +91,7 @@ class _Run:
             torch.distributed.barrier()
         if resume:
             self.state = self.folder.load_state()
-            check_same_run(self.state, self._identity())
+            check_same_run(self.state, self.identity)
         self._build()
         if self.state:
             self._restore(self.state)
@@ -151,7 +149,7 @@ class _Run:
             if self.main:
                 self._save_epoch()
             if stop.requested and self.epoch < self.config.epochs:
-                raise InterruptedRunError
+                raise self._interrupted()
         return self.results()
 
     def _train_epoch(self, stop: Stop) -> float:
@@ -206,7 +204,12 @@ class _Run:
             self.rng = get_rng_state()
             self.seconds = time.perf_counter() - started
             self.folder.save_state(self._state())
-        raise InterruptedRunError
+        raise self._interrupted()
+
+    def _interrupted(self) -> InterruptedRunError:
+        return InterruptedRunError(
+            f"stopped; continue with: ema-timm finetune --resume --output {self.config.output}"
+        )
 
     def train_step(self, images: torch.Tensor, targets: torch.Tensor) -> float:
         """One optimiser step; returns the loss."""
@@ -295,7 +298,7 @@ class _Run:
                 key: self.data_config[key]
                 for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
             },
-            "data": self._identity()["data"],
+            "data": self.identity["data"],
             "arguments": dataclasses.asdict(self.config),
             "history": self.history,
             "device": str(self.device.type),
@@ -317,7 +320,7 @@ class _Run:
 
     def _state(self) -> dict:
         return {
-            "identity": self._identity(),
+            "identity": self.identity,
             "config": dataclasses.asdict(self.config),
             "base": self.base,
             "model": self.model.state_dict(),

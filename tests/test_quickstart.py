@@ -43,3 +43,16 @@ def test_a_reloaded_model_that_differs_is_an_error(tmp_path, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="358"):
         quickstart.quickstart(tmp_path / "out", progress=False)
+
+
+def test_a_stopped_quick_start_ends_as_a_stopped_run_does(monkeypatch, tmp_path, capsys):
+    from ema_timm import quickstart
+    from ema_timm.cli import main
+    from ema_timm.errors import InterruptedRunError
+
+    def stopped(*args, **kwargs):
+        raise InterruptedRunError("stopped; continue with: X")
+
+    monkeypatch.setattr(quickstart, "finetune", stopped)
+    assert main(["quickstart", "--output", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "ema-timm: stopped; continue with: X\n"
