@@ -1,0 +1,46 @@
+"""The command ``ema-timm``: each subcommand parses, makes one library call and prints.
+
+Results go to stdout, messages to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ema_timm import __version__
+from ema_timm.cli import bench, env, training
+from ema_timm.errors import InterruptedRunError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        # A loader process wraps the message in its traceback; the message is the last line.
+        print(f"ema-timm: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 2
+    except InterruptedRunError as error:
+        print(f"ema-timm: {error}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"ema-timm: {error}. What was saved before is whole.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ema-timm: stopped.", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, built without importing torch."""
+    parser = argparse.ArgumentParser(
+        prog="ema-timm",
+        description="EMA attention (Efficient Multi-scale Attention) for timm: train, measure, "
+        "publish. Not an exponential moving average.",
+    )
+    parser.add_argument("--version", action="version", version=f"ema-timm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for group in (training, bench, env):
+        group.add_commands(commands)
+    return parser

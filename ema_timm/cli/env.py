@@ -1,0 +1,25 @@
+"""``ema-timm env``."""
+
+import argparse
+
+
+def add_commands(commands) -> None:
+    """Add the subcommand to the parser."""
+    command = commands.add_parser("env", help="versions and what can run here, for bug reports")
+    command.set_defaults(run=_env)
+
+
+def _env(args: argparse.Namespace) -> int:
+    import torch
+
+    from ema_timm.ops import closed_form_native
+    from ema_timm.reproducible import versions
+
+    for name, version in versions().items():
+        print(f"{name}: {version}")
+    print(
+        f"closed_form on the CPU: {closed_form_native.status()}, {torch.get_num_threads()} threads"
+    )
+    cuda = torch.cuda.is_available()
+    print(f"CUDA: {torch.cuda.get_device_name() if cuda else 'not available'}")
+    return 0
