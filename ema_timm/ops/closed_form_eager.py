@@ -232,11 +232,7 @@ def _backward_chunk(g, grad, kept, w: FoldedWeights, dg: Tensor | None, total: _
     dtaps = (dm @ w.vote_weight).div_(area).view(*dm.shape, 3, 3)
     dpool = torch.matmul(w.mix_weight.t(), dmix)
     drow, dcol = dpool[..., :height] / width, dpool[..., height:] / height
-    drow += dtaps.sum((2, 3))[..., None]
-    drow[..., -1] -= dtaps[..., 0, :].sum(-1)
-    drow[..., 0] -= dtaps[..., 2, :].sum(-1)
-    dcol[..., -1] -= dtaps[..., :, 0].sum(-1)
-    dcol[..., 0] -= dtaps[..., :, 2].sum(-1)
+    spread_taps(dtaps, drow, dcol)
 
     acc = dy.mul_(gate_h[..., None]).mul_(gate_w[..., None, :])
     acc.addcmul_(grad, gate_map[:, None])
@@ -247,6 +243,23 @@ def _backward_chunk(g, grad, kept, w: FoldedWeights, dg: Tensor | None, total: _
     acc[..., 0, -1] += dtaps[..., 2, 0]
     acc[..., 0, 0] += dtaps[..., 2, 2]
     dg.copy_(acc)
+
+
+def spread_taps(dtaps: Tensor, drow: Tensor, dcol: Tensor) -> None:
+    """Add the gradients of the shifted means, but for the corners, to those of rows and columns.
+
+    A tap reaches every pixel but the border row and column that its shift leaves out.
+
+    Args:
+        dtaps: Gradient of each tap's sum, (T, n, 3, 3).
+        drow: What every pixel of a row receives, (T, n, H); changed in place.
+        dcol: What every pixel of a column receives, (T, n, W); changed in place.
+    """
+    drow += dtaps.sum((2, 3))[..., None]
+    drow[..., -1] -= dtaps[..., 0, :].sum(-1)
+    drow[..., 0] -= dtaps[..., 2, :].sum(-1)
+    dcol[..., -1] -= dtaps[..., :, 0].sum(-1)
+    dcol[..., 0] -= dtaps[..., :, 2].sum(-1)
 
 
 def _chunks(groups: int, *maps: Tensor | None) -> Iterator[tuple]:
