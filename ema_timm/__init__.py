@@ -13,9 +13,17 @@ _HOME = {
     "EmaWeights": "ema_timm.ops",
     "ema_attention": "ema_timm.ops",
     "inject": "ema_timm.backbones.inject",
+    "set_implementation": "ema_timm.attention",
 }
 
-__all__ = ["EmaAttn", "EmaWeights", "__version__", "ema_attention", "inject"]
+__all__ = [
+    "EmaAttn",
+    "EmaWeights",
+    "__version__",
+    "ema_attention",
+    "inject",
+    "set_implementation",
+]
 
 
 def __getattr__(name: str):

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from ema_timm.ops import EmaWeights, FoldedWeights, ema_attention, folded_ema_attention
+from ema_timm.ops import (
+    IMPLEMENTATIONS,
+    EmaWeights,
+    FoldedWeights,
+    ema_attention,
+    folded_ema_attention,
+)
 from ema_timm.ops.closed_form import drop_common_vote, fold
 from ema_timm.ops.weights import EPS
 
@@ -97,7 +103,7 @@ class EmaAttn(nn.Module):
         nothing.
         """
         if self.folded is None:
-            self.folded = FoldedEma(self.weights(), self.groups)
+            self.folded = FoldedEma(self.weights(), self.groups, self.impl)
             self.folded.train(self.training)
             del self.conv1x1, self.conv3x3, self.gn
 
@@ -137,11 +143,13 @@ class FoldedEma(nn.Module):
     Args:
         weights: Parameters of the layer to fold.
         groups: G.
+        impl: Who computes, as `ema_timm.ops.ema_attention` takes it.
     """
 
-    def __init__(self, weights: EmaWeights, groups: int):
+    def __init__(self, weights: EmaWeights, groups: int, impl: str = "auto"):
         super().__init__()
         self.groups = groups
+        self.impl = impl
         with torch.no_grad():
             wide = drop_common_vote(fold(EmaWeights(*[w.double() for w in weights])))
         for name, value in wide._asdict().items():
@@ -166,7 +174,32 @@ class FoldedEma(nn.Module):
             self.gn_weight,
             self.gn_bias,
         )
-        return folded_ema_attention(x, weights, self.groups)
+        return folded_ema_attention(x, weights, self.groups, self.impl)
+
+
+def set_implementation(model: nn.Module, impl: str) -> int:
+    """Choose who computes every EMA attention layer of ``model``.
+
+    Args:
+        model: Any module that holds layers, or one layer.
+        impl: "auto", "reference", "closed_form" or "fused".
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        ValueError: If ``impl`` is unknown or the model holds no such layer.
+    """
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}.")
+    layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no EMA attention layer.")
+    for layer in layers:
+        layer.impl = impl
+        if layer.folded is not None:
+            layer.folded.impl = impl
+    return len(layers)
 
 
 def _require_positive_int(name: str, value: int) -> None:

@@ -24,7 +24,7 @@ from ema_timm.ops.closed_form import (
     shifted_means,
 )
 from ema_timm.ops.closed_form_autograd import closed_form_eager
-from ema_timm.ops.closed_form_compiled import closed_form_opaque
+from ema_timm.ops.operators import closed_form_opaque
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EPS, EmaWeights
 

@@ -1,5 +1,6 @@
 """What autograd sees of the closed form: one node, whose backward is written out by hand."""
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -57,7 +58,8 @@ class _ClosedForm(torch.autograd.Function):
         weights, saved = EmaWeights(*rest[:6]), eager.Saved(*rest[6:])
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
-            return _differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
+            dx, dw = differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
+            return dx, None, *dw
         dx, dw = kernel(x).backward(
             grad, x, saved, statistics_type(x, weights), ctx.groups, need_x, any(need)
         )
@@ -74,12 +76,28 @@ class _ClosedForm(torch.autograd.Function):
         )
 
 
-def _differentiable_backward(grad, x, weights, groups, need_x, need):
-    """The same gradients as recorded operations, for derivatives of derivatives."""
+def differentiable_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: EmaWeights,
+    groups: int,
+    need_x: bool,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of ``x`` and of the weights as recorded operations, for derivatives of them.
+
+    Args:
+        grad: Gradient of the output, (B, C, H, W).
+        x: The input, (B, C, H, W).
+        weights: Parameters of one layer.
+        groups: G.
+        need_x: Whether the gradient of ``x`` is wanted.
+        need: Whether that of each parameter is wanted.
+    """
     # Aliases, so that a path from x back to the same weights (a layer used twice) stays outside.
     inputs = [x.view_as(x), *[w.view_as(w) for w in weights]]
     wanted = [t for t, n in zip(inputs, [need_x, *need], strict=True) if n]
     out = closed_form(inputs[0], EmaWeights(*inputs[1:]), groups)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     dx, *dw = [next(found) if n else None for n in [need_x, *need]]
-    return dx, None, *dw
+    return dx, dw

@@ -1,5 +1,7 @@
 """The only place that validates a call and chooses an implementation."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,7 +14,7 @@ from ema_timm.ops.weights import EmaWeights
 # Before PyTorch 2.7 nothing tells compiling from exporting; the form that suits both is taken.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 
-IMPLEMENTATIONS = ("reference", "closed_form")
+IMPLEMENTATIONS = ("reference", "closed_form", "fused")
 
 
 def ema_attention(x: Tensor, weights: EmaWeights, groups: int, impl: str = "auto") -> Tensor:
@@ -25,7 +27,7 @@ def ema_attention(x: Tensor, weights: EmaWeights, groups: int, impl: str = "auto
         x: Feature map, (B, C, H, W), floating point, H and W at least 1.
         weights: Parameters of one layer, shared by all groups; n = C / G channels wide.
         groups: G; must divide C.
-        impl: "auto" (closed_form), "reference" or "closed_form".
+        impl: "auto" (closed_form), "reference", "closed_form" or "fused" (Triton kernels).
 
     Returns:
         Tensor with the shape, dtype and memory format of ``x``, owning its memory.
@@ -33,6 +35,7 @@ def ema_attention(x: Tensor, weights: EmaWeights, groups: int, impl: str = "auto
     Raises:
         ValueError: If the shapes do not fit together or ``impl`` is unknown.
         TypeError: If ``x`` is not floating point.
+        RuntimeError: If "fused" is asked for where it cannot run.
     """
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing():
@@ -43,15 +46,19 @@ def ema_attention(x: Tensor, weights: EmaWeights, groups: int, impl: str = "auto
     return _run(x, weights, groups, impl)
 
 
-def folded_ema_attention(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
+def folded_ema_attention(
+    x: Tensor, weights: FoldedWeights, groups: int, impl: str = "auto"
+) -> Tensor:
     """`ema_attention` from weights folded once, for inference.
 
-    Differentiable in ``x`` by plain autograd.
+    Differentiable in ``x`` by plain autograd of the closed form.
 
     Args:
         x: Feature map, (B, C, H, W), floating point, H and W at least 1.
         weights: Folded parameters of one layer, of any floating point type.
         groups: G; must divide C.
+        impl: As `ema_attention` takes it; folded weights have no "reference" and take
+            "closed_form" for it.
 
     Returns:
         Tensor with the shape, dtype and memory format of ``x``, owning its memory.
@@ -62,14 +69,14 @@ def folded_ema_attention(x: Tensor, weights: FoldedWeights, groups: int) -> Tens
     """
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing():
-            _validate(x, weights.gn_weight.shape[0], groups, "closed_form")
+            _validate(x, weights.gn_weight.shape[0], groups, impl)
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return _run_folded(x, weights, groups)
-    return _run_folded(x, weights, groups)
+                return _run_folded(x, weights, groups, impl)
+    return _run_folded(x, weights, groups, impl)
 
 
-def _run_folded(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
+def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     w = FoldedWeights(
         weights.mix_weight.to(dtype),
@@ -82,7 +89,11 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
     )
     if not torch.jit.is_scripting():
         recorded = torch.is_grad_enabled() and (x.requires_grad or w.gn_bias.requires_grad)
-        if not recorded and _closed_form(x) == "eager":
+        if impl == "fused":
+            operators = _fused(x, w.gn_weight)
+            if not recorded:
+                return operators.fused_folded_operator(x, w, groups)
+        elif not recorded and _closed_form(x) == "eager":
             return closed_form_folded_eager(x, w, groups)
     return closed_form_folded(x, w, groups)
 
@@ -91,6 +102,8 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> Tensor:
     if not torch.jit.is_scripting():
         if impl == "reference":
             return reference(x, weights, groups)
+        if impl == "fused":
+            return _fused(x, weights.gn_weight).fused_operator(x, weights, groups)
         form = _closed_form(x)
         if form == "opaque":
             return _opaque(x, weights, groups)
@@ -100,10 +113,48 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> Tensor:
 
 
 def _opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
-    # Registering operators takes longer than all the rest of this package's import.
-    from ema_timm.ops.closed_form_compiled import closed_form_opaque
+    # Imported at the first compile: it is slow and most processes never need it.
+    from ema_timm.ops.operators import closed_form_opaque
 
     return closed_form_opaque(x, weights, groups)
+
+
+def _fused(x: Tensor, weight: Tensor) -> ModuleType:
+    """The module of the operators, once it is clear that the Triton kernels can take the call.
+
+    Never chosen by "auto": no GPU was at hand to measure where they are faster than the closed
+    form, and what is not measured is not a default.
+    """
+    reason = fused_unavailable(x, weight)
+    if reason:
+        raise RuntimeError(
+            f"impl='fused' cannot run here: {reason}. Use impl='auto', which always can."
+        )
+    from ema_timm.ops import operators
+
+    return operators
+
+
+def fused_unavailable(x: Tensor, weight: Tensor) -> str | None:
+    """Why the Triton kernels cannot take a call, or None if they can.
+
+    Args:
+        x: The feature map, (B, C, H, W).
+        weight: One of the layer's vectors, (n,).
+    """
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return "torch.jit.trace and torch.func do not look into its operators"
+    if forward_ad.unpack_dual(x).tangent is not None:
+        return "it has no forward-mode derivative"
+    if weight.device != x.device:
+        return f"the input is on {x.device} and the layer's weights are on {weight.device}"
+    try:
+        from ema_timm.ops import fused
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        return "Triton is not installed (PyTorch's CUDA builds for Linux bring it)"
+    return fused.unavailable(x, weight.shape[0])
 
 
 def _closed_form(x: Tensor) -> str:

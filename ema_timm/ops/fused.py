@@ -55,10 +55,16 @@ def unavailable(x: Tensor, n: int) -> str | None:
             f"it needs a CUDA GPU and the input is on {x.device} (under Triton's interpreter, "
             "TRITON_INTERPRET=1, it also runs on the CPU, very slowly)"
         )
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(x.device)
+    if torch.version.hip is None and compute_capability(x.device.index) < (8, 0):
+        major, minor = compute_capability(x.device.index)
         return f"it needs compute capability 8.0 or newer, {x.device} has {major}.{minor}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(index: int) -> tuple[int, int]:
+    """Major and minor of one GPU; a constant for who compiles."""
+    return torch.cuda.get_device_capability(index)
 
 
 def interpreted() -> bool:
@@ -202,8 +208,9 @@ def _backward_whole(
         num_warps=8,
     )
     dm = parts[:, 9 * n : 10 * n]
-    kernel, dm_sum, dgamma, dbeta, mix_bias, mix, logits = parts.sum(0).split(
-        [9 * n, n, n, n, n, n * n, 1]
+    # Copies: an operator's results must not share memory.
+    kernel, dm_sum, dgamma, dbeta, mix_bias, mix, logits = (
+        t.clone() for t in parts.sum(0).split([9 * n, n, n, n, n, n * n, 1])
     )
     found = FoldedWeights(
         mix.view(n, n), mix_bias, kernel.view(9, n), dm.t() @ means, dm_sum, dgamma, dbeta
@@ -246,7 +253,16 @@ def _forward_split(x, w: FoldedWeights, groups, out, saved: Saved | None, cut: P
     parts = x.new_empty((3, blocks, tiles, n), dtype=torch.float32)
     sizes = {"n": n, "BN": cut.channels, "BH": cut.rows, "BW": cut.columns}
     kernels_split.block_statistics[(tiles, blocks, channel_blocks)](
-        x, kept.gates, parts, tiles, groups, height, width, *x.stride(), **sizes, num_warps=cut.warps
+        x,
+        kept.gates,
+        parts,
+        tiles,
+        groups,
+        height,
+        width,
+        *x.stride(),
+        **sizes,
+        num_warps=cut.warps,
     )
     kernels_split.merge_statistics[(tiles, channel_blocks)](
         parts, kept.vectors, blocks, tiles, height, width, **sizes, BB=16, num_warps=4

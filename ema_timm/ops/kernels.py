@@ -178,7 +178,7 @@ def gate_gradient(
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """dL = (Σ_c D·x)·A·(1 − A) for one block of pixels. Grid (B·G, row blocks, column blocks)."""
+    """DL = (Σ_c D·x)·A·(1 − A) for one block of pixels. Grid (B·G, row blocks, column blocks)."""
     grad_b, grad_h = aligned(grad_b, VECTOR), aligned(grad_h, VECTOR)
     x_b, x_h = aligned(x_b, VECTOR), aligned(x_h, VECTOR)
     if LAST:

@@ -85,14 +85,14 @@ def store_plane(start, plane, h, w, H, W):
 
 @triton.jit
 def centred(block, gate_h, gate_w, mean, rest):
-    """y − μ, (BN, BH, BW), from gates (BN, BH) and (BN, BW)."""
+    """Y − μ, (BN, BH, BW), from gates (BN, BH) and (BN, BW)."""
     y = block * gate_h[:, :, None] * gate_w[:, None, :]
     return (y - mean[:, None, None]) - rest[:, None, None]
 
 
 @triton.jit
 def norm_gradient(y, dl, coef, slope, dl_mean):
-    """dy = uγr·(dL − mean dL − ŷ·mean(dL·ŷ)), (BN, BH, BW), from y − μ and dL (BH, BW)."""
+    """Dy = uγr·(dL − mean dL − ŷ·mean(dL·ŷ)), (BN, BH, BW), from y − μ and dL (BH, BW)."""
     return coef[:, None, None] * ((dl - dl_mean)[None, :, :] - y * slope[:, None, None])
 
 

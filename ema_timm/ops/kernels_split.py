@@ -288,7 +288,7 @@ def block_norm_gradient(
     block, gate_h, gate_w, vectors, logit_gradient, dl_means, slopes, gn_weight,
     tile, tiles, c, h, w, n, H, W,
 ):  # fmt: skip
-    """dy of a block, (BN, BH, BW)."""
+    """Dy of a block, (BN, BH, BW)."""
     step = tiles.to(tl.int64) * n
     vectors_start = vectors + tile * n
     mean, rest = load_vector(vectors_start, c, n), load_vector(vectors_start + step, c, n)

@@ -1,0 +1,172 @@
+"""EMA attention as operators of PyTorch's library, which `torch.compile` takes as they are.
+
+``ema_timm::closed_form`` calls the kernels that eager mode runs on the CPU: Inductor, left to fuse
+the traceable form, spent minutes on the backward of a ResNet and then ran it slower than eager.
+``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.fused`.
+
+Import this module late: registering takes longer than all the rest of this package's import.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ema_timm.ops import closed_form_autograd
+from ema_timm.ops.closed_form import FoldedWeights, fold, statistics_type
+from ema_timm.ops.closed_form_eager import Saved, new_saved
+from ema_timm.ops.weights import EmaWeights
+
+# Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
+_PARAMETERS = (
+    "Tensor conv1x1_weight, Tensor conv1x1_bias, Tensor conv3x3_weight, Tensor conv3x3_bias, "
+    "Tensor gn_weight, Tensor gn_bias"
+)
+_FOLDED = (
+    "Tensor mix_weight, Tensor mix_bias, Tensor kernel, Tensor vote_weight, Tensor vote_bias, "
+    "Tensor gn_weight, Tensor gn_bias"
+)
+
+
+def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
+    """`ema_timm.ops.closed_form.closed_form` as the operator ``ema_timm::closed_form``.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point, on the CPU.
+        weights: Parameters of one layer.
+        groups: G; divides C.
+
+    Returns:
+        (B, C, H, W), the dtype and memory format of ``x``.
+    """
+    return _closed_form(x, *weights, groups, _recorded(x, weights))[0]
+
+
+def fused_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
+    """`closed_form_opaque` by Triton kernels, as the operator ``ema_timm::fused``.
+
+    The caller has asked `ema_timm.ops.fused.unavailable` first.
+    """
+    return _fused(x, *weights, groups, _recorded(x, weights))[0]
+
+
+def fused_folded_operator(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
+    """`fused_operator` from folded weights, for inference: ``ema_timm::fused_folded``."""
+    return _fused_folded(x, *weights, groups)
+
+
+def _recorded(x: Tensor, weights: EmaWeights) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+
+
+def _register(name: str, forward: Callable, backward: Callable) -> Callable:
+    """Register ``ema_timm::name`` and ``ema_timm::name_backward``; returns the first.
+
+    Args:
+        name: Name of the operator.
+        forward: (x, folded weights, groups, save) -> (output, `Saved` or None).
+        backward: (grad, x, saved, weights, groups, need_x, need_weights) -> (dx, gradients).
+    """
+
+    @torch.library.custom_op(
+        f"ema_timm::{name}",
+        mutates_args=(),
+        schema=f"(Tensor x, {_PARAMETERS}, SymInt groups, bool save) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    def operator(x, *rest):
+        *weights, groups, save = rest
+        folded = fold(statistics_type(x, EmaWeights(*weights)))
+        out, saved = forward(x, folded, groups, save)
+        return out, *(saved or (x.new_empty(0), x.new_empty(0), x.new_empty(0)))
+
+    @operator.register_fake
+    def _(x, *rest):
+        groups, save = rest[6:]
+        saved = (x.new_empty(0), x.new_empty(0), x.new_empty(0))
+        if save:
+            saved = new_saved(x, groups, torch.promote_types(x.dtype, torch.float32))
+        return torch.empty_like(x), *saved
+
+    @torch.library.custom_op(
+        f"ema_timm::{name}_backward",
+        mutates_args=(),
+        schema="(Tensor grad, Tensor x, Tensor gates, Tensor gate_map, Tensor vectors, "
+        f"{_PARAMETERS}, SymInt groups, bool need_x, bool need_weights) -> Tensor[]",
+    )
+    def operator_backward(grad, x, gates, gate_map, vectors, *rest):
+        weights, (groups, need_x, need_weights) = rest[:6], rest[6:]
+        wide = statistics_type(x, EmaWeights(*weights))
+        saved = Saved(gates, gate_map, vectors)
+        dx, dw = backward(grad, x, saved, wide, groups, need_x, need_weights)
+        found = [x.new_empty(0) if dx is None else dx]
+        if dw is not None:
+            found += [d.to(w.dtype) for d, w in zip(dw, weights, strict=True)]
+        return found
+
+    @operator_backward.register_fake
+    def _(grad, x, gates, gate_map, vectors, *rest):
+        weights, (_, need_x, need_weights) = rest[:6], rest[6:]
+        found = [torch.empty_like(x) if need_x else x.new_empty(0)]
+        if need_weights:
+            found += [w.new_empty(w.shape) for w in weights]
+        return found
+
+    def keep(ctx, inputs, output):
+        x, *weights = inputs[:7]
+        ctx.groups = inputs[7]
+        ctx.save_for_backward(x, *output[1:], *weights)
+
+    def differentiate(ctx, grad, *_):
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:7]
+        if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
+            x, *rest = ctx.saved_tensors
+            dx, dw = closed_form_autograd.differentiable_backward(
+                grad, x, EmaWeights(*rest[3:]), ctx.groups, need_x, need
+            )
+            return dx, *dw, None, None
+        dx, *dw = operator_backward(grad, *ctx.saved_tensors, ctx.groups, need_x, any(need))
+        dw = [d if n else None for d, n in zip(dw or [None] * 6, need, strict=True)]
+        return dx if need_x else None, *dw, None, None
+
+    operator.register_autograd(differentiate, setup_context=keep)
+    return operator
+
+
+def _closed_form_forward(x, *rest):
+    return closed_form_autograd.kernel(x).forward(x, *rest)
+
+
+def _closed_form_backward(grad, x, *rest):
+    return closed_form_autograd.kernel(x).backward(grad, x, *rest)
+
+
+def _fused_forward(*arguments):
+    from ema_timm.ops import fused  # imports Triton
+
+    return fused.forward(*arguments)
+
+
+def _fused_backward(*arguments):
+    from ema_timm.ops import fused
+
+    return fused.backward(*arguments)
+
+
+_closed_form = _register("closed_form", _closed_form_forward, _closed_form_backward)
+_fused = _register("fused", _fused_forward, _fused_backward)
+
+
+@torch.library.custom_op(
+    "ema_timm::fused_folded",
+    mutates_args=(),
+    schema=f"(Tensor x, {_FOLDED}, SymInt groups) -> Tensor",
+)
+def _fused_folded(x, *rest):
+    *weights, groups = rest
+    return _fused_forward(x, FoldedWeights(*weights), groups, False)[0]
+
+
+@_fused_folded.register_fake
+def _(x, *rest):
+    return torch.empty_like(x)
