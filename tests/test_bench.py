@@ -172,8 +172,21 @@ def test_plots_are_pictures(measured, tmp_path, kind):
         assert picture.format == "PNG" and picture.width > 500
 
 
+def test_resolution_refuses_settings_it_would_ignore(capsys):
+    args = ["bench", "model", "--resolution", "--amp", "--size", "64", "--impl", "reference"]
+    assert main(args) == 2
+    assert "drop --size, --amp, --impl" in capsys.readouterr().err
+
+
+def test_a_network_is_measured_with_the_implementation_asked_for():
+    result = bench_model(SMALL, batch=1, size=64, rounds=1, impl="reference", progress=False)
+    assert result["settings"]["impl"] == "reference"
+    assert {row["network"]: row.get("error") for row in result["rows"]} == {"plain": None, "ema": 0}
+
+
 def test_env_says_which_kernel_runs(capsys):
     assert main(["env"]) == 0
     text = capsys.readouterr().out
-    assert "closed_form on the CPU: " in text
+    assert "closed_form: runs anywhere; on the CPU " in text
+    assert "fused: " in text
     assert "timm: " in text

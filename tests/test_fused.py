@@ -9,7 +9,9 @@ from ema_timm.bench.layer import AuthorsForm
 from ema_timm.ops import EmaWeights
 from ema_timm.ops.closed_form import drop_common_vote, fold
 
-pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
+triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
+if not hasattr(triton.language, "gather"):
+    pytest.skip(f"the kernels need Triton 3.2, found {triton.__version__}", allow_module_level=True)
 
 from ema_timm.ops import fused
 

@@ -12,6 +12,7 @@ from ema_timm.attention import EmaAttn, largest_group_count
 from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
 from ema_timm.bench.timing import Timing, machine, round_robin
 from ema_timm.ops import IMPLEMENTATIONS
+from ema_timm.ops.dispatch import fused_unavailable
 
 SHAPES = {
     "resnet50 stage 1": (256, 56, 56),
@@ -161,7 +162,12 @@ def _variants(x: Tensor, compiled: bool) -> dict[str, _Variant]:
     authors = AuthorsForm(channels, groups, **dd)
     authors.load_state_dict(first.state_dict())
     variants = {AUTHORS: _Variant(authors, True)}
+    if compiled and x.is_cuda:  # on a CPU Inductor makes this form slower, and takes minutes
+        variants[f"{AUTHORS}, compiled"] = _Variant(torch.compile(copy.deepcopy(authors)), True)
     for impl in IMPLEMENTATIONS:
+        # Triton's interpreter also runs "fused" on a CPU, but that is no time to measure.
+        if impl == "fused" and (not x.is_cuda or fused_unavailable(x, first.gn.weight)):
+            continue
         layer = copy.deepcopy(first)
         layer.impl = impl
         variants[impl] = _Variant(layer, True)

@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from ema_timm.attention import EmaAttn
+from ema_timm.attention import EmaAttn, set_implementation
 from ema_timm.bench.layer import AUTHORS, TOLERANCE, AuthorsForm
+from ema_timm.bench.memory import peak_extra_bytes
 from ema_timm.bench.timing import machine, round_robin
 from ema_timm.ops import ema_attention
 
@@ -35,6 +36,7 @@ def bench_model(
     device: str = "cpu",
     amp: bool = False,
     channels_last: bool = False,
+    impl: str = "auto",
     progress: bool = True,
 ) -> dict:
     """Measure inference and a training step of every network.
@@ -47,13 +49,19 @@ def bench_model(
         device: Where to run.
         amp: bfloat16 mixed precision.
         channels_last: Memory format.
+        impl: Who computes the EMA layers.
         progress: Show bars (on a terminal).
 
     Returns:
-        The machine, the settings and one row a network: images a second, and time in ms.
+        The machine, the settings and one row a network: images a second, time in ms, and on a
+        GPU the peak memory of a training step in bytes.
     """
     where = torch.device(device)
     models = {n: _build(*spec, where, channels_last) for n, spec in networks.items()}
+    if impl != "auto":
+        for model in models.values():
+            if any(isinstance(m, EmaAttn) for m in model.modules()):
+                set_implementation(model, impl)
     images = torch.randn(batch, 3, size, size, device=where)
     if channels_last:
         images = images.to(memory_format=torch.channels_last)
@@ -73,9 +81,13 @@ def bench_model(
                 timing = times[kind][name]
                 row[f"{kind}_ms"] = timing._asdict()
                 row[f"{kind}_images_per_s"] = 1e3 * batch / timing.median
+            if where.type == "cuda":
+                row["training_peak_bytes"] = peak_extra_bytes(training[name], where)
         rows.append(row)
     settings = {"batch": batch, "size": size, "amp": amp, "rounds": rounds}
     settings["memory_format"] = "channels_last" if channels_last else "contiguous"
+    if impl != "auto":
+        settings["impl"] = impl
     return {"bench": "model", "machine": machine(where), "settings": settings, "rows": rows}
 
 

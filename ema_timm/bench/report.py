@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ema_timm.bench.layer import AUTHORS, FLOOR
+from ema_timm.bench.layer import FLOOR
 from ema_timm.errors import UserError
 
 
@@ -93,6 +93,9 @@ def _number(row: dict, key: str, unit: float, form: str) -> str:
 
 def _model(result: dict) -> str:
     header = ["network", "parameters", "inference, images/s", "training, images/s", "step, ms"]
+    memory = any("training_peak_bytes" in row for row in result["rows"])
+    if memory:
+        header.append("step, peak MiB")
     lines = []
     for row in result["rows"]:
         times = [
@@ -100,7 +103,8 @@ def _model(result: dict) -> str:
             for key in ("inference_images_per_s", "training_images_per_s")
         ]
         step = _time(row.get("training_ms"))
-        lines.append([row["network"], f"{row['parameters']:,}", *times, step])
+        peak = [_number(row, "training_peak_bytes", 2**20, ".0f")] if memory else []
+        lines.append([row["network"], f"{row['parameters']:,}", *times, step, *peak])
     return _rows(header, lines)
 
 
@@ -164,7 +168,7 @@ def _plot_layer(result: dict, figure) -> None:
             for r in rows
             if r["variant"] == variant
         }
-        ema = variant == AUTHORS or "form" in variant or variant.startswith("auto")
+        ema = "form" in variant or variant == "fused" or variant.startswith("auto")
         axes.plot(
             [p for p in places if p in ratios],
             list(ratios.values()),

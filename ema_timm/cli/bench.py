@@ -27,6 +27,12 @@ def add_commands(commands) -> None:
     model.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
     model.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
     model.add_argument(
+        "--impl",
+        default="auto",
+        choices=("auto", "reference", "closed_form", "fused"),
+        help="who computes the EMA layers (default: %(default)s)",
+    )
+    model.add_argument(
         "--resolution",
         action="store_true",
         help="instead, how inference grows from 224 to 1,344 px",
@@ -69,6 +75,15 @@ def _bench_model(args: argparse.Namespace) -> int:
     from ema_timm.bench.model import bench_model, bench_resolution
 
     if args.resolution:
+        ignored = {
+            "--size": args.size != 224,
+            "--amp": args.amp,
+            "--channels-last": args.channels_last,
+            "--impl": args.impl != "auto",
+        }
+        if any(ignored.values()):
+            names = ", ".join(name for name, given in ignored.items() if given)
+            raise UserError(f"--resolution measures in float32 at its own sizes: drop {names}.")
         return _report(
             args,
             lambda device: bench_resolution(
@@ -84,6 +99,7 @@ def _bench_model(args: argparse.Namespace) -> int:
             device=device,
             amp=args.amp,
             channels_last=args.channels_last,
+            impl=args.impl,
         ),
     )
 

@@ -13,13 +13,19 @@ def _env(args: argparse.Namespace) -> int:
     import torch
 
     from ema_timm.ops import closed_form_native
+    from ema_timm.ops.dispatch import fused_unavailable
     from ema_timm.reproducible import versions
 
     for name, version in versions().items():
         print(f"{name}: {version}")
-    print(
-        f"closed_form on the CPU: {closed_form_native.status()}, {torch.get_num_threads()} threads"
-    )
     cuda = torch.cuda.is_available()
     print(f"CUDA: {torch.cuda.get_device_name() if cuda else 'not available'}")
+    print("reference: runs anywhere")
+    print(
+        f"closed_form: runs anywhere; on the CPU {closed_form_native.status()}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    probe = torch.empty(1, 1, 1, 1, device="cuda" if cuda else "cpu")
+    reason = fused_unavailable(probe, probe[0, 0, 0])
+    print(f"fused: {f'cannot run here: {reason}' if reason else 'runs'}")
     return 0
