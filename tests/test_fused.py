@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="PyTorch for this platform comes w
 if not hasattr(triton.language, "gather"):
     pytest.skip(f"the kernels need Triton 3.2, found {triton.__version__}", allow_module_level=True)
 
-from ema_timm.ops import fused
+from ema_timm.ops import fused  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -63,7 +63,7 @@ SPLIT = [
     ((1, 128, 3, 2), 1),
     ((1, 48, 1, 7), 1),
     ((1, 34, 1, 1), 1),
-    ((1, 40, 18, 70), 1),  # several blocks each way
+    ((1, 33, 3, 66), 1),  # several blocks each way
 ]
 
 
@@ -83,11 +83,12 @@ def test_every_type_and_layout(poison, shape, layout, dtype):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_split_tile_is_the_same_as_a_whole_one(monkeypatch, layout):
-    case = on_device(oracle.make_case((2, 12, 9, 35), 3, layout=layout))
+    case = on_device(oracle.make_case((1, 6, 5, 19), 2, layout=layout))
     whole = oracle.output_and_gradients(run, case)
     monkeypatch.setattr(fused, "TILE_BYTES", 0)
     monkeypatch.setattr(fused, "BLOCK", 64)
-    assert not fused.plan(case.x, 3).whole
+    assert not fused.plan(case.x, 2).whole
+    assert fused.plan(case.x, 2).blocks(5, 19) > 1
     split = oracle.output_and_gradients(run, case)
     for name, value in whole.items():
         assert oracle.relative_error(split[name], value.double()) < 1e-5, name
@@ -99,7 +100,7 @@ def test_gradients_laid_out_unlike_the_input(poison):
     oracle.assert_matches(run, case._replace(grad=expanded))
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 9, 8), (1, 80, 5, 40)])
+@pytest.mark.parametrize("shape", [(2, 16, 9, 8), (1, 80, 5, 9)])
 def test_the_same_bits_every_time(shape):
     case = on_device(oracle.make_case(shape, 2))
     first = oracle.output_and_gradients(run, case)
