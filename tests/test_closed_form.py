@@ -426,8 +426,8 @@ def test_exports_to_onnx_with_dynamic_height_and_width(dynamo):
     layer, x, _ = others()
     file = io.BytesIO()
     if dynamo:
-        dims = {"x": {2: torch.export.Dim("h"), 3: torch.export.Dim("w")}}
-        torch.onnx.export(layer, (x,), file, dynamo=True, dynamic_shapes=dims)
+        sizes = {2: torch.export.Dim("h", max=4096), 3: torch.export.Dim("w", max=4096)}
+        torch.onnx.export(layer, (x,), file, dynamo=True, dynamic_shapes={"x": sizes})
     else:
         axes = {"x": {2: "h", 3: "w"}}
         torch.onnx.export(layer, (x,), file, dynamo=False, input_names=["x"], dynamic_axes=axes)

@@ -11,7 +11,7 @@ from ema_timm.ops.closed_form import drop_common_vote, fold
 
 triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
 if not hasattr(triton.language, "gather"):
-    pytest.skip(f"the kernels need Triton 3.2, found {triton.__version__}", allow_module_level=True)
+    pytest.skip(f"the kernels need Triton 3.3, found {triton.__version__}", allow_module_level=True)
 
 from ema_timm.ops import fused  # noqa: E402
 

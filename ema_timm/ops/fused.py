@@ -43,7 +43,7 @@ BLOCK = 2048
 def unavailable(x: Tensor, n: int) -> str | None:
     """Why the kernels cannot take ``x`` in groups of ``n`` channels, or None if they can."""
     if not hasattr(tl, "gather"):
-        return f"it needs Triton 3.2 or newer, found {triton.__version__}"
+        return f"it needs Triton 3.3 or newer, found {triton.__version__}"
     if x.dtype not in TYPES:
         return f"it takes float32, bfloat16 and float16 input, got {x.dtype}"
     if n > WIDEST:
