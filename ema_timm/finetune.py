@@ -31,6 +31,7 @@ from ema_timm.finetune_parts import (
     optimizer_and_scheduler,
 )
 from ema_timm.hub.card import card_text
+from ema_timm.hub.results import FORMAT
 from ema_timm.reproducible import get_rng_state, seed_everything, set_rng_state, versions
 from ema_timm.run_folder import RunFolder
 from ema_timm.stop import Stop, stop_on_signal
@@ -286,6 +287,7 @@ class _Run:
         """The content of results.json."""
         best = self.best
         return {
+            "format": FORMAT,
             "architecture": self.model.pretrained_cfg["architecture"],
             "base": self.base,
             "task": "image-classification",
@@ -301,6 +303,7 @@ class _Run:
             "data": self.identity["data"],
             "arguments": dataclasses.asdict(self.config),
             "history": self.history,
+            "plots": [] if save_curves is None else ["curves.png"],
             "device": str(self.device.type),
             "processes": self.world_size,
             "versions": versions(),

@@ -18,6 +18,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ema_timm.errors import UserError
+from ema_timm.hub.auto_map import AUTO_MAP, STUB, completed, stub_text
 
 
 class RunFolder:
@@ -97,7 +98,7 @@ class RunFolder:
     def save_model(
         self, model: nn.Module, model_args: dict, data_config: dict, class_names: list[str]
     ) -> str:
-        """Write ``model.safetensors`` and ``config.json``.
+        """Write ``model.safetensors``, ``config.json`` and what the latter names.
 
         Args:
             model: A timm classifier.
@@ -113,8 +114,14 @@ class RunFolder:
         content = safetensors.torch.save(weights, metadata={"format": "pt"})
         self.write("model.safetensors", lambda path: path.write_bytes(content))
         config = hub_config(model, model_args, data_config, class_names, scratch=self.path)
-        self.write_json("config.json", config)
+        self.save_config(config)
         return sha256(self.path / "model.safetensors")
+
+    def save_config(self, config: dict) -> None:
+        """Write ``config.json``, and the stub where ``auto_map`` names it."""
+        self.write_json("config.json", config)
+        if config.get("auto_map") == AUTO_MAP:
+            self.write_text(STUB, stub_text())
 
 
 def hub_config(
@@ -124,11 +131,7 @@ def hub_config(
     class_names: list[str],
     scratch: Path,
 ) -> dict[str, Any]:
-    """The config.json of timm's Hub format for ``model``; timm and transformers both load it.
-
-    timm writes ``num_classes`` among the model's arguments as well as at the top level, and
-    transformers then passes it twice; at the top level alone it satisfies both.
-    """
+    """The config.json of timm's Hub format for ``model``; timm and transformers both load it."""
     file = scratch / f".config.{os.getpid()}.tmp"
     try:
         save_config_for_hf(
@@ -140,10 +143,6 @@ def hub_config(
         config = json.loads(file.read_text())
     finally:
         file.unlink(missing_ok=True)
-    args = config.get("model_args", {})
-    args.pop("num_classes", None)
-    if not args:
-        config.pop("model_args", None)
     cfg = config["pretrained_cfg"]
     cfg["num_classes"] = config["num_classes"]
     if tuple(cfg["input_size"]) != tuple(data_config["input_size"]):
@@ -151,7 +150,7 @@ def hub_config(
     cfg.update({key: data_config[key] for key in _DATA_KEYS})
     for key in _BASE_ONLY_KEYS:
         cfg.pop(key, None)
-    return config
+    return completed(config)
 
 
 _DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
