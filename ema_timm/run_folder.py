@@ -96,7 +96,12 @@ class RunFolder:
             ) from error
 
     def save_model(
-        self, model: nn.Module, model_args: dict, data_config: dict, class_names: list[str]
+        self,
+        model: nn.Module,
+        model_args: dict,
+        data_config: dict,
+        class_names: list[str],
+        descriptions: dict[str, str] | None = None,
     ) -> str:
         """Write ``model.safetensors``, ``config.json`` and what the latter names.
 
@@ -105,6 +110,7 @@ class RunFolder:
             model_args: Arguments that rebuild the network, beside its name and classes.
             data_config: Preprocessing of the evaluation, as timm resolves it.
             class_names: Names in the order of the classes.
+            descriptions: What the names mean, by name, where that is known.
 
         Returns:
             sha256 of the weights file.
@@ -113,7 +119,7 @@ class RunFolder:
         # save_file would leave the file readable to its owner alone.
         content = safetensors.torch.save(weights, metadata={"format": "pt"})
         self.write("model.safetensors", lambda path: path.write_bytes(content))
-        config = hub_config(model, model_args, data_config, class_names, scratch=self.path)
+        config = hub_config(model, model_args, data_config, class_names, self.path, descriptions)
         self.save_config(config)
         return sha256(self.path / "model.safetensors")
 
@@ -130,6 +136,7 @@ def hub_config(
     data_config: dict,
     class_names: list[str],
     scratch: Path,
+    descriptions: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The config.json of timm's Hub format for ``model``; timm and transformers both load it."""
     file = scratch / f".config.{os.getpid()}.tmp"
@@ -137,7 +144,7 @@ def hub_config(
         save_config_for_hf(
             model,
             file,
-            model_config={"label_names": class_names},
+            model_config={"label_names": class_names, "label_descriptions": descriptions},
             model_args=dict(model_args),
         )
         config = json.loads(file.read_text())
@@ -154,7 +161,8 @@ def hub_config(
 
 
 _DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-# True of the weights that training started from, not of those it ended with.
+# True of the weights that training started from, not of those it ended with; names and
+# descriptions of classes stand at the top level.
 _BASE_ONLY_KEYS = (
     "tag",
     "notes",
@@ -163,8 +171,10 @@ _BASE_ONLY_KEYS = (
     "test_crop_pct",
     "test_pool_size",
     "label_offset",
+    "label_names",
     "label_descriptions",
     "custom_load",
+    "license",
 )
 
 

@@ -1,11 +1,41 @@
-"""``ema-timm card``: what makes a checkpoint folder ready for others."""
+"""``ema-timm evaluate`` and ``ema-timm card``: what makes a checkpoint ready for others."""
 
 import argparse
+
+from ema_timm.cli.options import add_options, given_options
+from ema_timm.evaluate_config import EvaluateConfig
 
 
 def add_commands(commands) -> None:
     """Add the subcommands to the parser."""
+    _add_evaluate(commands)
     _add_card(commands)
+
+
+def _add_evaluate(commands) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="measure a checkpoint on an image folder",
+        description="Measure a checkpoint folder, or a checkpoint file of timm's train script, and "
+        "write results.json and a confusion matrix into its folder. Counts as timm's validate.py "
+        "does, to the last image.",
+        epilog="example: ema-timm evaluate output/train/model_best.pth.tar --data-dir flowers "
+        "--output runs/flowers",
+    )
+    command.add_argument("source", metavar="CHECKPOINT", help="checkpoint folder or file")
+    add_options(command, EvaluateConfig)
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ema_timm.evaluate import evaluate
+
+    config = EvaluateConfig(**given_options(args, EvaluateConfig))
+    metrics = evaluate(config)["metrics"]
+    folder = config.output or config.source
+    print(f"{folder}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
+    print(f"next: ema-timm card {folder}")
+    return 0
 
 
 def _add_card(commands) -> None:

@@ -168,7 +168,7 @@ def _epoch(results: dict) -> str:
             "validation images"
         )
     if results.get("epoch"):
-        averaged = results.get("evaluation", {}).get("checkpoint", {}).get("averaged")
+        averaged = results.get("checkpoint", {}).get("averaged")
         kind = "averaged weights (the other EMA)" if averaged else "weights"
         return f"; these are the {kind} of epoch {results['epoch']}"
     return ""

@@ -130,14 +130,15 @@ def _check_weights(file: Path, expected: dict[str, torch.Tensor]) -> None:
         raise UserError(f"{file} is missing. Give a folder that ema-timm or timm wrote.")
     try:
         with safe_open(file, framework="pt") as weights:
-            _check_names(file, set(weights.keys()), expected)
+            check_names(file, set(weights.keys()), expected)
             for name in weights.keys():
-                _check_tensor(file, name, weights.get_tensor(name), expected[name])
+                check_tensor(file, name, weights.get_tensor(name), expected[name])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged: {str(error).rstrip('.')}. {remedy}") from error
 
 
-def _check_names(file: Path, found: set[str], expected: dict[str, torch.Tensor]) -> None:
+def check_names(file: Path, found: set[str], expected: dict[str, torch.Tensor]) -> None:
+    """Refuse weights whose names are not those of the network."""
     missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
     if missing or unknown:
         said = [f"lacks {_some(missing)}"] if missing else []
@@ -153,7 +154,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _check_tensor(file: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+def check_tensor(file: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse a tensor of another shape or type than the network's, or that is not finite."""
     if tensor.shape != expected.shape:
         raise UserError(
             f"{file}: {name} is {tuple(tensor.shape)}, and the network of config.json takes "
