@@ -6,6 +6,7 @@ Reads ``model_best.pth.tar`` and ``checkpoint-N.pth.tar`` of timm's train script
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -59,18 +60,16 @@ def read_checkpoint(file: str | Path, averaged: bool = False) -> Checkpoint:
     if not file.is_file():
         raise UserError(f"there is no file {file}. Give a checkpoint file or folder.")
     content = _load(file)
-    state = _pick(file, content, averaged)
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            f"{file} holds no state dict: a mapping of names to tensors was expected. Save "
-            "model.state_dict(), or give a checkpoint of timm's train script."
-        )
+    try:
+        state = unwrap(content, averaged)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     arguments = _arguments(file, content)
     architecture = arguments.get("model") or content.get("arch")
     epoch = content.get("epoch")
     return Checkpoint(
         file=file,
-        state=clean_state_dict(state),
+        state=state,
         averaged=averaged,
         architecture=architecture if isinstance(architecture, str) else None,
         epoch=epoch + 1 if isinstance(epoch, int) else None,
@@ -110,16 +109,30 @@ def _refusal(file: Path, text: str) -> str:
     )
 
 
-def _pick(file: Path, content: dict, averaged: bool) -> dict:
-    for key in _AVERAGED if averaged else _WEIGHTS:
-        if isinstance(content.get(key), dict):
-            return content[key]
-    if averaged:
+def unwrap(content: Mapping, averaged: bool = False) -> dict[str, Tensor]:
+    """The state dict in a checkpoint's content, without ``module.`` and ``_orig_mod.``.
+
+    Args:
+        content: A state dict, or a mapping that holds one as timm's checkpoints do.
+        averaged: Take the averaged weights instead of the trained ones.
+
+    Raises:
+        UserError: If there is none.
+    """
+    keys = _AVERAGED if averaged else _WEIGHTS
+    state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+    if state is None and averaged:
         raise UserError(
-            f"{file} holds no averaged weights: train with timm's --model-ema, or leave out "
+            "there are no averaged weights. Train with timm's --model-ema, or leave out "
             "--use-averaged."
         )
-    return content
+    state = content if state is None else state
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            "there is no state dict in it, a mapping of names to tensors. Save "
+            "model.state_dict(), or give a checkpoint of timm's train script."
+        )
+    return clean_state_dict(state)
 
 
 def _arguments(file: Path, content: dict) -> dict:

@@ -8,12 +8,14 @@ import torch
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
-from ema_timm.checkpoint import Checkpoint, resolve_architecture
+from ema_timm.base_model import preprocessing
+from ema_timm.checkpoint import Checkpoint, read_checkpoint, resolve_architecture
 from ema_timm.complexity import count_macs, count_parameters
+from ema_timm.convert import Conversion, convert_checkpoint
 from ema_timm.errors import UserError
 from ema_timm.hub.checkpoint_folder import WEIGHTS, check_names, check_network, check_tensor
 from ema_timm.hub.results import FORMAT
-from ema_timm.labels import Labels
+from ema_timm.labels import Labels, check_count, read_labels
 from ema_timm.run_folder import RunFolder
 
 _PATHS = ("data", "data_dir", "output", "resume", "initial_checkpoint", "pretrained_path", "config")
@@ -83,7 +85,7 @@ def export(
     network: nn.Module,
     model_args: dict,
     output: str | Path,
-    labels: Labels,
+    labels: Labels | None,
     data_config: dict,
 ) -> Path:
     """Write a folder: weights, config.json and a results.json without measurements.
@@ -93,7 +95,7 @@ def export(
         network: The network with its weights.
         model_args: Arguments that rebuild it, beside name and classes.
         output: Folder to write; it must not hold a checkpoint already.
-        labels: Names of the classes.
+        labels: Names of the classes; None leaves them to the first measurement.
         data_config: Preprocessing of the evaluation, as timm resolves it.
 
     Raises:
@@ -109,7 +111,9 @@ def export(
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}.") from error
-    digest = folder.save_model(network, model_args, data_config, labels.names, labels.descriptions)
+    names = labels.names if labels else None
+    descriptions = labels.descriptions if labels else None
+    digest = folder.save_model(network, model_args, data_config, names, descriptions)
     check_network(folder.path)  # what was written loads
     results = {
         "format": FORMAT,
@@ -118,13 +122,44 @@ def export(
         "weights_sha256": digest,
         "parameters": count_parameters(network),
         "macs": count_macs(network, tuple(data_config["input_size"])),
-        "classes": labels.names,
+        "classes": names or [str(index) for index in range(network.num_classes)],
         "input": {**data_config, "input_size": list(data_config["input_size"])},
         "checkpoint": {"file": checkpoint.file.name, "averaged": checkpoint.averaged},
         **_training(checkpoint),
     }
     folder.write_json("results.json", results)
     return folder.path
+
+
+def export_converted(
+    source: str | Path,
+    output: str | Path,
+    model: str = "",
+    rename: dict[str, str] | None = None,
+    labels: str = "",
+    averaged: bool = False,
+) -> Conversion:
+    """Write the folder of a checkpoint that `ema_timm.convert` maps onto timm's names.
+
+    Args:
+        source: The checkpoint file.
+        output: Folder to write.
+        model: timm's name of the network, where the checkpoint does not say it.
+        rename: New names of modules, as in `ema_timm.convert.convert`.
+        labels: File of class names, as `ema_timm.labels.read_labels` takes it.
+        averaged: Take the averaged weights.
+
+    Returns:
+        What was done, with the names that were not used.
+    """
+    checkpoint, done = convert_checkpoint(read_checkpoint(source, averaged), model, rename)
+    network, model_args = build_for(checkpoint, done.architecture, done.model_args)
+    names = read_labels(labels) if labels else None
+    if names:
+        check_count(names, network.num_classes, labels)
+    data = preprocessing(network, model_args, checkpoint.arguments, use_test_size=True)
+    export(checkpoint, network, model_args, output, names, data)
+    return done
 
 
 def _training(checkpoint: Checkpoint) -> dict:

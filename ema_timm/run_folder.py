@@ -100,7 +100,7 @@ class RunFolder:
         model: nn.Module,
         model_args: dict,
         data_config: dict,
-        class_names: list[str],
+        class_names: list[str] | None,
         descriptions: dict[str, str] | None = None,
     ) -> str:
         """Write ``model.safetensors``, ``config.json`` and what the latter names.
@@ -109,7 +109,7 @@ class RunFolder:
             model: A timm classifier.
             model_args: Arguments that rebuild the network, beside its name and classes.
             data_config: Preprocessing of the evaluation, as timm resolves it.
-            class_names: Names in the order of the classes.
+            class_names: Names in the order of the classes, where they are known.
             descriptions: What the names mean, by name, where that is known.
 
         Returns:
@@ -134,7 +134,7 @@ def hub_config(
     model: nn.Module,
     model_args: dict,
     data_config: dict,
-    class_names: list[str],
+    class_names: list[str] | None,
     scratch: Path,
     descriptions: dict[str, str] | None = None,
 ) -> dict[str, Any]:

@@ -251,8 +251,8 @@ BAD_FILES = {
     ),
     "empty": (lambda p, w: p.write_bytes(b""), "cannot be read"),
     "text": (lambda p, w: p.write_text("hello"), "cannot be read"),
-    "no weights": (lambda p, w: torch.save({"epoch": 1}, p), "holds no state dict"),
-    "a list": (lambda p, w: torch.save([1], p), "holds no state dict"),
+    "no weights": (lambda p, w: torch.save({"epoch": 1}, p), "there is no state dict"),
+    "a list": (lambda p, w: torch.save([1], p), "there is no state dict"),
     "unknown network": (
         lambda p, w: torch.save({"state_dict": w, "arch": "resnet"}, p),
         "no model 'resnet'. Give it as --model",
@@ -301,7 +301,7 @@ def test_bad_files_get_one_line_and_leave_nothing(case, weights, digits, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_averaged": True}, "holds no averaged weights"),
+        ({"use_averaged": True}, "there are no averaged weights"),
         ({"output": ""}, "--output FOLDER says where"),
         ({"model_kwargs": {"ema_gruops": 2}}, "ema_gruops"),
         ({"data_dir": ""}, "needs --data-dir"),

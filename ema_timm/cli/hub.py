@@ -1,14 +1,16 @@
-"""``ema-timm evaluate`` and ``ema-timm card``: what makes a checkpoint ready for others."""
+"""``ema-timm evaluate``, ``convert`` and ``card``: what makes a checkpoint ready for others."""
 
 import argparse
+import sys
 
-from ema_timm.cli.options import add_options, given_options
+from ema_timm.cli.options import add_options, given_options, pair
 from ema_timm.evaluate_config import EvaluateConfig
 
 
 def add_commands(commands) -> None:
     """Add the subcommands to the parser."""
     _add_evaluate(commands)
+    _add_convert(commands)
     _add_card(commands)
 
 
@@ -35,6 +37,46 @@ def _evaluate(args: argparse.Namespace) -> int:
     folder = config.output or config.source
     print(f"{folder}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
     print(f"next: ema-timm card {folder}")
+    return 0
+
+
+def _add_convert(commands) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="turn the authors' or others' EMA checkpoints into a folder",
+        description="Map a checkpoint of a network with EMA attention, such as the authors', onto "
+        "timm's names and write a checkpoint folder. Groups and stages are read off the weights.",
+        epilog="example: ema-timm convert model_best.pth.tar --model mobilenetv2_100_ema --output "
+        "runs/authors; then: ema-timm evaluate runs/authors --data-dir DIR",
+    )
+    command.add_argument("source", metavar="CHECKPOINT", help="checkpoint file")
+    command.add_argument("--output", required=True, help="checkpoint folder to write")
+    command.add_argument("--model", default="", help="timm model name, with or without _ema")
+    command.add_argument(
+        "--rename",
+        nargs="+",
+        type=pair,
+        default=[],
+        metavar="OLD=NEW",
+        help="new names of modules, such as model.7=layer3.5.se",
+    )
+    command.add_argument("--labels", default="", help="class names, as in ema-timm evaluate")
+    command.add_argument("--use-averaged", action="store_true", help="take averaged weights")
+    command.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from ema_timm.export import export_converted
+
+    done = export_converted(
+        args.source, args.output, args.model, dict(args.rename), args.labels, args.use_averaged
+    )
+    layers = (
+        f"{len(done.groups)} EMA attention layers of {min(done.groups.values())} groups or more"
+    )
+    print(f"{args.output}: {done.architecture}, {layers}")
+    for name in done.unused:
+        print(f"not used: {name}", file=sys.stderr)
     return 0
 
 

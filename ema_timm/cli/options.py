@@ -27,7 +27,7 @@ def _add_option(command: argparse.ArgumentParser, field) -> None:
     help = field.metadata["help"]
     shown = {"default": argparse.SUPPRESS}
     if field.metadata.get("pairs"):
-        command.add_argument(flag, nargs="+", type=_pair, metavar="KEY=VALUE", help=help, **shown)
+        command.add_argument(flag, nargs="+", type=pair, metavar="KEY=VALUE", help=help, **shown)
     elif field.metadata.get("flag"):
         command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help, **shown)
     else:
@@ -39,7 +39,8 @@ def _add_option(command: argparse.ArgumentParser, field) -> None:
         command.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=help, **shown)
 
 
-def _pair(text: str) -> tuple[str, object]:
+def pair(text: str) -> tuple[str, object]:
+    """KEY=VALUE; the value as Python reads it, or as text."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
