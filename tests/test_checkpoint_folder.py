@@ -208,5 +208,5 @@ def test_an_edited_card_passes(folder):
 def test_the_card_command_repairs_the_config(folder):
     edit("config.json", lambda c: c.update(model_args={"num_classes": 3}, auto_map={}))(folder)
     (folder / STUB).unlink()
-    assert write_card(folder) is False  # the card itself is as it was
+    assert not write_card(folder).changed  # the card itself is as it was
     assert check_folder(folder)

@@ -139,7 +139,7 @@ def test_the_results_say_how_it_was_measured(folder, digits):
 
 def test_a_measured_folder_gets_its_card_and_passes(folder, digits):
     results = run(folder, digits)
-    assert write_card(folder) is True
+    assert write_card(folder).changed
     card = check_folder(folder).card
     assert f"({results['metrics']['correct']} of 23)" in card
     assert "![confusion matrix](confusion.png)" in card and "![loss and accuracy]" in card

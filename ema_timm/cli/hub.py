@@ -14,6 +14,17 @@ def add_commands(commands) -> None:
     _add_card(commands)
 
 
+_TOLD = (
+    ("license", "ID", "licence of the weights, by the Hub's names: apache-2.0, mit, other, ..."),
+    ("license_name", "NAME", "its name, where --license is other"),
+    ("license_link", "URL", "where its text is, where --license is other"),
+    ("datasets", "ID", "data set on the Hub that it was trained on; may be given several times"),
+    ("base_model", "USER/NAME", "repository of the weights that training started from"),
+    ("repo_id", "USER/NAME", "repository that the folder is for, named in the examples"),
+)
+"""Facts that nobody can measure."""
+
+
 def _add_evaluate(commands) -> None:
     command = commands.add_parser(
         "evaluate",
@@ -88,7 +99,10 @@ def _add_card(commands) -> None:
         "measured comes from there; what nobody can measure is told by options, once.",
     )
     command.add_argument("folder", metavar="FOLDER", help="a checkpoint folder")
-    command.add_argument("--license", metavar="ID", help="licence of the weights, such as mit")
+    for name, metavar, help in _TOLD:
+        action = "append" if name == "datasets" else "store"
+        flag = "--dataset" if name == "datasets" else "--" + name.replace("_", "-")
+        command.add_argument(flag, dest=name, metavar=metavar, help=help, action=action)
     command.add_argument("--force", action="store_true", help="replace a card edited by hand")
     command.set_defaults(run=_card)
 
@@ -96,11 +110,13 @@ def _add_card(commands) -> None:
 def _card(args: argparse.Namespace) -> int:
     from ema_timm.hub.card_file import EditedCardError, write_card
 
-    told = {key: value for key in ("license",) if (value := getattr(args, key))}
+    told = {name: value for name, *_ in _TOLD if (value := getattr(args, name))}
     try:
-        changed = write_card(args.folder, told, args.force)
+        written = write_card(args.folder, told, args.force)
     except EditedCardError as error:
         print(error.diff)
         raise
-    print(f"{args.folder}/README.md: {'written' if changed else 'unchanged'}")
+    for name in written.unknown:
+        print(f"left out, as nobody has told it: {name}", file=sys.stderr)
+    print(f"{args.folder}/README.md: {'written' if written.changed else 'unchanged'}")
     return 0

@@ -37,7 +37,8 @@ Of a training, where one is known (`ema_timm.finetune` writes all of them):
 
 Told, not measured (options of ``ema-timm card``):
 
-- ``card``: ``license``, ``datasets``, ``base_model``, ``language`` and other facts for the card.
+- ``card``: ``license``, ``license_name``, ``license_link``, ``datasets`` (ids on the Hub),
+  ``base_model``, ``repo_id``.
 """
 
 import json
