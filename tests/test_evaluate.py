@@ -20,31 +20,9 @@ from ema_timm.cli import main
 from ema_timm.errors import UserError
 from ema_timm.evaluate import evaluate
 from ema_timm.evaluate_config import EvaluateConfig
-from ema_timm.finetune import finetune
-from ema_timm.finetune_config import FinetuneConfig
 from ema_timm.hub.card_file import write_card
 from ema_timm.hub.checkpoint_folder import check_folder
 from ema_timm.run_folder import sha256
-
-
-@pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory):
-    """A folder that a short training left."""
-    config = FinetuneConfig(
-        model="test_resnet_ema",
-        data_dir=str(digits),
-        output=str(tmp_path_factory.mktemp("trained") / "run"),
-        pretrained=False,
-        img_size=32,
-        epochs=8,
-        batch_size=12,
-        lr=4e-3,
-        hflip=0.0,
-        device="cpu",
-        workers=0,
-    )
-    finetune(config, progress=False)
-    return config.output
 
 
 @pytest.fixture
