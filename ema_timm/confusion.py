@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -31,8 +32,9 @@ def save_confusion(confusion: Tensor, names: list[str], path: str | Path) -> Non
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
     else:
-        axes.set_xticks(range(classes), [_plain(name) for name in names], rotation=90)
-        axes.set_yticks(range(classes), [_plain(name) for name in names])
+        shown = _shown(names)
+        axes.set_xticks(range(classes), shown, rotation=90)
+        axes.set_yticks(range(classes), shown)
         for row, column in confusion.nonzero().tolist():
             dark = share[row, column] > 0.5
             axes.text(
@@ -49,6 +51,9 @@ def save_confusion(confusion: Tensor, names: list[str], path: str | Path) -> Non
     figure.savefig(path, format="png", dpi=120)
 
 
-def _plain(name: str) -> str:
-    """A class name that matplotlib does not read as mathematics."""
-    return name.replace("$", r"\$")[:24]
+def _shown(names: list[str]) -> list[str]:
+    """Names as matplotlib can draw them; numbers where its font lacks their letters."""
+    font = get_font(findfont(FontProperties()))
+    if not all(font.get_char_index(ord(letter)) for name in names for letter in name):
+        return [str(index) for index in range(len(names))]
+    return [name[:24].replace("$", r"\$") for name in names]  # a pair of $ would be mathematics

@@ -80,6 +80,11 @@ def _write_folder(source: Path, config: EvaluateConfig) -> Path:
     """The checkpoint folder of a checkpoint file."""
     checkpoint = read_checkpoint(source, config.use_averaged)
     network, model_args = build_for(checkpoint, config.model, config.model_kwargs)
+    if checkpoint.arguments.get("class_map") and not config.labels:
+        raise UserError(
+            f"{source} was trained with --class-map {checkpoint.arguments['class_map']}, which "
+            "orders the classes. Give their names in that order with --labels FILE."
+        )
     labels = _labels(config)
     check_count(labels, network.num_classes, config.labels or config.data_dir)
     told = {key: getattr(config, key) for key in ("img_size", "crop_pct", "interpolation")}
@@ -115,6 +120,7 @@ def _measure_folder(path: Path, config: EvaluateConfig, progress: bool) -> dict:
     data = preprocessing(network, hub.get("model_args", {}), {}, use_test_size=True)
     dataset.read_channels(data["input_size"][0])
     check_readable(dataset, progress)
+    RunFolder(path).make()  # said before the measurement, not after it
     device = torch.device(pick_device(config.device))
     counts = tally(
         network.to(device),

@@ -107,10 +107,7 @@ def export(
             f"{output} holds a checkpoint already. Measure it with ema-timm evaluate {output} "
             "--data-dir DIR, or give another --output."
         )
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}.") from error
+    folder.make()
     names = labels.names if labels else None
     descriptions = labels.descriptions if labels else None
     digest = folder.save_model(network, model_args, data_config, names, descriptions)

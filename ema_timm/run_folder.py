@@ -49,12 +49,25 @@ class RunFolder:
                 f"{self.path} holds a run already. Continue it with --resume, or give another "
                 "--output."
             )
+        self.make(self.state_file.parent)
+
+    def make(self, folder: Path | None = None) -> None:
+        """Make the folder, or one in it, and see that it can be written to.
+
+        Raises:
+            UserError: If not.
+        """
+        folder = folder or self.path
         try:
-            self.state_file.parent.mkdir(parents=True, exist_ok=True)
-            self.write("training/.writable", lambda path: path.write_bytes(b""))
-            (self.path / "training" / ".writable").unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{os.getpid()}.writable"
+            probe.write_bytes(b"")
+            probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}.") from error
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}. Free or unlock it, or give "
+                "another folder."
+            ) from error
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write one file of the folder by ``write(temporary_path)``, then name it."""
@@ -124,8 +137,13 @@ class RunFolder:
         return sha256(self.path / "model.safetensors")
 
     def save_config(self, config: dict) -> None:
-        """Write ``config.json``, and the stub where ``auto_map`` names it."""
-        self.write_json("config.json", config)
+        """Write ``config.json``, and the stub where ``auto_map`` names it.
+
+        A config.json that says the same already is left as it is, whoever wrote it.
+        """
+        file = self.path / "config.json"
+        if not file.is_file() or json.loads(file.read_text("utf-8")) != config:
+            self.write_json("config.json", config)
         if config.get("auto_map") == AUTO_MAP:
             self.write_text(STUB, stub_text())
 

@@ -125,6 +125,10 @@ DAMAGE = {
         weights(lambda t: t.update({"fc.weight": t["fc.weight"].int()})),
         r"fc\.weight is torch\.int32",
     ),
+    "a float of another kind": (
+        weights(lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.float8_e4m3fn)})),
+        r"fc\.weight is torch\.float8",
+    ),
     "NaN": (weights(lambda t: t["fc.weight"].view(-1)[0].fill_(torch.nan)), "holds 1 NaN"),
     "infinite": (weights(lambda t: t["fc.bias"].fill_(torch.inf)), "holds 3 NaN or infinite"),
     "a tensor gone": (weights(lambda t: t.pop("fc.bias")), r"lacks fc\.bias"),

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -205,6 +206,28 @@ def test_without_matplotlib_there_is_no_picture_and_the_card_shows_none(
     assert "confusion" not in (folder / "README.md").read_text()
 
 
+def test_class_names_in_any_script_are_drawn_without_a_warning(tmp_path):
+    from ema_timm.confusion import save_confusion
+
+    for index, names in enumerate((["$a$", "b_$"], ["猫", "狗"], ["x" * 80, "Ä|é"], ["a"] * 40)):
+        counts = torch.eye(len(names), dtype=torch.long)
+        save_confusion(counts, names, tmp_path / f"{index}.png")
+        with Image.open(tmp_path / f"{index}.png") as picture:
+            assert min(picture.size) > 200
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_measurement(
+    folder, digits, monkeypatch
+):
+    def refuse(self, content):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(evaluate_module, "tally", None)  # not reached
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot write to .*: Read-only file system"):
+        run(folder, digits)
+
+
 class Evil:
     def __reduce__(self):
         return (exec, ("raise SystemExit('a checkpoint was run')",))
@@ -294,6 +317,24 @@ def test_bad_options_get_one_line(changes, said, weights, digits, tmp_path):
     torch.save({"state_dict": weights, "args": arguments()}, file)
     with pytest.raises(UserError, match=said):
         run(file, digits, **{"output": str(tmp_path / "out"), **changes})
+
+
+def test_a_class_map_needs_the_names_in_its_order(weights, digits, tmp_path):
+    content = {"state_dict": weights, "args": arguments(class_map="map.txt")}
+    torch.save(content, tmp_path / "best.pth.tar")
+    with pytest.raises(UserError, match=r"--class-map map\.txt.*--labels FILE"):
+        run(tmp_path / "best.pth.tar", digits, output=str(tmp_path / "out"))
+
+
+def test_a_plain_network_becomes_a_folder_without_a_stub(digits, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=4)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    output = tmp_path / "out"
+    run(tmp_path / "w.safetensors", digits, model="test_resnet", img_size=32, output=str(output))
+    write_card(output)
+    checked = check_folder(output)
+    assert "auto_map" not in checked.config and len(checked.files) == 5
+    assert "pip install timm" in checked.card and "ema-attention" not in checked.card
 
 
 def test_a_folder_takes_no_options_of_a_file(folder, digits):

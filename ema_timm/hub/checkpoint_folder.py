@@ -25,6 +25,7 @@ CONFIG = "config.json"
 CARD = "README.md"
 RESULTS = "results.json"
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^):]+)\)")  # no scheme: a file beside the card
 
 
@@ -163,7 +164,7 @@ def check_tensor(file: Path, name: str, tensor: torch.Tensor, expected: torch.Te
             "together."
         )
     floating = expected.is_floating_point()
-    if tensor.is_floating_point() != floating or not (floating or tensor.dtype == expected.dtype):
+    if tensor.dtype not in (_FLOATS if floating else (expected.dtype,)):
         raise UserError(
             f"{file}: {name} is {tensor.dtype}, and the network takes {expected.dtype}. The "
             "header lies or the file was converted wrongly; write the folder anew."
