@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 import torch
 import yaml
 from safetensors.torch import load_file
-from timm.models import clean_state_dict, is_model
+from timm.models import is_model
 from torch import Tensor
 
 from ema_timm.errors import UserError
@@ -22,6 +22,7 @@ from ema_timm.errors import UserError
 # As timm itself looks for them.
 _WEIGHTS = ("state_dict", "model")
 _AVERAGED = ("state_dict_ema", "model_ema")
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and compile
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def unwrap(content: Mapping, averaged: bool = False) -> dict[str, Tensor]:
             "there is no state dict in it, a mapping of names to tensors. Save "
             "model.state_dict(), or give a checkpoint of timm's train script."
         )
-    return clean_state_dict(state)
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
 def _arguments(file: Path, content: dict) -> dict:
