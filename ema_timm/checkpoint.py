@@ -95,13 +95,13 @@ def _load(file: Path) -> dict:
 
 
 def _refusal(file: Path, text: str) -> str:
-    wanted = re.search(
-        r"(?:GLOBAL|Unsupported (?:class|global|operand)) (?:GLOBAL )?([\w.]+)", text
-    )
+    """Why PyTorch's restricted unpickler stopped, in one line."""
+    wanted = re.search(r"GLOBAL ([A-Za-z_][\w.]*)", text)
     if not wanted:
+        reason = text.partition("WeightsUnpickler error: ")[2] or text
         return (
-            f"{file} is not a checkpoint: it does not unpickle. Copy it again, or take another "
-            "checkpoint."
+            f"{file} is refused: it is not a checkpoint of tensors, numbers and strings "
+            f"({reason.strip().splitlines()[0].rstrip('.')}). Copy it again, or take another."
         )
     return (
         f"{file} is refused: loading it would run {wanted[1]}, and a checkpoint needs no code "
