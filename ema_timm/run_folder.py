@@ -18,6 +18,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ema_timm.errors import UserError
+from ema_timm.hub.auto_map import AUTO_MAP, STUB, completed, stub_text
 
 
 class RunFolder:
@@ -48,12 +49,25 @@ class RunFolder:
                 f"{self.path} holds a run already. Continue it with --resume, or give another "
                 "--output."
             )
+        self.make(self.state_file.parent)
+
+    def make(self, folder: Path | None = None) -> None:
+        """Make the folder, or one in it, and see that it can be written to.
+
+        Raises:
+            UserError: If not.
+        """
+        folder = folder or self.path
         try:
-            self.state_file.parent.mkdir(parents=True, exist_ok=True)
-            self.write("training/.writable", lambda path: path.write_bytes(b""))
-            (self.path / "training" / ".writable").unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{os.getpid()}.writable"
+            probe.write_bytes(b"")
+            probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}.") from error
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}. Free or unlock it, or give "
+                "another folder."
+            ) from error
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write one file of the folder by ``write(temporary_path)``, then name it."""
@@ -95,15 +109,21 @@ class RunFolder:
             ) from error
 
     def save_model(
-        self, model: nn.Module, model_args: dict, data_config: dict, class_names: list[str]
+        self,
+        model: nn.Module,
+        model_args: dict,
+        data_config: dict,
+        class_names: list[str] | None,
+        descriptions: dict[str, str] | None = None,
     ) -> str:
-        """Write ``model.safetensors`` and ``config.json``.
+        """Write ``model.safetensors``, ``config.json`` and what the latter names.
 
         Args:
             model: A timm classifier.
             model_args: Arguments that rebuild the network, beside its name and classes.
             data_config: Preprocessing of the evaluation, as timm resolves it.
-            class_names: Names in the order of the classes.
+            class_names: Names in the order of the classes, where they are known.
+            descriptions: What the names mean, by name, where that is known.
 
         Returns:
             sha256 of the weights file.
@@ -112,38 +132,42 @@ class RunFolder:
         # save_file would leave the file readable to its owner alone.
         content = safetensors.torch.save(weights, metadata={"format": "pt"})
         self.write("model.safetensors", lambda path: path.write_bytes(content))
-        config = hub_config(model, model_args, data_config, class_names, scratch=self.path)
-        self.write_json("config.json", config)
+        config = hub_config(model, model_args, data_config, class_names, self.path, descriptions)
+        self.save_config(config)
         return sha256(self.path / "model.safetensors")
+
+    def save_config(self, config: dict) -> None:
+        """Write ``config.json``, and the stub where ``auto_map`` names it.
+
+        A config.json that says the same already is left as it is, whoever wrote it.
+        """
+        file = self.path / "config.json"
+        if not file.is_file() or json.loads(file.read_text("utf-8")) != config:
+            self.write_json("config.json", config)
+        if config.get("auto_map") == AUTO_MAP:
+            self.write_text(STUB, stub_text())
 
 
 def hub_config(
     model: nn.Module,
     model_args: dict,
     data_config: dict,
-    class_names: list[str],
+    class_names: list[str] | None,
     scratch: Path,
+    descriptions: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The config.json of timm's Hub format for ``model``; timm and transformers both load it.
-
-    timm writes ``num_classes`` among the model's arguments as well as at the top level, and
-    transformers then passes it twice; at the top level alone it satisfies both.
-    """
+    """The config.json of timm's Hub format for ``model``; timm and transformers both load it."""
     file = scratch / f".config.{os.getpid()}.tmp"
     try:
         save_config_for_hf(
             model,
             file,
-            model_config={"label_names": class_names},
+            model_config={"label_names": class_names, "label_descriptions": descriptions},
             model_args=dict(model_args),
         )
         config = json.loads(file.read_text())
     finally:
         file.unlink(missing_ok=True)
-    args = config.get("model_args", {})
-    args.pop("num_classes", None)
-    if not args:
-        config.pop("model_args", None)
     cfg = config["pretrained_cfg"]
     cfg["num_classes"] = config["num_classes"]
     if tuple(cfg["input_size"]) != tuple(data_config["input_size"]):
@@ -151,11 +175,12 @@ def hub_config(
     cfg.update({key: data_config[key] for key in _DATA_KEYS})
     for key in _BASE_ONLY_KEYS:
         cfg.pop(key, None)
-    return config
+    return completed(config)
 
 
 _DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-# True of the weights that training started from, not of those it ended with.
+# True of the weights that training started from, not of those it ended with; names and
+# descriptions of classes stand at the top level.
 _BASE_ONLY_KEYS = (
     "tag",
     "notes",
@@ -164,8 +189,10 @@ _BASE_ONLY_KEYS = (
     "test_crop_pct",
     "test_pool_size",
     "label_offset",
+    "label_names",
     "label_descriptions",
     "custom_load",
+    "license",
 )
 
 

@@ -54,6 +54,30 @@ def digits(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained(digits, tmp_path_factory):
+    """A folder that `ema-timm finetune` wrote: the smallest EMA network, a little trained."""
+    from ema_timm.finetune import finetune
+    from ema_timm.finetune_config import FinetuneConfig
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    config = FinetuneConfig(
+        model="test_resnet_ema",
+        data_dir=str(digits),
+        output=str(folder),
+        pretrained=False,
+        img_size=32,
+        epochs=8,
+        batch_size=12,
+        lr=4e-3,
+        hflip=0.0,
+        device="cpu",
+        workers=0,
+    )
+    finetune(config, progress=False)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 from timm.data import resolve_data_config
 
 from ema_timm.errors import UserError
+from ema_timm.hub.auto_map import STUB
 from ema_timm.run_folder import RunFolder, sha256
 
 
@@ -98,7 +99,7 @@ def test_model_files_hold_what_the_hub_format_asks_for(folder):
     assert cfg["mean"] == list(data["mean"])
     # True of the warm start, not of what was trained from it.
     assert not {"tag", "notes", "test_input_size", "hf_hub_id", "url"} & set(cfg)
-    assert names(folder) == ["config.json", "model.safetensors"]
+    assert names(folder) == ["config.json", STUB, "model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["resnet18_ema", "mobilenetv2_035_ema", "cifar_resnet18_ema"])

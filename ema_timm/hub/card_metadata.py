@@ -1,0 +1,71 @@
+"""The YAML at the top of a model card: what the Hub indexes, from results and told facts."""
+
+from pathlib import Path
+
+import yaml
+
+
+def front_matter(results: dict) -> str:
+    """The metadata block; facts that are not known are left out.
+
+    Args:
+        results: Content of results.json.
+    """
+    told, base = results.get("card", {}), results.get("base") or {}
+    tags = ["image-classification", "timm", "transformers"]
+    if is_ema(results["architecture"]):
+        tags.append("ema-attention")
+    found = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": tags,
+        "license": told.get("license") or base.get("license"),
+        "license_name": told.get("license_name"),
+        "license_link": told.get("license_link"),
+        "datasets": told.get("datasets"),
+        "base_model": told.get("base_model") or base.get("hub_repository"),
+        "metrics": ["accuracy"] if results.get("metrics") else None,
+        "model-index": _model_index(results),
+    }
+    known = {key: value for key, value in found.items() if value}
+    text = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{text}---\n\n"
+
+
+def is_ema(architecture: str) -> bool:
+    """Whether a network has EMA attention."""
+    return architecture.endswith("_ema")
+
+
+def measured_on(results: dict) -> dict:
+    """The images that ``metrics`` are of: ``name`` and ``split``, each None where unknown."""
+    data = results.get("evaluation", {}).get("data")
+    if data:
+        return {"name": data["name"], "split": data["split"]}
+    arguments = results.get("arguments") or {}
+    name = Path(arguments["data_dir"]).name if arguments.get("data_dir") else None
+    return {"name": name, "split": "val" if name else None}
+
+
+def _model_index(results: dict) -> list | None:
+    metrics, told = results.get("metrics"), results.get("card", {})
+    where = measured_on(results)
+    if not metrics or not (where["name"] or told.get("datasets")):
+        return None
+    # The Hub's name for a folder of images with one folder a class.
+    dataset = {"type": "imagefolder", "name": where["name"]}
+    if told.get("datasets"):
+        dataset = {"type": told["datasets"][0], "name": told["datasets"][0]}
+    if where["split"]:
+        dataset["split"] = where["split"]
+    measured = [("accuracy", "Top-1 accuracy", metrics["top1"])]
+    if metrics.get("top5") is not None:
+        measured.append(("top_5_accuracy", "Top-5 accuracy", metrics["top5"]))
+    entries = [
+        {"type": kind, "name": name, "value": round(percent / 100, 6)}
+        for kind, name, percent in measured
+    ]
+    entries.append({"type": "loss", "name": "Cross-entropy", "value": round(metrics["loss"], 6)})
+    task = {"type": "image-classification", "name": "Image classification"}
+    name = (told.get("repo_id") or results["architecture"]).split("/")[-1]
+    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": entries}]}]
