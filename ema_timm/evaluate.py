@@ -19,7 +19,6 @@ from ema_timm.complexity import count_macs, count_parameters
 from ema_timm.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
 from ema_timm.errors import UserError
 from ema_timm.evaluate_config import EvaluateConfig
-from ema_timm.export import build_for, export
 from ema_timm.hub.auto_map import completed
 from ema_timm.hub.checkpoint_folder import RESULTS, WEIGHTS, build_network, check_network
 from ema_timm.hub.results import FORMAT, PREPROCESSING, read_results
@@ -27,6 +26,7 @@ from ema_timm.labels import Labels, check_count, read_labels
 from ema_timm.metrics import Tally, tally
 from ema_timm.reproducible import versions
 from ema_timm.run_folder import RunFolder, sha256
+from ema_timm.write_folder import build_for, write_folder
 
 try:
     from ema_timm.confusion import save_confusion
@@ -90,7 +90,7 @@ def _write_folder(source: Path, config: EvaluateConfig) -> Path:
     told = {key: getattr(config, key) for key in ("img_size", "crop_pct", "interpolation")}
     told = {**checkpoint.arguments, **{key: value for key, value in told.items() if value}}
     data = preprocessing(network, model_args, told, use_test_size=True)
-    return export(checkpoint, network, model_args, config.output, labels, data)
+    return write_folder(checkpoint, network, model_args, config.output, labels, data)
 
 
 def _labels(config: EvaluateConfig) -> Labels:

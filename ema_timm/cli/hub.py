@@ -77,10 +77,10 @@ def _add_convert(commands) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ema_timm.export import export_converted
+    from ema_timm.write_folder import write_converted
 
     rename = {old: str(new) for old, new in args.rename}
-    done = export_converted(
+    done = write_converted(
         args.source, args.output, args.model, rename, args.labels, args.use_averaged
     )
     groups = ", ".join(map(str, sorted(set(done.groups.values()))))

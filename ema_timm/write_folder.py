@@ -80,7 +80,7 @@ def _classes(probe: nn.Module, checkpoint: Checkpoint) -> int:
     return weight.shape[0]
 
 
-def export(
+def write_folder(
     checkpoint: Checkpoint,
     network: nn.Module,
     model_args: dict,
@@ -128,7 +128,7 @@ def export(
     return folder.path
 
 
-def export_converted(
+def write_converted(
     source: str | Path,
     output: str | Path,
     model: str = "",
@@ -155,7 +155,7 @@ def export_converted(
     if names:
         check_count(names, network.num_classes, labels)
     data = preprocessing(network, model_args, checkpoint.arguments, use_test_size=True)
-    export(checkpoint, network, model_args, output, names, data)
+    write_folder(checkpoint, network, model_args, output, names, data)
     return done
 
 
