@@ -14,4 +14,4 @@ class InterruptedRunError(Exception):
 
 
 class HubError(Exception):
-    """The Hub, or the way to it, failed (exit code 1). The message names the step and the remedy."""
+    """The Hub, or the way to it, failed (exit code 1). The message says where, and the remedy."""

@@ -151,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: StandInHub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self._answer()
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
@@ -168,11 +168,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self):
         url = urlsplit(self.path)
         self.query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        for step, method, route in _ROUTES:  # before unquoting: a revision may hold a slash
-            found = route.match(url.path) if method == self.command else None
-            if found:
-                break
-        else:
+        matches = (  # before unquoting: a revision may hold a slash
+            (step, found)
+            for step, method, route in _ROUTES
+            if method == self.command and (found := route.match(url.path))
+        )
+        step, found = next(matches, (None, None))
+        if step is None:
             self._json(404, {"error": f"no such page: {self.command} {url.path}"})
             return
         parts = {name: unquote(value or "") for name, value in found.groupdict().items()}

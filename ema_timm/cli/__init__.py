@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ema_timm import __version__
 from ema_timm.cli import bench, env, hub, training
-from ema_timm.errors import InterruptedRunError, UserError
+from ema_timm.errors import HubError, InterruptedRunError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InterruptedRunError as error:
         print(f"ema-timm: {error}", file=sys.stderr)
         return 130
+    except HubError as error:
+        print(f"ema-timm: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"ema-timm: {error}. What was saved before is whole.", file=sys.stderr)
         return 1

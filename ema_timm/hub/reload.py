@@ -48,7 +48,14 @@ def reload_elsewhere(name: str, env: Mapping[str, str]) -> Outputs:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
     command = [sys.executable, "-c", _CODE, name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=_SECONDS)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=_SECONDS,
+            cwd=os.sep,  # a folder timm/ where the user stands would shadow the installed one
+        )
     except subprocess.TimeoutExpired as error:
         raise HubError(f"{name} did not load within {_SECONDS} s in a fresh process.") from error
     if done.returncode:

@@ -10,9 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from ema_timm.errors import HubError
 from ema_timm.hub.time_limit import TimeLimit, TimeUpError
 
-# The client's errors, whichever HTTP library it is built on; ValueError is an answer it cannot
-# read, RuntimeError is how it wraps the failure of an upload.
-CLIENT_ERRORS = (HfHubHTTPError.__bases__[0], OSError, ValueError, RuntimeError)
+# The client's errors, whichever HTTP library it is built on; ValueError and KeyError are answers
+# that it cannot read, RuntimeError is how it wraps the failure of an upload.
+CLIENT_ERRORS = (HfHubHTTPError.__bases__[0], OSError, ValueError, KeyError, RuntimeError)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_-]{8,}")
 
@@ -38,18 +38,30 @@ class StepError(HubError):
     """A step that failed.
 
     Attributes:
+        what: What failed, without the remedy.
         status: HTTP status, or None where no answer came.
         retry_after: Seconds that the Hub asks to wait, or None.
     """
 
-    def __init__(self, message: str, status: int | None = None, retry_after: float | None = None):
-        super().__init__(message)
-        self.status, self.retry_after = status, retry_after
+    def __init__(
+        self,
+        what: str,
+        remedy: str,
+        status: int | None = None,
+        retry_after: float | None = None,
+    ):
+        super().__init__(f"{what}. {remedy}")
+        self.what, self.status, self.retry_after = what, status, retry_after
 
     @property
     def may_pass(self) -> bool:
-        """Whether trying again may help, and whether the request may have taken effect."""
+        """Whether trying again may help."""
         return self.status is None or self.status in (408, 409, 429) or self.status >= 500
+
+    @property
+    def may_have_landed(self) -> bool:
+        """Whether the request, or one like it before, may have taken effect all the same."""
+        return self.status is None or self.status in (408, 409, 412) or self.status >= 500
 
 
 @contextlib.contextmanager
@@ -74,8 +86,8 @@ def hub_step(
     except TimeUpError:
         allowed = limit.seconds if seconds is None else min(seconds, limit.seconds)
         raise StepError(
-            f"{doing} ({repo}) took more than {allowed:.0f} s. Check the network, or give more "
-            "time with --time-limit. " + AGAIN
+            f"{doing} ({repo}) took more than {allowed:.0f} s",
+            f"Check the network, or give more time with --time-limit. {AGAIN}",
         ) from None
     except CLIENT_ERRORS as error:
         # Without its cause: a traceback of the client could show what it sent.
@@ -97,9 +109,9 @@ def step_error(doing: str, repo: str, error: BaseException, token: str | None) -
     else:
         remedy = _OFFLINE
         said = f"{type(cause).__name__}: {_first_line(cause)}"
-    asked = f" The Hub asks to wait {wait:.0f} s." if wait else ""
-    text = f"{doing} ({repo}) failed, {' '.join(said.split()).rstrip('.')}.{asked} {remedy}"
-    return StepError(scrub(text, token), status, wait)
+    asked = f" (the Hub asks to wait {wait:.0f} s)" if wait else ""
+    what = f"{doing} ({repo}) failed, {' '.join(said.split()).rstrip('.')}{asked}"
+    return StepError(scrub(what, token), remedy, status, wait)
 
 
 def scrub(text: str, token: str | None) -> str:

@@ -1,0 +1,252 @@
+"""One repository of the Hub: what it holds, one commit to it, and that commit fetched back.
+
+The commit is the only thing that changes what readers see, so the repository has all of it or
+nothing. It names the parent it was made for: where somebody has committed in between, the Hub
+refuses it. Its description carries a digest of all files, by which a commit whose answer was lost
+is found again instead of being made twice.
+"""
+
+import functools
+import hashlib
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from ema_timm import __version__
+from ema_timm.errors import UserError
+from ema_timm.hub.steps import AGAIN, StepError, hub_step
+from ema_timm.hub.time_limit import TimeLimit
+from ema_timm.run_folder import sha256
+
+ANSWER_SECONDS = 90
+"""For a step of small requests; the client itself tries one again for up to half a minute."""
+
+_ATTEMPTS = 3
+_LONGEST_WAIT = 120.0
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where to publish.
+
+    Attributes:
+        repo: USER/NAME.
+        revision: Branch; made where it is missing.
+        private: Make a new repository private.
+        create_pr: Open a pull request instead of committing to the branch.
+    """
+
+    repo: str
+    revision: str = "main"
+    private: bool = False
+    create_pr: bool = False
+
+
+class File:
+    """One file to publish, with the names that the Hub gives to its content."""
+
+    def __init__(self, path: Path):
+        self.path, self.name, self.size = path, path.name, path.stat().st_size
+        self.sha256 = sha256(path)
+
+    @functools.cached_property
+    def git_oid(self) -> str:
+        """Git's name of the content, where it is not in large-file storage."""
+        content = self.path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A commit that is on the Hub.
+
+    Attributes:
+        commit: Its full hash.
+        url: Page of the commit or of the pull request.
+        new: Whether this run made it.
+    """
+
+    commit: str
+    url: str
+    new: bool
+
+    def load_line(self, repo: str) -> str:
+        """The line of Python that loads it."""
+        return f'timm.create_model("hf-hub:{repo}@{self.commit}", pretrained=True)'
+
+
+def digest(files: list[File]) -> str:
+    """One name for all the files together."""
+    lines = sorted(f"{file.name} {file.sha256}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+class Repository:
+    """The conversation with the Hub about one repository; each step is limited and explained."""
+
+    def __init__(self, api: HfApi, destination: Destination, limit: TimeLimit):
+        self.api, self.to, self.limit = api, destination, limit
+        self.head: str | None = None
+        self._step = functools.partial(
+            hub_step, repo=destination.repo, limit=limit, token=api.token
+        )
+
+    def open(self) -> None:
+        """Find the repository and its branch, or make them; notes the head that they are at.
+
+        Raises:
+            UserError: If it was to be private and is not.
+        """
+        self.head = self._patiently(self._open)
+
+    def _open(self) -> str:
+        with self._step("reading the repository", seconds=ANSWER_SECONDS):
+            try:
+                about = self.api.repo_info(self.to.repo)
+            except RepositoryNotFoundError:
+                self.api.create_repo(self.to.repo, private=self.to.private or None, exist_ok=True)
+                about = self.api.repo_info(self.to.repo)
+            if self.to.private and not about.private:
+                raise UserError(
+                    f"{self.to.repo} exists and is public, and --private is for a new repository. "
+                    f"Make it private at {self.api.endpoint}/{self.to.repo}/settings, or leave "
+                    "out --private."
+                )
+            return self._head_of_branch(about.sha)
+
+    def _head_of_branch(self, main: str) -> str:
+        if self.to.revision == "main":
+            return main
+        try:
+            return self.api.repo_info(self.to.repo, revision=self.to.revision).sha
+        except RevisionNotFoundError:
+            self.api.create_branch(self.to.repo, branch=self.to.revision, exist_ok=True)
+            return self.api.repo_info(self.to.repo, revision=self.to.revision).sha
+
+    def contents(self) -> dict[str, str]:
+        """Name -> sha256 (large files) or git's name of every file at the head."""
+        with self._step("listing its files", seconds=ANSWER_SECONDS):
+            tree = self.api.list_repo_tree(self.to.repo, revision=self.head, recursive=True)
+            files = [entry for entry in tree if hasattr(entry, "blob_id")]
+        return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+
+    def push(self, files: list[File], title: str) -> Landed:
+        """Upload the files and make the commit, once.
+
+        Raises:
+            StepError: If it failed; the repository is as it was, or the message says that this is
+                not known.
+        """
+        found = self._find(files) if self.to.create_pr else None
+        if found:
+            return found
+        operations = [CommitOperationAdd(file.name, file.path) for file in files]
+        options = {"revision": self.to.revision, "create_pr": self.to.create_pr}
+        for file, operation in zip(files, operations, strict=True):
+            # One at a time: the client would give several to threads, which no limit can stop.
+            with self._step(f"uploading {file.name}"):
+                self.api.preupload_lfs_files(self.to.repo, [operation], **options)
+        description = f"ema-timm {__version__}, files {digest(files)}"
+
+        def commit() -> Landed:
+            with self._step("committing", seconds=ANSWER_SECONDS):
+                made = self.api.create_commit(
+                    self.to.repo,
+                    operations,
+                    commit_message=title,
+                    commit_description=description,
+                    parent_commit=None if self.to.create_pr else self.head,
+                    **options,
+                )
+            return Landed(made.oid, made.pr_url or made.commit_url, new=True)
+
+        # A pull request has no parent that would refuse a second one.
+        attempts = 1 if self.to.create_pr else _ATTEMPTS
+        return self._patiently(commit, attempts, lambda failure: self._look_after(failure, files))
+
+    def _patiently(
+        self,
+        call: Callable[[], T],
+        attempts: int = _ATTEMPTS,
+        done_already: Callable[[StepError], T | None] = lambda failure: None,
+    ) -> T:
+        """Call until it works, as often as that makes sense and within the time.
+
+        Args:
+            call: May be called again after it failed.
+            attempts: So many times at most.
+            done_already: Told why ``call`` failed, looks whether it took effect all the same.
+        """
+        for attempt in itertools.count(1):
+            try:
+                return call()
+            except StepError as error:
+                failure = error
+            done = done_already(failure) if failure.may_have_landed else None
+            if done is not None:
+                return done
+            wait = 2.0**attempt if failure.retry_after is None else failure.retry_after
+            if attempt == attempts or not failure.may_pass or wait > self._longest_wait():
+                raise failure
+            print(f"{failure.what}; trying again in {wait:.0f} s", file=sys.stderr)
+            time.sleep(wait)
+
+    def _longest_wait(self) -> float:
+        return min(_LONGEST_WAIT, self.limit.left)
+
+    def _look_after(self, failure: StepError, files: list[File]) -> Landed | None:
+        try:
+            found = self._find(files)
+        except StepError as error:
+            raise StepError(
+                f"{failure.what}, and {error.what}: whether the commit has landed is not known",
+                AGAIN,
+            ) from error
+        if found:
+            print(f"{failure.what}, but the commit has landed", file=sys.stderr)
+        return found
+
+    def _find(self, files: list[File]) -> Landed | None:
+        """The commit of exactly these files, made since the head was read."""
+        mark = digest(files)
+        with self._step("looking for the commit", seconds=ANSWER_SECONDS):
+            if not self.to.create_pr:
+                return self._find_on(self.to.revision, mark, url=None)
+            for request in self.api.get_repo_discussions(
+                self.to.repo, discussion_type="pull_request", discussion_status="open"
+            ):
+                found = self._find_on(f"refs/pr/{request.num}", mark, request.url)
+                if found:
+                    return found
+        return None
+
+    def _find_on(self, revision: str, mark: str, url: str | None) -> Landed | None:
+        for commit in self.api.list_repo_commits(self.to.repo, revision=revision):
+            if commit.commit_id == self.head:
+                return None
+            if mark in commit.message:
+                return Landed(commit.commit_id, url or self.url(commit.commit_id), new=False)
+        return None
+
+    def fetch(self, file: str, commit: str, cache: Path, anew: bool = False) -> Path:
+        """Download one file of a commit into ``cache``; ``anew`` also where it is there."""
+        with self._step(f"fetching {file} back"):
+            return Path(
+                self.api.hf_hub_download(
+                    self.to.repo, file, revision=commit, cache_dir=cache, force_download=anew
+                )
+            )
+
+    def url(self, commit: str) -> str:
+        """Page of a commit."""
+        return f"{self.api.endpoint}/{self.to.repo}/commit/{commit}"

@@ -1,0 +1,61 @@
+"""A process that runs ``ema-timm`` commands one after another, for `test_hub_faults`.
+
+The client reads HF_ENDPOINT and its other settings when it is imported, so it cannot run in the
+process of the tests; and a new process for each of hundreds of faults would mostly import torch.
+Reads {"args": [...]} a line, writes {"code", "out", "err", "seconds"} a line. Nothing of the
+client is changed. What publishing gets is another `Reload`: models are loaded back from the same
+folders in this process. (test_publish.py has the default, fresh processes.)
+"""
+
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import timm
+from huggingface_hub import constants
+
+from ema_timm.cli import main
+from ema_timm.hub import publish
+from ema_timm.hub.reload import outputs
+
+
+def reload_here(name: str, env: dict[str, str]):
+    source, _, where = name.partition(":")
+    if source == "hf-hub":
+        repo, _, commit = where.partition("@")
+        where = f"{env['HF_HUB_CACHE']}/models--{repo.replace('/', '--')}/snapshots/{commit}"
+    return outputs(timm.create_model(f"local-dir:{where}", pretrained=True))
+
+
+def run(args: list[str]) -> dict:
+    """One command, with everything that reaches the two streams, from whatever thread or logger."""
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+    started = time.perf_counter()
+    before = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            code = main(args)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(before[0], 1)
+            os.dup2(before[1], 2)
+            os.close(before[0])
+            os.close(before[1])
+        seconds = time.perf_counter() - started
+        texts = [stream.seek(0) or stream.read().decode() for stream in (out, err)]
+    return {"code": code, "out": texts[0], "err": texts[1], "seconds": seconds}
+
+
+if __name__ == "__main__":
+    publish.publish = functools.partial(publish.publish, reload=reload_here)
+    assert Path(constants.HF_HUB_CACHE).is_relative_to(os.environ["HF_HOME"])
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line)["args"])), flush=True)
