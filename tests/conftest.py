@@ -49,6 +49,59 @@ def digits(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained(digits, tmp_path_factory):
+    """A folder that `ema-timm finetune` wrote: the smallest EMA network, a little trained."""
+    from ema_timm.finetune import finetune
+    from ema_timm.finetune_config import FinetuneConfig
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    config = FinetuneConfig(
+        model="test_resnet_ema",
+        data_dir=str(digits),
+        output=str(folder),
+        pretrained=False,
+        img_size=32,
+        epochs=8,
+        batch_size=12,
+        lr=4e-3,
+        hflip=0.0,
+        device="cpu",
+        workers=0,
+    )
+    finetune(config, progress=False)
+    return folder
+
+
+@pytest.fixture
+def hub():
+    """A stand-in for the Hub of its own for one test."""
+    from stand_in_hub import StandInHub
+
+    with StandInHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def client_env(hub, tmp_path):
+    """Environment variables with which a fresh process talks to ``hub`` as ada."""
+    from stand_in_hub import ADA
+
+    return hub_env(hub, tmp_path / "hf", ADA)
+
+
+def hub_env(hub, home, token):
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

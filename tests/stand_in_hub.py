@@ -110,8 +110,9 @@ class StandInHub:
         return fault
 
     def heal(self) -> None:
-        """Forget the faults and the record of requests."""
+        """Forget the faults, the record of requests, and uploads that no commit took."""
         self._faults.clear()
+        self.store.large.clear()
         self.requests.clear()
 
     def take_fault(self, step: str, path: str) -> Fault | None:
@@ -150,6 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     hub: StandInHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def do_GET(self):
         self._answer()

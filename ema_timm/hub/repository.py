@@ -135,6 +135,9 @@ class Repository:
 
     def contents(self) -> dict[str, str]:
         """Name -> sha256 (large files) or git's name of every file at the head."""
+        return self._patiently(self._contents)
+
+    def _contents(self) -> dict[str, str]:
         with self._step("listing its files", seconds=ANSWER_SECONDS):
             tree = self.api.list_repo_tree(self.to.repo, revision=self.head, recursive=True)
             files = [entry for entry in tree if hasattr(entry, "blob_id")]
@@ -153,9 +156,7 @@ class Repository:
         operations = [CommitOperationAdd(file.name, file.path) for file in files]
         options = {"revision": self.to.revision, "create_pr": self.to.create_pr}
         for file, operation in zip(files, operations, strict=True):
-            # One at a time: the client would give several to threads, which no limit can stop.
-            with self._step(f"uploading {file.name}"):
-                self.api.preupload_lfs_files(self.to.repo, [operation], **options)
+            self._upload(file, operation, options)
         description = f"ema-timm {__version__}, files {digest(files)}"
 
         def commit() -> Landed:
@@ -173,6 +174,18 @@ class Repository:
         # A pull request has no parent that would refuse a second one.
         attempts = 1 if self.to.create_pr else _ATTEMPTS
         return self._patiently(commit, attempts, lambda failure: self._look_after(failure, files))
+
+    def _upload(self, file: File, operation: CommitOperationAdd, options: dict) -> None:
+        """Upload a large file; a small one goes with the commit.
+
+        One at a time: the client would give several to threads, which no limit can stop.
+        """
+        try:
+            with self._step(f"uploading {file.name}"):
+                self.api.preupload_lfs_files(self.to.repo, [operation], **options)
+        except StepError:
+            print(file=sys.stderr)  # the client leaves its bar in the middle of a line
+            raise
 
     def _patiently(
         self,
@@ -195,7 +208,7 @@ class Repository:
             done = done_already(failure) if failure.may_have_landed else None
             if done is not None:
                 return done
-            wait = 2.0**attempt if failure.retry_after is None else failure.retry_after
+            wait = 2.0 ** (attempt - 1) if failure.retry_after is None else failure.retry_after
             if attempt == attempts or not failure.may_pass or wait > self._longest_wait():
                 raise failure
             print(f"{failure.what}; trying again in {wait:.0f} s", file=sys.stderr)
@@ -240,12 +253,16 @@ class Repository:
 
     def fetch(self, file: str, commit: str, cache: Path, anew: bool = False) -> Path:
         """Download one file of a commit into ``cache``; ``anew`` also where it is there."""
-        with self._step(f"fetching {file} back"):
-            return Path(
-                self.api.hf_hub_download(
-                    self.to.repo, file, revision=commit, cache_dir=cache, force_download=anew
+
+        def download() -> Path:
+            with self._step(f"fetching {file} back"):
+                return Path(
+                    self.api.hf_hub_download(
+                        self.to.repo, file, revision=commit, cache_dir=cache, force_download=anew
+                    )
                 )
-            )
+
+        return self._patiently(download)
 
     def url(self, commit: str) -> str:
         """Page of a commit."""

@@ -1,0 +1,223 @@
+"""Every step of a push and of a load, with every fault: what happens, and what is said.
+
+A run is a real command line in a process of its own, an unmodified client and a stand-in for the
+Hub. Whatever goes wrong, the command ends in time, says what failed and what to do, and the
+repository holds the whole commit or nothing of it. Where it failed, the remedy is tried as well:
+the same command again, on a Hub that works, ends with exactly one commit.
+
+The default run takes the faults that differ in what happens. ``EMA_TIMM_FAULTS=table.md`` runs all
+of them (some minutes) and writes the table of steps and faults.
+"""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import hub_env
+from stand_in_hub import ADA, TOKENS, StandInHub
+
+TABLE = os.environ.get("EMA_TIMM_FAULTS", "")
+LIMIT = 3  # seconds, of --time-limit
+ALWAYS = 10**9
+
+STATUSES = (401, 403, 404, 409, 412, 429, 500, 503)
+DROPS = ("cut", "lost")
+DAMAGES = ("short", "broken", "corrupt")
+# What the command calls the work that a step of the protocol belongs to.
+PUSH = {
+    "info": "reading the repository",
+    "create": "reading the repository",
+    "branch": "reading the repository",
+    "tree": "listing its files",
+    "discussions": "looking for the commit",
+    "preupload": "uploading",
+    "batch": "uploading",
+    "upload": "uploading",
+    "verify": "uploading",
+    "validate": "committing",
+    "commit": "committing",
+    "head": "fetching",
+    "file": "fetching",
+    "storage": "fetching",
+}
+LOAD = {step: "fetching" for step in ("head", "file", "storage")}
+PASSES = {409, 429, 500, 503, "cut", "lost", "slow", "short", "broken", "corrupt"}
+REMEDY = re.compile(
+    r"[Rr]un the same command|log in anew|take one with write access|correct the name|Look at"
+)
+
+
+class Case(NamedTuple):
+    doing: str  # "push" or "load"
+    step: str
+    kind: int | str
+    always: bool
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the command does its work in spite of the fault."""
+        step, kind = self.step, self.kind
+        if self.always:
+            return (step, kind) == ("commit", "lost")  # it has landed, and is found
+        if kind == 404:  # taken for a missing repository, made, found to exist
+            return step == "info"
+        if kind == 409:  # the client and the Hub mean "again" only in some places
+            return step not in ("preupload", "batch", "upload", "verify", "discussions")
+        return kind in PASSES
+
+    def __str__(self):
+        return f"{self.doing}-{self.step}-{self.kind}-{'always' if self.always else 'once'}"
+
+
+def all_cases():
+    for doing, steps in (("push", PUSH), ("load", LOAD)):
+        for step in steps:
+            downloads = step in ("file", "storage")
+            for kind in (*STATUSES, *DROPS, "slow", *(DAMAGES if downloads else ())):
+                if kind == "lost" and (downloads or step == "head"):
+                    continue  # a read has no effect: the same as a cut
+                yield from (Case(doing, step, kind, always) for always in (False, True))
+
+
+DEFAULT = {
+    ("info", 401, True), ("info", 404, True), ("info", 503, False), ("info", "slow", True),
+    ("create", 403, True), ("create", 409, False), ("create", "lost", False),
+    ("tree", "cut", False), ("tree", 403, False),
+    ("preupload", 404, True), ("preupload", 500, True),
+    ("batch", 429, False), ("upload", "cut", False), ("upload", "cut", True), ("upload", 403, True),
+    ("verify", 404, True), ("validate", 503, False),
+    ("commit", 401, True), ("commit", 412, True), ("commit", 409, True), ("commit", 429, False),
+    ("commit", 500, False), ("commit", "cut", False), ("commit", "lost", False),
+    ("commit", "lost", True), ("commit", "slow", True),
+    ("head", 500, False), ("head", 401, True), ("file", 404, True), ("file", "corrupt", False),
+    ("storage", "short", True), ("storage", "broken", False), ("storage", "corrupt", True),
+    ("storage", "corrupt", False), ("storage", 503, True), ("storage", "slow", True),
+    ("branch", 403, True), ("discussions", 500, True),
+}  # fmt: skip
+
+
+class Worker:
+    """A process for `ema-timm` commands; see hub_worker.py."""
+
+    def __init__(self, env):
+        script = Path(__file__).with_name("hub_worker.py")
+        self._process = subprocess.Popen(
+            [sys.executable, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **env},
+        )
+
+    def run(self, *args):
+        self._process.stdin.write(json.dumps({"args": [str(arg) for arg in args]}) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """One Hub and one worker for all faults; every case has a repository of its own."""
+    home = tmp_path_factory.mktemp("hf")
+    with StandInHub() as hub:
+        impatient = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+        worker = Worker({**hub_env(hub, home, ADA), **impatient})
+        yield hub, worker
+        worker.close()
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Outcomes by step and fault, written out where TABLE says so."""
+    outcomes = collections.defaultdict(list)
+    yield outcomes
+    if TABLE:
+        Path(TABLE).write_text(as_table(outcomes))
+
+
+def as_table(outcomes):
+    kinds = list(dict.fromkeys(case.kind for case in outcomes))
+    lines = [f"| step | {' | '.join(map(str, kinds))} |", "|---" * (len(kinds) + 1) + "|"]
+    for doing, step in dict.fromkeys((case.doing, case.step) for case in outcomes):
+        cells = []
+        for kind in kinds:
+            found = [outcomes.get(Case(doing, step, kind, always), []) for always in (False, True)]
+            cells.append(" / ".join(", ".join(words) or "·" for words in found))
+        lines.append(f"| {doing}: {step} | {' | '.join(cells)} |")
+    runs = sum(len(words) for words in outcomes.values())
+    return "\n".join([*lines, "", f"once / always; {len(outcomes)} faults, {runs} runs", ""])
+
+
+def inject(hub, case):
+    settings = {"times": ALWAYS if case.always else 1}
+    if case.kind == 429:
+        settings["retry_after"] = 3600 if case.always and case.step == "commit" else 0
+    if case.kind == "slow":
+        settings["seconds"] = 2.0 * LIMIT if case.always else 0.5
+    return hub.fault(case.step, case.kind, **settings)
+
+
+def cases(doing):
+    chosen = [case for case in all_cases() if case.doing == doing]
+    return chosen if TABLE else [case for case in chosen if case[1:] in DEFAULT]
+
+
+@pytest.mark.parametrize("case", cases("push"), ids=str)
+def test_push(stage, trained, table, case):
+    hub, worker = stage
+    repo = f"ada/{case}"
+    args = ["publish", trained, "--repo-id", repo, "--time-limit", LIMIT]
+    if case.step == "branch":
+        args += ["--revision", "next"]
+    if case.step == "discussions":
+        args += ["--create-pr"]
+    hub.heal()
+    fault = inject(hub, case)
+    done = worker.run(*args)
+    assert fault.hits, f"{case.step} was not reached: {hub.requests}"
+    assert done["seconds"] < LIMIT + 3
+    assert no_token(done)
+    commits = published(hub, repo, trained)
+    if case.recovers:
+        assert done["code"] == 0, done["err"]
+        assert len(commits) == 1
+        table[case] = ["recovers"]
+        return
+    assert done["code"] == 1, done["err"]
+    last = done["err"].strip().splitlines()[-1]
+    assert last.startswith("ema-timm: ") and PUSH[case.step] in last, done["err"]
+    assert REMEDY.search(last), last
+    if isinstance(case.kind, int) and "took more than" not in last:
+        assert f"{case.kind}:" in last
+    hub.heal()
+    again = worker.run(*args)
+    assert again["code"] == 0, again["err"]
+    assert len(published(hub, repo, trained)) == 1
+    table[case] = [f"says so, {'whole commit' if commits else 'nothing'} there", "again: done"]
+
+
+def published(hub, repo, folder):
+    """Our commits on any branch or pull request; each must hold every file as it is."""
+    found = hub.store.repos.get(repo)
+    commits = [c for c in found.commits.values() if c.title.startswith("Publish")] if found else []
+    for commit in commits:
+        for path in ("model.safetensors", "config.json", "README.md", "results.json", "curves.png"):
+            assert commit.files[path].content == (folder / path).read_bytes()
+    if found and not commits:
+        assert set(found.resolve("main").files) == {".gitattributes"}
+    return commits
+
+
+def no_token(done):
+    return not any(token in done["out"] + done["err"] for token in TOKENS)
