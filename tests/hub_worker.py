@@ -20,7 +20,7 @@ import timm
 from huggingface_hub import constants
 
 from ema_timm.cli import main
-from ema_timm.hub import publish
+from ema_timm.hub import fetch, publish
 from ema_timm.hub.reload import outputs
 
 
@@ -56,6 +56,7 @@ def run(args: list[str]) -> dict:
 
 if __name__ == "__main__":
     publish.publish = functools.partial(publish.publish, reload=reload_here)
+    fetch.TIME_LIMIT = 3.0  # finetune has no option for it
     assert Path(constants.HF_HUB_CACHE).is_relative_to(os.environ["HF_HOME"])
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line)["args"])), flush=True)

@@ -63,6 +63,8 @@ class Case(NamedTuple):
     def recovers(self) -> bool:
         """Whether the command does its work in spite of the fault."""
         step, kind = self.step, self.kind
+        if kind == 404 and self.doing == "load":
+            return False
         if self.always:
             return (step, kind) == ("commit", "lost")  # it has landed, and is found
         if kind == 404:  # taken for a missing repository, made, found to exist
@@ -92,13 +94,19 @@ DEFAULT = {
     ("preupload", 404, True), ("preupload", 500, True),
     ("batch", 429, False), ("upload", "cut", False), ("upload", "cut", True), ("upload", 403, True),
     ("verify", 404, True), ("validate", 503, False),
-    ("commit", 401, True), ("commit", 412, True), ("commit", 409, True), ("commit", 429, False),
+    ("commit", 401, True), ("commit", 412, True), ("commit", 409, True), ("commit", 429, False), ("commit", 429, True),
     ("commit", 500, False), ("commit", "cut", False), ("commit", "lost", False),
     ("commit", "lost", True), ("commit", "slow", True),
     ("head", 500, False), ("head", 401, True), ("file", 404, True), ("file", "corrupt", False),
     ("storage", "short", True), ("storage", "broken", False), ("storage", "corrupt", True),
     ("storage", "corrupt", False), ("storage", 503, True), ("storage", "slow", True),
     ("branch", 403, True), ("discussions", 500, True),
+}  # fmt: skip
+
+DEFAULT_LOAD = {
+    ("head", 503, False), ("head", 500, True), ("head", 401, True), ("file", "corrupt", True),
+    ("storage", "corrupt", False), ("storage", "corrupt", True), ("storage", "short", True),
+    ("storage", "broken", False), ("storage", "slow", True),
 }  # fmt: skip
 
 
@@ -161,6 +169,8 @@ def as_table(outcomes):
 
 def inject(hub, case):
     settings = {"times": ALWAYS if case.always else 1}
+    if case.doing == "load" and case.step != "storage":
+        settings["match"] = "model.safetensors" if case.step == "head" else "config.json"
     if case.kind == 429:
         settings["retry_after"] = 3600 if case.always and case.step == "commit" else 0
     if case.kind == "slow":
@@ -170,7 +180,8 @@ def inject(hub, case):
 
 def cases(doing):
     chosen = [case for case in all_cases() if case.doing == doing]
-    return chosen if TABLE else [case for case in chosen if case[1:] in DEFAULT]
+    wanted = DEFAULT if doing == "push" else DEFAULT_LOAD
+    return chosen if TABLE else [case for case in chosen if case[1:] in wanted]
 
 
 @pytest.mark.parametrize("case", cases("push"), ids=str)
@@ -205,6 +216,36 @@ def test_push(stage, trained, table, case):
     assert again["code"] == 0, again["err"]
     assert len(published(hub, repo, trained)) == 1
     table[case] = [f"says so, {'whole commit' if commits else 'nothing'} there", "again: done"]
+
+
+@pytest.mark.parametrize("case", cases("load"), ids=str)
+def test_load(stage, trained, digits, table, tmp_path, case):
+    hub, worker = stage
+    repo = f"ada/{case}"
+    files = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    hub.store.put(repo, {**files, "pytorch_model.bin": b"what timm would go on to"}, "by hand")
+    args = ["finetune", "--model", f"hf-hub:{repo}", "--data-dir", digits, "--img-size", 32]
+    args += ["--epochs", 1, "--batch-size", 30, "--workers", 0, "--device", "cpu"]
+    hub.heal()
+    fault = inject(hub, case)
+    done = worker.run(*args, "--output", tmp_path / "run")
+    assert fault.hits
+    assert done["seconds"] < 3 * LIMIT
+    assert no_token(done)
+    assert not any("pytorch_model" in path for _, path in hub.requests)
+    if case.recovers:
+        assert done["code"] == 0, done["err"]
+        table[case] = ["recovers"]
+        return
+    assert done["code"] == 1, done["err"]
+    last = done["err"].strip().splitlines()[-1]
+    assert last.startswith("ema-timm: ") and "fetching" in last
+    assert REMEDY.search(last), last
+    assert not list(tmp_path.rglob("*.safetensors"))
+    hub.heal()
+    again = worker.run(*args, "--output", tmp_path / "again")
+    assert again["code"] == 0, again["err"]
+    table[case] = ["says so", "again: done"]
 
 
 def published(hub, repo, folder):

@@ -8,31 +8,22 @@ is found again instead of being made twice.
 
 import functools
 import hashlib
-import itertools
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ema_timm import __version__
 from ema_timm.errors import UserError
-from ema_timm.hub.steps import AGAIN, StepError, hub_step
+from ema_timm.hub.git_oid import git_oid
+from ema_timm.hub.steps import AGAIN, ATTEMPTS, StepError, Steps
 from ema_timm.hub.time_limit import TimeLimit
 from ema_timm.run_folder import sha256
 
 ANSWER_SECONDS = 90
 """For a step of small requests; the client itself tries one again for up to half a minute."""
-
-_ATTEMPTS = 3
-_LONGEST_WAIT = 120.0
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,8 +53,7 @@ class File:
     @functools.cached_property
     def git_oid(self) -> str:
         """Git's name of the content, where it is not in large-file storage."""
-        content = self.path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return git_oid(self.path)
 
 
 @dataclass(frozen=True)
@@ -97,9 +87,7 @@ class Repository:
     def __init__(self, api: HfApi, destination: Destination, limit: TimeLimit):
         self.api, self.to, self.limit = api, destination, limit
         self.head: str | None = None
-        self._step = functools.partial(
-            hub_step, repo=destination.repo, limit=limit, token=api.token
-        )
+        self._steps = Steps(destination.repo, limit, api.token)
 
     def open(self) -> None:
         """Find the repository and its branch, or make them; notes the head that they are at.
@@ -107,10 +95,10 @@ class Repository:
         Raises:
             UserError: If it was to be private and is not.
         """
-        self.head = self._patiently(self._open)
+        self.head = self._steps.patiently(self._open)
 
     def _open(self) -> str:
-        with self._step("reading the repository", seconds=ANSWER_SECONDS):
+        with self._steps.step("reading the repository", seconds=ANSWER_SECONDS):
             try:
                 about = self.api.repo_info(self.to.repo)
             except RepositoryNotFoundError:
@@ -135,10 +123,10 @@ class Repository:
 
     def contents(self) -> dict[str, str]:
         """Name -> sha256 (large files) or git's name of every file at the head."""
-        return self._patiently(self._contents)
+        return self._steps.patiently(self._contents)
 
     def _contents(self) -> dict[str, str]:
-        with self._step("listing its files", seconds=ANSWER_SECONDS):
+        with self._steps.step("listing its files", seconds=ANSWER_SECONDS):
             tree = self.api.list_repo_tree(self.to.repo, revision=self.head, recursive=True)
             files = [entry for entry in tree if hasattr(entry, "blob_id")]
         return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
@@ -160,7 +148,7 @@ class Repository:
         description = f"ema-timm {__version__}, files {digest(files)}"
 
         def commit() -> Landed:
-            with self._step("committing", seconds=ANSWER_SECONDS):
+            with self._steps.step("committing", seconds=ANSWER_SECONDS):
                 made = self.api.create_commit(
                     self.to.repo,
                     operations,
@@ -172,8 +160,10 @@ class Repository:
             return Landed(made.oid, made.pr_url or made.commit_url, new=True)
 
         # A pull request has no parent that would refuse a second one.
-        attempts = 1 if self.to.create_pr else _ATTEMPTS
-        return self._patiently(commit, attempts, lambda failure: self._look_after(failure, files))
+        attempts = 1 if self.to.create_pr else ATTEMPTS
+        return self._steps.patiently(
+            commit, attempts, lambda failure: self._look_after(failure, files)
+        )
 
     def _upload(self, file: File, operation: CommitOperationAdd, options: dict) -> None:
         """Upload a large file; a small one goes with the commit.
@@ -181,41 +171,11 @@ class Repository:
         One at a time: the client would give several to threads, which no limit can stop.
         """
         try:
-            with self._step(f"uploading {file.name}"):
+            with self._steps.step(f"uploading {file.name}"):
                 self.api.preupload_lfs_files(self.to.repo, [operation], **options)
         except StepError:
             print(file=sys.stderr)  # the client leaves its bar in the middle of a line
             raise
-
-    def _patiently(
-        self,
-        call: Callable[[], T],
-        attempts: int = _ATTEMPTS,
-        done_already: Callable[[StepError], T | None] = lambda failure: None,
-    ) -> T:
-        """Call until it works, as often as that makes sense and within the time.
-
-        Args:
-            call: May be called again after it failed.
-            attempts: So many times at most.
-            done_already: Told why ``call`` failed, looks whether it took effect all the same.
-        """
-        for attempt in itertools.count(1):
-            try:
-                return call()
-            except StepError as error:
-                failure = error
-            done = done_already(failure) if failure.may_have_landed else None
-            if done is not None:
-                return done
-            wait = 2.0 ** (attempt - 1) if failure.retry_after is None else failure.retry_after
-            if attempt == attempts or not failure.may_pass or wait > self._longest_wait():
-                raise failure
-            print(f"{failure.what}; trying again in {wait:.0f} s", file=sys.stderr)
-            time.sleep(wait)
-
-    def _longest_wait(self) -> float:
-        return min(_LONGEST_WAIT, self.limit.left)
 
     def _look_after(self, failure: StepError, files: list[File]) -> Landed | None:
         try:
@@ -232,7 +192,7 @@ class Repository:
     def _find(self, files: list[File]) -> Landed | None:
         """The commit of exactly these files, made since the head was read."""
         mark = digest(files)
-        with self._step("looking for the commit", seconds=ANSWER_SECONDS):
+        with self._steps.step("looking for the commit", seconds=ANSWER_SECONDS):
             if not self.to.create_pr:
                 return self._find_on(self.to.revision, mark, url=None)
             for request in self.api.get_repo_discussions(
@@ -255,14 +215,14 @@ class Repository:
         """Download one file of a commit into ``cache``; ``anew`` also where it is there."""
 
         def download() -> Path:
-            with self._step(f"fetching {file} back"):
+            with self._steps.step(f"fetching {file} back"):
                 return Path(
                     self.api.hf_hub_download(
                         self.to.repo, file, revision=commit, cache_dir=cache, force_download=anew
                     )
                 )
 
-        return self._patiently(download)
+        return self._steps.patiently(download)
 
     def url(self, commit: str) -> str:
         """Page of a commit."""

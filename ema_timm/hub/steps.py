@@ -1,14 +1,23 @@
-"""One step on the Hub: its time limit, and what is said when it fails."""
+"""Steps on the Hub: their time limit, and what is said when one fails."""
 
 import contextlib
+import dataclasses
 import errno
+import itertools
 import re
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError
 
 from ema_timm.errors import HubError
 from ema_timm.hub.time_limit import TimeLimit, TimeUpError
+
+T = TypeVar("T")
+ATTEMPTS = 3
+_LONGEST_WAIT = 120.0
 
 # The client's errors, whichever HTTP library it is built on; ValueError and KeyError are answers
 # that it cannot read, RuntimeError is how it wraps the failure of an upload.
@@ -29,6 +38,13 @@ _REMEDIES = {
     "then run the same command again.",
     413: "A file is too large for the Hub.",
     429: "There were too many requests. Wait, then run the same command again.",
+}
+_READ_AGAIN = "Run the same command again."
+_READ_REMEDIES = {
+    403: "The token may not read this: accept the conditions at https://huggingface.co/{repo}, "
+    "or take one that may.",
+    409: _READ_AGAIN,
+    412: _READ_AGAIN,
 }
 _TROUBLE = "The Hub is in trouble (https://status.huggingface.co). Later, run the same command."
 _OFFLINE = "Check the network and HF_ENDPOINT, then run the same command again."
@@ -64,54 +80,97 @@ class StepError(HubError):
         return self.status is None or self.status in (408, 409, 412) or self.status >= 500
 
 
-@contextlib.contextmanager
-def hub_step(
-    doing: str, repo: str, limit: TimeLimit, seconds: float | None = None, token: str | None = None
-) -> Iterator[None]:
-    """Run calls of the client; whatever fails in them is raised as one clear line.
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """How the steps of one command on one repository are limited and explained.
 
-    Args:
-        doing: What the step does, such as "uploading model.safetensors".
+    Attributes:
         repo: USER/NAME.
         limit: The time of the whole command.
-        seconds: The time of this step; None is all that is left.
-        token: Kept out of the message.
-
-    Raises:
-        StepError: If the step fails or takes too long.
+        token: Kept out of every message.
+        writes: Whether the command changes the repository.
     """
-    try:
-        with limit.step(seconds):
-            yield
-    except TimeUpError:
-        allowed = limit.seconds if seconds is None else min(seconds, limit.seconds)
-        raise StepError(
-            f"{doing} ({repo}) took more than {allowed:.0f} s",
-            f"Check the network, or give more time with --time-limit. {AGAIN}",
-        ) from None
-    except CLIENT_ERRORS as error:
-        # Without its cause: a traceback of the client could show what it sent.
-        raise step_error(doing, repo, error, token) from None
 
+    repo: str
+    limit: TimeLimit
+    token: str | None = None
+    writes: bool = True
 
-def step_error(doing: str, repo: str, error: BaseException, token: str | None) -> StepError:
-    """What a failure of the client means, and what to do about it."""
-    cause = _root(error)
-    response = getattr(cause, "response", None)
-    status = getattr(response, "status_code", None)
-    wait = _retry_after(response) if status else None
-    if status:
-        remedy = _REMEDIES.get(status, _TROUBLE).format(repo=repo, owner=repo.partition("/")[0])
-        said = f"{status}: {getattr(cause, 'server_message', None) or _first_line(cause)}"
-    elif getattr(cause, "errno", None) in _DISK:
-        remedy = "Free space, or set TMPDIR to another disk, then run the same command again."
-        said = str(cause)
-    else:
-        remedy = _OFFLINE
-        said = f"{type(cause).__name__}: {_first_line(cause)}"
-    asked = f" (the Hub asks to wait {wait:.0f} s)" if wait else ""
-    what = f"{doing} ({repo}) failed, {' '.join(said.split()).rstrip('.')}{asked}"
-    return StepError(scrub(what, token), remedy, status, wait)
+    @contextlib.contextmanager
+    def step(self, doing: str, seconds: float | None = None) -> Iterator[None]:
+        """Run calls of the client; whatever fails in them is raised as one clear line.
+
+        Args:
+            doing: What the step does, such as "uploading model.safetensors".
+            seconds: The time of this step; None is all that is left.
+
+        Raises:
+            StepError: If the step fails or takes too long.
+        """
+        try:
+            with self.limit.step(seconds):
+                yield
+        except TimeUpError:
+            allowed = min(seconds or self.limit.seconds, self.limit.seconds)
+            more = ", or give more time with --time-limit" if self.writes else ""
+            raise StepError(
+                f"{doing} ({self.repo}) took more than {allowed:.0f} s",
+                f"Check the network{more}. {AGAIN if self.writes else _READ_AGAIN}",
+            ) from None
+        except CLIENT_ERRORS as error:
+            # Without its cause: a traceback of the client could show what it sent.
+            raise self._failure(doing, error) from None
+
+    def patiently(
+        self,
+        call: Callable[[], T],
+        attempts: int = ATTEMPTS,
+        done_already: Callable[[StepError], T | None] = lambda failure: None,
+    ) -> T:
+        """Call until it works, as often as that makes sense and within the time.
+
+        Args:
+            call: May be called again after it failed.
+            attempts: So many times at most.
+            done_already: Told why ``call`` failed, looks whether it took effect all the same.
+        """
+        for attempt in itertools.count(1):
+            try:
+                return call()
+            except StepError as error:
+                failure = error
+            done = done_already(failure) if failure.may_have_landed else None
+            if done is not None:
+                return done
+            wait = 2.0 ** (attempt - 1) if failure.retry_after is None else failure.retry_after
+            if attempt == attempts or not failure.may_pass or wait > self._longest_wait():
+                raise failure
+            print(f"{failure.what}; trying again in {wait:.0f} s", file=sys.stderr)
+            time.sleep(wait)
+
+    def _longest_wait(self) -> float:
+        return min(_LONGEST_WAIT, self.limit.left)
+
+    def _failure(self, doing: str, error: BaseException) -> StepError:
+        """What a failure of the client means, and what to do about it."""
+        cause = _root(error)
+        response = getattr(cause, "response", None)
+        status = getattr(response, "status_code", None)
+        wait = _retry_after(response) if status else None
+        if status:
+            remedies = _REMEDIES if self.writes else {**_REMEDIES, **_READ_REMEDIES}
+            owner = self.repo.partition("/")[0]
+            remedy = remedies.get(status, _TROUBLE).format(repo=self.repo, owner=owner)
+            said = f"{status}: {getattr(cause, 'server_message', None) or _first_line(cause)}"
+        elif getattr(cause, "errno", None) in _DISK:
+            remedy = "Free space, or set TMPDIR to another disk, then run the same command again."
+            said = str(cause)
+        else:
+            remedy = _OFFLINE
+            said = f"{type(cause).__name__}: {_first_line(cause)}"
+        asked = f" (the Hub asks to wait {wait:.0f} s)" if wait else ""
+        what = f"{doing} ({self.repo}) failed, {' '.join(said.split()).rstrip('.')}{asked}"
+        return StepError(scrub(what, self.token), remedy, status, wait)
 
 
 def scrub(text: str, token: str | None) -> str:
