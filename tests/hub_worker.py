@@ -2,7 +2,7 @@
 
 The client reads HF_ENDPOINT and its other settings when it is imported, so it cannot run in the
 process of the tests; and a new process for each of hundreds of faults would mostly import torch.
-Reads {"args": [...]} a line, writes {"code", "out", "err", "seconds"} a line. Nothing of the
+Reads the arguments of `run` and writes what it returns, as JSON, a line each. Nothing of the
 client is changed. What publishing gets is another `Reload`: models are loaded back from the same
 folders in this process. (test_publish.py has the default, fresh processes.)
 """
@@ -10,10 +10,12 @@ folders in this process. (test_publish.py has the default, fresh processes.)
 import functools
 import json
 import os
+import resource
 import shutil
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import timm
@@ -32,8 +34,12 @@ def reload_here(name: str, env: dict[str, str]):
     return outputs(timm.create_model(f"local-dir:{where}", pretrained=True))
 
 
-def run(args: list[str]) -> dict:
-    """One command, with everything that reaches the two streams, from whatever thread or logger."""
+def run(args: list[str], largest_file: int = resource.RLIM_INFINITY) -> dict:
+    """One command, with everything that reaches the two streams, from whatever thread or logger.
+
+    ``largest_file`` limits what it can write to a file, in bytes: a full disk.
+    """
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     started = time.perf_counter()
     before = os.dup(1), os.dup(2)
@@ -42,7 +48,11 @@ def run(args: list[str]) -> dict:
         os.dup2(err.fileno(), 2)
         try:
             code = main(args)
+        except Exception:  # a command must never end like this: the tests see the code
+            traceback.print_exc()
+            code = -1
         finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(before[0], 1)
@@ -56,7 +66,8 @@ def run(args: list[str]) -> dict:
 
 if __name__ == "__main__":
     publish.publish = functools.partial(publish.publish, reload=reload_here)
+    publish.rehearse = functools.partial(publish.rehearse, reload=reload_here)
     fetch.TIME_LIMIT = 3.0  # finetune has no option for it
     assert Path(constants.HF_HUB_CACHE).is_relative_to(os.environ["HF_HOME"])
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line)["args"])), flush=True)
+        print(json.dumps(run(**json.loads(line))), flush=True)

@@ -14,6 +14,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -86,6 +87,7 @@ class StandInHub:
         self.requests: list[tuple[str, str]] = []  # (step, path), in order
         self.leaks: list[str] = []  # requests that took the token to another host
         self._faults: dict[str, list[Fault]] = {}
+        self._meanwhile: dict[str, Callable] = {}
 
     def __enter__(self):
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -109,9 +111,14 @@ class StandInHub:
         self._faults.setdefault(step, []).append(fault)
         return fault
 
+    def meanwhile(self, step: str, action: Callable[[], object]) -> None:
+        """The next time, before ``step`` takes effect, somebody else does ``action``."""
+        self._meanwhile[step] = action
+
     def heal(self) -> None:
         """Forget the faults, the record of requests, and uploads that no commit took."""
         self._faults.clear()
+        self._meanwhile.clear()
         self.store.large.clear()
         self.requests.clear()
 
@@ -183,6 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((step, url.path))
         self.fault = self.hub.take_fault(step, url.path)
         kind = self.fault.kind if self.fault else None
+        self.hub._meanwhile.pop(step, lambda: None)()
         if kind == "slow":
             time.sleep(self.fault.seconds)
         if kind == "cut":

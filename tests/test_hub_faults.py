@@ -10,17 +10,13 @@ of them (some minutes) and writes the table of steps and faults.
 """
 
 import collections
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import hub_env
-from stand_in_hub import ADA, TOKENS, StandInHub
+from stand_in_hub import TOKENS
 
 TABLE = os.environ.get("EMA_TIMM_FAULTS", "")
 LIMIT = 3  # seconds, of --time-limit
@@ -94,7 +90,8 @@ DEFAULT = {
     ("preupload", 404, True), ("preupload", 500, True),
     ("batch", 429, False), ("upload", "cut", False), ("upload", "cut", True), ("upload", 403, True),
     ("verify", 404, True), ("validate", 503, False),
-    ("commit", 401, True), ("commit", 412, True), ("commit", 409, True), ("commit", 429, False), ("commit", 429, True),
+    ("commit", 401, True), ("commit", 412, True), ("commit", 409, True),
+    ("commit", 429, False), ("commit", 429, True),
     ("commit", 500, False), ("commit", "cut", False), ("commit", "lost", False),
     ("commit", "lost", True), ("commit", "slow", True),
     ("head", 500, False), ("head", 401, True), ("file", 404, True), ("file", "corrupt", False),
@@ -108,41 +105,6 @@ DEFAULT_LOAD = {
     ("storage", "corrupt", False), ("storage", "corrupt", True), ("storage", "short", True),
     ("storage", "broken", False), ("storage", "slow", True),
 }  # fmt: skip
-
-
-class Worker:
-    """A process for `ema-timm` commands; see hub_worker.py."""
-
-    def __init__(self, env):
-        script = Path(__file__).with_name("hub_worker.py")
-        self._process = subprocess.Popen(
-            [sys.executable, script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **env},
-        )
-
-    def run(self, *args):
-        self._process.stdin.write(json.dumps({"args": [str(arg) for arg in args]}) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    """One Hub and one worker for all faults; every case has a repository of its own."""
-    home = tmp_path_factory.mktemp("hf")
-    with StandInHub() as hub:
-        impatient = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
-        worker = Worker({**hub_env(hub, home, ADA), **impatient})
-        yield hub, worker
-        worker.close()
 
 
 @pytest.fixture(scope="module")

@@ -159,11 +159,9 @@ class Repository:
                 )
             return Landed(made.oid, made.pr_url or made.commit_url, new=True)
 
+        look = functools.partial(self._look_after, files)
         # A pull request has no parent that would refuse a second one.
-        attempts = 1 if self.to.create_pr else ATTEMPTS
-        return self._steps.patiently(
-            commit, attempts, lambda failure: self._look_after(failure, files)
-        )
+        return self._steps.patiently(commit, 1 if self.to.create_pr else ATTEMPTS, look)
 
     def _upload(self, file: File, operation: CommitOperationAdd, options: dict) -> None:
         """Upload a large file; a small one goes with the commit.
@@ -177,7 +175,7 @@ class Repository:
             print(file=sys.stderr)  # the client leaves its bar in the middle of a line
             raise
 
-    def _look_after(self, failure: StepError, files: list[File]) -> Landed | None:
+    def _look_after(self, files: list[File], failure: StepError) -> Landed | None:
         try:
             found = self._find(files)
         except StepError as error:
