@@ -57,6 +57,7 @@ class StepError(HubError):
         what: What failed, without the remedy.
         status: HTTP status, or None where no answer came.
         retry_after: Seconds that the Hub asks to wait, or None.
+        local: Whether it is this machine's disk that failed.
     """
 
     def __init__(
@@ -65,13 +66,16 @@ class StepError(HubError):
         remedy: str,
         status: int | None = None,
         retry_after: float | None = None,
+        local: bool = False,
     ):
         super().__init__(f"{what}. {remedy}")
-        self.what, self.status, self.retry_after = what, status, retry_after
+        self.what, self.status, self.retry_after, self.local = what, status, retry_after, local
 
     @property
     def may_pass(self) -> bool:
         """Whether trying again may help."""
+        if self.local:
+            return False
         return self.status is None or self.status in (408, 409, 429) or self.status >= 500
 
     @property
@@ -157,12 +161,13 @@ class Steps:
         response = getattr(cause, "response", None)
         status = getattr(response, "status_code", None)
         wait = _retry_after(response) if status else None
+        local = not status and getattr(cause, "errno", None) in _DISK
         if status:
             remedies = _REMEDIES if self.writes else {**_REMEDIES, **_READ_REMEDIES}
             owner = self.repo.partition("/")[0]
             remedy = remedies.get(status, _TROUBLE).format(repo=self.repo, owner=owner)
             said = f"{status}: {getattr(cause, 'server_message', None) or _first_line(cause)}"
-        elif getattr(cause, "errno", None) in _DISK:
+        elif local:
             remedy = "Free space, or set TMPDIR to another disk, then run the same command again."
             said = str(cause)
         else:
@@ -170,7 +175,7 @@ class Steps:
             said = f"{type(cause).__name__}: {_first_line(cause)}"
         asked = f" (the Hub asks to wait {wait:.0f} s)" if wait else ""
         what = f"{doing} ({self.repo}) failed, {' '.join(said.split()).rstrip('.')}{asked}"
-        return StepError(scrub(what, self.token), remedy, status, wait)
+        return StepError(scrub(what, self.token), remedy, status, wait, local)
 
 
 def scrub(text: str, token: str | None) -> str:
