@@ -89,7 +89,13 @@ class Worker:
 
     def run(self, *args, **settings):
         """Exit code, both streams and the seconds of ``ema-timm ARGS``."""
-        task = {"args": [str(arg) for arg in args], **settings}
+        return self._do({"args": [str(arg) for arg in args], **settings})
+
+    def load(self, name, **settings):
+        """``{"outputs": ...}`` of a timm name, or ``{"error": ...}``."""
+        return self._do({"name": name, **settings})
+
+    def _do(self, task):
         self._process.stdin.write(json.dumps(task) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())

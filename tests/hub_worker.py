@@ -2,9 +2,9 @@
 
 The client reads HF_ENDPOINT and its other settings when it is imported, so it cannot run in the
 process of the tests; and a new process for each of hundreds of faults would mostly import torch.
-Reads the arguments of `run` and writes what it returns, as JSON, a line each. Nothing of the
-client is changed. What publishing gets is another `Reload`: models are loaded back from the same
-folders in this process. (test_publish.py has the default, fresh processes.)
+Reads the arguments of `run` or `load` and writes what it returns, as JSON, a line each. Nothing of
+the client is changed. What publishing gets is another `Reload`: models are loaded back from the
+same folders in this process. (test_publish.py has the default, fresh processes.)
 """
 
 import functools
@@ -64,10 +64,24 @@ def run(args: list[str], largest_file: int = resource.RLIM_INFINITY) -> dict:
     return {"code": code, "out": texts[0], "err": texts[1], "seconds": seconds}
 
 
+def load(name: str, symlinks: bool = True, keep_cache: bool = False) -> dict:
+    """What `timm.create_model` makes of ``name``: the outputs of the model, or the error."""
+    if not keep_cache:
+        shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+    constants.HF_HUB_DISABLE_SYMLINKS = not symlinks
+    try:
+        return {"outputs": outputs(timm.create_model(name, pretrained=True))}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        constants.HF_HUB_DISABLE_SYMLINKS = False
+
+
 if __name__ == "__main__":
     publish.publish = functools.partial(publish.publish, reload=reload_here)
     publish.rehearse = functools.partial(publish.rehearse, reload=reload_here)
     fetch.TIME_LIMIT = 3.0  # finetune has no option for it
     assert Path(constants.HF_HUB_CACHE).is_relative_to(os.environ["HF_HOME"])
     for line in sys.stdin:
-        print(json.dumps(run(**json.loads(line))), flush=True)
+        task = json.loads(line)
+        print(json.dumps((load if "name" in task else run)(**task)), flush=True)
