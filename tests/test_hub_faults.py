@@ -45,7 +45,7 @@ PUSH = {
 LOAD = {step: "fetching" for step in ("head", "file", "storage")}
 PASSES = {409, 429, 500, 503, "cut", "lost", "slow", "short", "broken", "corrupt"}
 REMEDY = re.compile(
-    r"[Rr]un the same command|log in anew|take one with write access|correct the name|Look at"
+    r"[Rr]un the same command|log in anew|take one with write access|correct the name|accept the conditions"
 )
 
 
@@ -61,12 +61,12 @@ class Case(NamedTuple):
         step, kind = self.step, self.kind
         if kind == 404 and self.doing == "load":
             return False
-        if self.always:
-            return (step, kind) == ("commit", "lost")  # it has landed, and is found
+        if self.always:  # it has taken effect, and is found
+            return kind == "lost" and step in ("create", "branch", "commit")
         if kind == 404:  # taken for a missing repository, made, found to exist
             return step == "info"
         if kind == 409:  # the client and the Hub mean "again" only in some places
-            return step not in ("preupload", "batch", "upload", "verify", "discussions")
+            return step not in ("preupload", "batch", "upload", "verify", "branch")
         return kind in PASSES
 
     def __str__(self):
@@ -84,26 +84,18 @@ def all_cases():
 
 
 DEFAULT = {
-    ("info", 401, True), ("info", 404, True), ("info", 503, False), ("info", "slow", True),
-    ("create", 403, True), ("create", 409, False), ("create", "lost", False),
-    ("tree", "cut", False), ("tree", 403, False),
-    ("preupload", 404, True), ("preupload", 500, True),
-    ("batch", 429, False), ("upload", "cut", False), ("upload", "cut", True), ("upload", 403, True),
-    ("verify", 404, True), ("validate", 503, False),
-    ("commit", 401, True), ("commit", 412, True), ("commit", 409, True),
-    ("commit", 429, False), ("commit", 429, True),
-    ("commit", 500, False), ("commit", "cut", False), ("commit", "lost", False),
-    ("commit", "lost", True), ("commit", "slow", True),
-    ("head", 500, False), ("head", 401, True), ("file", 404, True), ("file", "corrupt", False),
-    ("storage", "short", True), ("storage", "broken", False), ("storage", "corrupt", True),
-    ("storage", "corrupt", False), ("storage", 503, True), ("storage", "slow", True),
-    ("branch", 403, True), ("discussions", 500, True),
+    ("info", 401, True), ("info", 404, True), ("info", 503, False), ("create", 403, True),
+    ("create", "lost", False), ("branch", 409, True), ("tree", "cut", False),
+    ("preupload", 404, True), ("batch", 429, False), ("upload", "cut", True), ("upload", 403, True),
+    ("verify", 404, True), ("commit", 401, True), ("commit", 412, True), ("commit", 409, True),
+    ("commit", 429, False), ("commit", 429, True), ("commit", 500, False),
+    ("commit", "lost", True), ("commit", "slow", True), ("head", 401, True),
+    ("file", "corrupt", False), ("storage", "short", True), ("storage", "corrupt", True),
+    ("discussions", 403, True),
 }  # fmt: skip
-
 DEFAULT_LOAD = {
-    ("head", 503, False), ("head", 500, True), ("head", 401, True), ("file", "corrupt", True),
-    ("storage", "corrupt", False), ("storage", "corrupt", True), ("storage", "short", True),
-    ("storage", "broken", False), ("storage", "slow", True),
+    ("head", 500, True), ("head", 401, True), ("file", "corrupt", True),
+    ("storage", "corrupt", False), ("storage", "corrupt", True), ("storage", "broken", False),
 }  # fmt: skip
 
 
@@ -116,17 +108,28 @@ def table():
         Path(TABLE).write_text(as_table(outcomes))
 
 
+LEGEND = """\
+Each cell: the fault once / always. `recovers`: exit code 0, the whole commit (or the model) is
+there. `refused`: exit code 1, the message says what failed and what to do, nothing is there.
+`unverified`: the same, and the whole commit is there. After each `refused` and `unverified` the
+same command was run again without the fault, and ended with exactly one commit.
+"""
+
+
 def as_table(outcomes):
     kinds = list(dict.fromkeys(case.kind for case in outcomes))
     lines = [f"| step | {' | '.join(map(str, kinds))} |", "|---" * (len(kinds) + 1) + "|"]
     for doing, step in dict.fromkeys((case.doing, case.step) for case in outcomes):
         cells = []
         for kind in kinds:
-            found = [outcomes.get(Case(doing, step, kind, always), []) for always in (False, True)]
-            cells.append(" / ".join(", ".join(words) or "·" for words in found))
+            both = [outcomes.get(Case(doing, step, kind, always)) for always in (False, True)]
+            first = [found[0] for found in both if found]
+            cells.append(" / ".join(dict.fromkeys(first)) if first else "·")
         lines.append(f"| {doing}: {step} | {' | '.join(cells)} |")
     runs = sum(len(words) for words in outcomes.values())
-    return "\n".join([*lines, "", f"once / always; {len(outcomes)} faults, {runs} runs", ""])
+    count = collections.Counter(words[0] for words in outcomes.values())
+    total = ", ".join(f"{number} {word}" for word, number in count.items())
+    return "\n".join([*lines, "", LEGEND, f"{len(outcomes)} faults ({total}), {runs} runs.", ""])
 
 
 def inject(hub, case):
@@ -172,12 +175,14 @@ def test_push(stage, trained, table, case):
     assert last.startswith("ema-timm: ") and PUSH[case.step] in last, done["err"]
     assert REMEDY.search(last), last
     if isinstance(case.kind, int) and "took more than" not in last:
-        assert f"{case.kind}:" in last
+        # 409 is "exists" when something is made; then it is looked for, and is not there.
+        misled = case.kind == 409 and case.step in ("create", "branch")
+        assert f"{case.kind}:" in last or (misled and re.search("404:|cannot be read", last)), last
     hub.heal()
     again = worker.run(*args)
     assert again["code"] == 0, again["err"]
     assert len(published(hub, repo, trained)) == 1
-    table[case] = [f"says so, {'whole commit' if commits else 'nothing'} there", "again: done"]
+    table[case] = ["unverified" if commits else "refused", "again"]
 
 
 @pytest.mark.parametrize("case", cases("load"), ids=str)
@@ -207,7 +212,7 @@ def test_load(stage, trained, digits, table, tmp_path, case):
     hub.heal()
     again = worker.run(*args, "--output", tmp_path / "again")
     assert again["code"] == 0, again["err"]
-    table[case] = ["says so", "again: done"]
+    table[case] = ["refused", "again"]
 
 
 def published(hub, repo, folder):

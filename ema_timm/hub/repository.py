@@ -189,7 +189,9 @@ class Repository:
 
     def _find(self, files: list[File]) -> Landed | None:
         """The commit of exactly these files, made since the head was read."""
-        mark = digest(files)
+        return self._steps.patiently(functools.partial(self._find_mark, digest(files)))
+
+    def _find_mark(self, mark: str) -> Landed | None:
         with self._steps.step("looking for the commit", seconds=ANSWER_SECONDS):
             if not self.to.create_pr:
                 return self._find_on(self.to.revision, mark, url=None)

@@ -22,6 +22,7 @@ _LONGEST_WAIT = 120.0
 # The client's errors, whichever HTTP library it is built on; ValueError and KeyError are answers
 # that it cannot read, RuntimeError is how it wraps the failure of an upload.
 CLIENT_ERRORS = (HfHubHTTPError.__bases__[0], OSError, ValueError, KeyError, RuntimeError)
+_UNREADABLE = (ValueError, KeyError)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_-]{8,}")
 
@@ -172,7 +173,8 @@ class Steps:
             said = str(cause)
         else:
             remedy = _OFFLINE
-            said = f"{type(cause).__name__}: {_first_line(cause)}"
+            unread = "an answer that cannot be read, " if isinstance(cause, _UNREADABLE) else ""
+            said = f"{unread}{type(cause).__name__}: {_first_line(cause)}"
         asked = f" (the Hub asks to wait {wait:.0f} s)" if wait else ""
         what = f"{doing} ({self.repo}) failed, {' '.join(said.split()).rstrip('.')}{asked}"
         return StepError(scrub(what, self.token), remedy, status, wait, local)
