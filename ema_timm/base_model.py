@@ -65,16 +65,20 @@ def create_model(
     return model, {k: v for k, v in model_args.items() if k != "num_classes"}
 
 
-def preprocessing(model: nn.Module, model_args: dict, img_size: int = 0) -> dict:
-    """Timm's preprocessing for ``model``, for its own number of input channels.
+def preprocessing(
+    model: nn.Module, model_args: dict, told: dict, use_test_size: bool = False
+) -> dict:
+    """How a network's images are prepared for evaluation.
 
     Args:
-        model: The network.
+        model: The network; its pretrained cfg says what is not told.
         model_args: Arguments that rebuild it.
-        img_size: Height and width in pixels; 0 is the network's own.
+        told: Settings by timm's names: ``img_size``, ``crop_pct``, ``interpolation``, ….
+        use_test_size: Take the sizes that timm recommends for testing, where there are some.
     """
-    data = resolve_data_config({"img_size": img_size or None}, model=model)
     channels = model_args.get("in_chans", model.pretrained_cfg["input_size"][0])
+    told = {**told, "in_chans": channels}
+    data = resolve_data_config(told, model=model, use_test_size=use_test_size)
     data["input_size"] = (channels, *data["input_size"][1:])
     for key in ("mean", "std"):
         if len(data[key]) != channels:  # statistics of RGB, and a network for greyscale, say
@@ -102,12 +106,22 @@ def describe_base(model: nn.Module, config: FinetuneConfig) -> dict:
     else:
         repository = cfg.get("hf_hub_id")
         weights = repository or cfg.get("url")
+    source, _, name = config.model.partition(":")
     return {
-        "model": config.model,
+        # Which folder of which machine is nobody's business.
+        "model": f"local-dir:{Path(name).name}" if source == "local-dir" else config.model,
         "weights": weights,
         "hub_repository": repository,
         "license": cfg.get("license") if repository else None,
     }
+
+
+def known_descriptions(model: nn.Module, classes: list[str]) -> dict[str, str] | None:
+    """What the classes mean, where the base describes every one of them."""
+    described = model.pretrained_cfg.get("label_descriptions") or {}
+    if not all(name in described for name in classes):
+        return None
+    return {name: described[name] for name in classes}
 
 
 def _weights_file(config: FinetuneConfig, wanted: bool) -> dict | None:

@@ -17,9 +17,15 @@ from timm.utils.distributed import init_distributed_device_so
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ema_timm.base_model import create_model, describe_base, pick_device, preprocessing
+from ema_timm.base_model import (
+    create_model,
+    describe_base,
+    known_descriptions,
+    pick_device,
+    preprocessing,
+)
+from ema_timm.complexity import count_macs, count_parameters
 from ema_timm.errors import InterruptedRunError, UserError
-from ema_timm.evaluate import Metrics, autocast, evaluate, sum_over_processes
 from ema_timm.finetune_config import FinetuneConfig
 from ema_timm.finetune_parts import (
     check_same_run,
@@ -29,9 +35,11 @@ from ema_timm.finetune_parts import (
     mixup_and_loss,
     open_data,
     optimizer_and_scheduler,
+    public_arguments,
 )
 from ema_timm.hub.card import card_text
-from ema_timm.hub.results import FORMAT
+from ema_timm.hub.results import FORMAT, PREPROCESSING
+from ema_timm.metrics import Metrics, autocast, measure, sum_over_processes
 from ema_timm.reproducible import get_rng_state, seed_everything, set_rng_state, versions
 from ema_timm.run_folder import RunFolder
 from ema_timm.stop import Stop, stop_on_signal
@@ -106,7 +114,11 @@ class _Run:
             config, len(self.classes), fetch_weights=self.state is None
         )
         self.base = describe_base(self.model, config)
-        self.data_config = preprocessing(self.model, self.model_args, config.img_size)
+        self.descriptions = known_descriptions(self.model, self.classes)
+        self.data_config = preprocessing(
+            self.model, self.model_args, {"img_size": config.img_size or None}
+        )
+        self.macs = count_macs(self.model, self.data_config["input_size"])
         for dataset in (self.train_data, self.val_data):
             dataset.read_channels(self.data_config["input_size"][0])
         self.model.to(self.device)
@@ -242,12 +254,12 @@ class _Run:
 
     def _evaluate(self) -> Metrics:
         images = len(self.val_data)
-        return evaluate(
+        return measure(
             self.model,
             self.val_loader,
             self.device,
-            self.amp_dtype,
-            self.config.channels_last,
+            amp_dtype=self.amp_dtype,
+            channels_last=self.config.channels_last,
             images_here=math.ceil((images - self.rank) / self.world_size),
             progress=self.progress,
         )
@@ -274,7 +286,7 @@ class _Run:
         """
         if self.improved:
             self.best["weights_sha256"] = self.folder.save_model(
-                self.model, self.model_args, self.data_config, self.classes
+                self.model, self.model_args, self.data_config, self.classes, self.descriptions
             )
         results = self.results()
         self.folder.write_json("results.json", results)
@@ -294,14 +306,12 @@ class _Run:
             "metrics": {key: best[key] for key in Metrics._fields},
             "best_epoch": best["epoch"],
             "weights_sha256": best["weights_sha256"] if self.main else None,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": count_parameters(self.model),
+            "macs": self.macs,
             "classes": self.classes,
-            "input": {
-                key: self.data_config[key]
-                for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-            },
+            "input": {key: self.data_config[key] for key in PREPROCESSING},
             "data": self.identity["data"],
-            "arguments": dataclasses.asdict(self.config),
+            "arguments": public_arguments(self.config),
             "history": self.history,
             "plots": [] if save_curves is None else ["curves.png"],
             "device": str(self.device.type),

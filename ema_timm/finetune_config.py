@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def _option(default: Any, help: str, **extra: Any) -> Any:
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A setting that the command line offers."""
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -12,54 +13,54 @@ def _option(default: Any, help: str, **extra: Any) -> Any:
 class FinetuneConfig:
     """Settings of `ema_timm.finetune.finetune`; the command line is made from these fields."""
 
-    model: str = _option("", "timm model name; hf-hub:USER/NAME and local-dir:FOLDER too")
-    data_dir: str = _option("", "image folder with train/CLASS/*.png and val/CLASS/*.png")
-    output: str = _option("", "run folder to write: the checkpoint in timm's Hub format")
+    model: str = option("", "timm model name; hf-hub:USER/NAME and local-dir:FOLDER too")
+    data_dir: str = option("", "image folder with train/CLASS/*.png and val/CLASS/*.png")
+    output: str = option("", "run folder to write: the checkpoint in timm's Hub format")
 
-    pretrained: bool | None = _option(
+    pretrained: bool | None = option(
         None, "start from pretrained weights (default: where the model name has some)", flag=True
     )
-    weights: str = _option("", "load the pretrained weights from this file, without network")
+    weights: str = option("", "load the pretrained weights from this file, without network")
     model_kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "arguments for the model, as KEY=VALUE ...", "pairs": True},
     )
-    img_size: int = _option(0, "image size in pixels (default: the model's own)")
-    drop_path: float = _option(0.0, "stochastic depth rate")
-    grad_checkpointing: bool = _option(False, "recompute activations to save memory", flag=True)
+    img_size: int = option(0, "image size in pixels (default: the model's own)")
+    drop_path: float = option(0.0, "stochastic depth rate")
+    grad_checkpointing: bool = option(False, "recompute activations to save memory", flag=True)
 
-    epochs: int = _option(20, "passes over the training images")
-    batch_size: int = _option(64, "images in a batch, on each device")
-    opt: str = _option("adamw", "timm optimiser name")
-    lr: float = _option(5e-4, "peak learning rate")
-    weight_decay: float = _option(0.05, "weight decay")
-    momentum: float = _option(0.9, "momentum, for optimisers that have one")
-    layer_decay: float = _option(0.0, "layer-wise learning rate decay (0: off)")
-    clip_grad: float = _option(0.0, "clip the gradient's norm (0: off)")
-    sched: str = _option("cosine", "timm scheduler name")
-    warmup_epochs: int = _option(1, "epochs of linear warm-up")
-    min_lr: float = _option(1e-6, "learning rate at the end")
+    epochs: int = option(20, "passes over the training images")
+    batch_size: int = option(64, "images in a batch, on each device")
+    opt: str = option("adamw", "timm optimiser name")
+    lr: float = option(5e-4, "peak learning rate")
+    weight_decay: float = option(0.05, "weight decay")
+    momentum: float = option(0.9, "momentum, for optimisers that have one")
+    layer_decay: float = option(0.0, "layer-wise learning rate decay (0: off)")
+    clip_grad: float = option(0.0, "clip the gradient's norm (0: off)")
+    sched: str = option("cosine", "timm scheduler name")
+    warmup_epochs: int = option(1, "epochs of linear warm-up")
+    min_lr: float = option(1e-6, "learning rate at the end")
 
-    smoothing: float = _option(0.1, "label smoothing")
-    mixup: float = _option(0.0, "mixup alpha (0: off)")
-    cutmix: float = _option(0.0, "cutmix alpha (0: off)")
-    aa: str = _option("", "AutoAugment policy, such as rand-m9-mstd0.5")
-    reprob: float = _option(0.0, "random erasing probability")
-    hflip: float = _option(0.5, "horizontal flip probability")
-    scale_min: float = _option(0.5, "smallest area of the random crop, as a fraction")
-    color_jitter: float = _option(0.0, "colour jitter")
+    smoothing: float = option(0.1, "label smoothing")
+    mixup: float = option(0.0, "mixup alpha (0: off)")
+    cutmix: float = option(0.0, "cutmix alpha (0: off)")
+    aa: str = option("", "AutoAugment policy, such as rand-m9-mstd0.5")
+    reprob: float = option(0.0, "random erasing probability")
+    hflip: float = option(0.5, "horizontal flip probability")
+    scale_min: float = option(0.5, "smallest area of the random crop, as a fraction")
+    color_jitter: float = option(0.0, "colour jitter")
 
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: bool = _option(False, "mixed precision", flag=True)
-    amp_dtype: str = _option("bfloat16", "mixed precision type", choices=("bfloat16", "float16"))
-    channels_last: bool = _option(False, "channels-last memory format", flag=True)
-    workers: int = _option(2, "data loading processes")
-    seed: int = _option(42, "random seed")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    amp: bool = option(False, "mixed precision", flag=True)
+    amp_dtype: str = option("bfloat16", "mixed precision type", choices=("bfloat16", "float16"))
+    channels_last: bool = option(False, "channels-last memory format", flag=True)
+    workers: int = option(2, "data loading processes")
+    seed: int = option(42, "random seed")
 
     ANYTIME = ("data_dir", "output", "device", "workers")
     """Fields that may differ when a run resumes; every other one is part of what it computes."""
 
 
-def option_fields() -> list:
+def option_fields(config: type = FinetuneConfig) -> list:
     """The fields that are options, in order."""
-    return list(fields(FinetuneConfig))
+    return list(fields(config))

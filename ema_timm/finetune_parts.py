@@ -1,5 +1,6 @@
 """What a fine-tuning run is put together from, each part checked: data, optimiser, loss."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -43,6 +44,16 @@ def open_data(config: FinetuneConfig, progress: bool) -> tuple[FolderDataset, Fo
 def describe_data(dataset: FolderDataset) -> dict:
     """What identifies a data set in results and states."""
     return {"images": len(dataset), "fingerprint": dataset.fingerprint()}
+
+
+def public_arguments(config: FinetuneConfig) -> dict:
+    """All settings, for results that are published: names of folders, not where they are."""
+    arguments = dataclasses.asdict(config)
+    for key in ("data_dir", "output", "weights"):
+        arguments[key] = Path(arguments[key]).name
+    if config.model.startswith("local-dir:"):
+        arguments["model"] = f"local-dir:{Path(config.model.removeprefix('local-dir:')).name}"
+    return arguments
 
 
 def loaders(

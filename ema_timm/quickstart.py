@@ -111,7 +111,7 @@ def validate(model, data_dir: str | Path) -> dict:
     from timm.data import create_loader, resolve_data_config
 
     from ema_timm.data import VAL, open_folder
-    from ema_timm.evaluate import evaluate
+    from ema_timm.metrics import measure
 
     data = resolve_data_config(model=model)
     classes = model.pretrained_cfg["label_names"]
@@ -126,7 +126,7 @@ def validate(model, data_dir: str | Path) -> dict:
         persistent_workers=False,
         **data,
     )
-    metrics = evaluate(model, loader, torch.device("cpu"), progress=False)
+    metrics = measure(model, loader, torch.device("cpu"), progress=False)
     return {"correct": metrics.correct, "images": metrics.images}
 
 

@@ -49,12 +49,25 @@ class RunFolder:
                 f"{self.path} holds a run already. Continue it with --resume, or give another "
                 "--output."
             )
+        self.make(self.state_file.parent)
+
+    def make(self, folder: Path | None = None) -> None:
+        """Make the folder, or one in it, and see that it can be written to.
+
+        Raises:
+            UserError: If not.
+        """
+        folder = folder or self.path
         try:
-            self.state_file.parent.mkdir(parents=True, exist_ok=True)
-            self.write("training/.writable", lambda path: path.write_bytes(b""))
-            (self.path / "training" / ".writable").unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{os.getpid()}.writable"
+            probe.write_bytes(b"")
+            probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}.") from error
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}. Free or unlock it, or give "
+                "another folder."
+            ) from error
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write one file of the folder by ``write(temporary_path)``, then name it."""
@@ -96,7 +109,12 @@ class RunFolder:
             ) from error
 
     def save_model(
-        self, model: nn.Module, model_args: dict, data_config: dict, class_names: list[str]
+        self,
+        model: nn.Module,
+        model_args: dict,
+        data_config: dict,
+        class_names: list[str] | None,
+        descriptions: dict[str, str] | None = None,
     ) -> str:
         """Write ``model.safetensors``, ``config.json`` and what the latter names.
 
@@ -104,7 +122,8 @@ class RunFolder:
             model: A timm classifier.
             model_args: Arguments that rebuild the network, beside its name and classes.
             data_config: Preprocessing of the evaluation, as timm resolves it.
-            class_names: Names in the order of the classes.
+            class_names: Names in the order of the classes, where they are known.
+            descriptions: What the names mean, by name, where that is known.
 
         Returns:
             sha256 of the weights file.
@@ -113,13 +132,18 @@ class RunFolder:
         # save_file would leave the file readable to its owner alone.
         content = safetensors.torch.save(weights, metadata={"format": "pt"})
         self.write("model.safetensors", lambda path: path.write_bytes(content))
-        config = hub_config(model, model_args, data_config, class_names, scratch=self.path)
+        config = hub_config(model, model_args, data_config, class_names, self.path, descriptions)
         self.save_config(config)
         return sha256(self.path / "model.safetensors")
 
     def save_config(self, config: dict) -> None:
-        """Write ``config.json``, and the stub where ``auto_map`` names it."""
-        self.write_json("config.json", config)
+        """Write ``config.json``, and the stub where ``auto_map`` names it.
+
+        A config.json that says the same already is left as it is, whoever wrote it.
+        """
+        file = self.path / "config.json"
+        if not file.is_file() or json.loads(file.read_text("utf-8")) != config:
+            self.write_json("config.json", config)
         if config.get("auto_map") == AUTO_MAP:
             self.write_text(STUB, stub_text())
 
@@ -128,8 +152,9 @@ def hub_config(
     model: nn.Module,
     model_args: dict,
     data_config: dict,
-    class_names: list[str],
+    class_names: list[str] | None,
     scratch: Path,
+    descriptions: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The config.json of timm's Hub format for ``model``; timm and transformers both load it."""
     file = scratch / f".config.{os.getpid()}.tmp"
@@ -137,7 +162,7 @@ def hub_config(
         save_config_for_hf(
             model,
             file,
-            model_config={"label_names": class_names},
+            model_config={"label_names": class_names, "label_descriptions": descriptions},
             model_args=dict(model_args),
         )
         config = json.loads(file.read_text())
@@ -154,7 +179,8 @@ def hub_config(
 
 
 _DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-# True of the weights that training started from, not of those it ended with.
+# True of the weights that training started from, not of those it ended with; names and
+# descriptions of classes stand at the top level.
 _BASE_ONLY_KEYS = (
     "tag",
     "notes",
@@ -163,8 +189,10 @@ _BASE_ONLY_KEYS = (
     "test_crop_pct",
     "test_pool_size",
     "label_offset",
+    "label_names",
     "label_descriptions",
     "custom_load",
+    "license",
 )
 
 

@@ -125,6 +125,10 @@ DAMAGE = {
         weights(lambda t: t.update({"fc.weight": t["fc.weight"].int()})),
         r"fc\.weight is torch\.int32",
     ),
+    "a float of another kind": (
+        weights(lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.float8_e4m3fn)})),
+        r"fc\.weight is torch\.float8",
+    ),
     "NaN": (weights(lambda t: t["fc.weight"].view(-1)[0].fill_(torch.nan)), "holds 1 NaN"),
     "infinite": (weights(lambda t: t["fc.bias"].fill_(torch.inf)), "holds 3 NaN or infinite"),
     "a tensor gone": (weights(lambda t: t.pop("fc.bias")), r"lacks fc\.bias"),
@@ -208,5 +212,5 @@ def test_an_edited_card_passes(folder):
 def test_the_card_command_repairs_the_config(folder):
     edit("config.json", lambda c: c.update(model_args={"num_classes": 3}, auto_map={}))(folder)
     (folder / STUB).unlink()
-    assert write_card(folder) is False  # the card itself is as it was
+    assert not write_card(folder).changed  # the card itself is as it was
     assert check_folder(folder)

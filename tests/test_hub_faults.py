@@ -45,7 +45,8 @@ PUSH = {
 LOAD = {step: "fetching" for step in ("head", "file", "storage")}
 PASSES = {409, 429, 500, 503, "cut", "lost", "slow", "short", "broken", "corrupt"}
 REMEDY = re.compile(
-    r"[Rr]un the same command|log in anew|take one with write access|correct the name|accept the conditions"
+    r"[Rr]un the same command|log in anew|take one with write access|correct the name|"
+    "accept the conditions"
 )
 
 

@@ -65,3 +65,36 @@ def test_validate_counts_as_finetune_does(script, digits, tmp_path):
     out = script("validate.py", *args, "--model", "local-dir:run", "--pretrained")
     top1 = json.loads(out.partition("--result")[2])["top1"]
     assert top1 == pytest.approx(results["metrics"]["top1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_evaluate_counts_as_validate_does(script, digits, tmp_path, averaged):
+    """On a checkpoint of train.py, its weights and the averaged ones, to the last image."""
+    from ema_timm.evaluate import evaluate
+    from ema_timm.evaluate_config import EvaluateConfig
+
+    common = ["--data-dir", digits, "--model", "test_resnet_ema", "--num-classes", 4]
+    common += ["--device", "cpu", "--img-size", 32, "-b", 12, "-j", 0]
+    more = ["--epochs", 6, "--lr", 0.05, "--model-ema", "--model-ema-decay", 0.5]
+    script("train.py", *common, *more, "--output", "out", "--experiment", "a")
+    best = tmp_path / "out" / "a" / "model_best.pth.tar"
+    flags = ["--use-ema"] if averaged else []
+    out = script("validate.py", *common, "--split", "val", "--checkpoint", best, *flags)
+    theirs = json.loads(out.partition("--result")[2])
+    config = EvaluateConfig(
+        str(best),
+        data_dir=str(digits),
+        output=str(tmp_path / "folder"),
+        use_averaged=averaged,
+        device="cpu",
+        workers=0,
+    )
+    ours = evaluate(config, progress=False)
+    assert ours["metrics"]["top1"] == pytest.approx(theirs["top1"], abs=1e-3)
+    assert theirs["img_size"] == ours["input"]["input_size"][1] == 32
+    assert theirs["crop_pct"] == ours["input"]["crop_pct"]
+    # The folder that was written, by timm's script again.
+    args = ["--data-dir", digits, "--split", "val", "--device", "cpu", "-j", 0]
+    out = script("validate.py", *args, "--model", "local-dir:folder", "--pretrained")
+    again = json.loads(out.partition("--result")[2])
+    assert again["top1"] == theirs["top1"]

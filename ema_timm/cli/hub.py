@@ -1,13 +1,94 @@
-"""``ema-timm card`` and ``ema-timm publish``: a folder made ready for others, and given to them."""
+"""``ema-timm evaluate``, ``convert`` and ``card``: what makes a checkpoint ready for others."""
 
 import argparse
-import os
+import sys
+
+from ema_timm.cli.options import add_options, given_options, pair
+from ema_timm.evaluate_config import EvaluateConfig
 
 
 def add_commands(commands) -> None:
     """Add the subcommands to the parser."""
+    _add_evaluate(commands)
+    _add_convert(commands)
     _add_card(commands)
-    _add_publish(commands)
+
+
+_TOLD = (
+    ("license", "ID", "licence of the weights, by the Hub's names: apache-2.0, mit, other, ..."),
+    ("license_name", "NAME", "its name, where --license is other"),
+    ("license_link", "URL", "where its text is, where --license is other"),
+    ("datasets", "ID", "data set on the Hub that it was trained on; may be given several times"),
+    ("base_model", "USER/NAME", "repository of the weights that training started from"),
+    ("repo_id", "USER/NAME", "repository that the folder is for, named in the examples"),
+)
+"""Facts that nobody can measure."""
+
+
+def _add_evaluate(commands) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="measure a checkpoint on an image folder",
+        description="Measure a checkpoint folder, or a checkpoint file of timm's train script, and "
+        "write results.json and a confusion matrix into its folder. Counts as timm's validate.py "
+        "does, to the last image.",
+        epilog="example: ema-timm evaluate output/train/model_best.pth.tar --data-dir flowers "
+        "--output runs/flowers",
+    )
+    command.add_argument("source", metavar="CHECKPOINT", help="checkpoint folder or file")
+    add_options(command, EvaluateConfig)
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ema_timm.evaluate import evaluate
+
+    config = EvaluateConfig(**given_options(args, EvaluateConfig))
+    metrics = evaluate(config)["metrics"]
+    folder = config.output or config.source
+    print(f"{folder}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
+    print(f"next: ema-timm card {folder}")
+    return 0
+
+
+def _add_convert(commands) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="turn the authors' or others' EMA checkpoints into a folder",
+        description="Map a checkpoint of a network with EMA attention, such as the authors', onto "
+        "timm's names and write a checkpoint folder. Groups and stages are read off the weights.",
+        epilog="example: ema-timm convert model_best.pth.tar --model mobilenetv2_100_ema --output "
+        "runs/authors; then: ema-timm evaluate runs/authors --data-dir DIR",
+    )
+    command.add_argument("source", metavar="CHECKPOINT", help="checkpoint file")
+    command.add_argument("--output", required=True, help="checkpoint folder to write")
+    command.add_argument("--model", default="", help="timm model name, with or without _ema")
+    command.add_argument(
+        "--rename",
+        nargs="+",
+        type=pair,
+        default=[],
+        metavar="OLD=NEW",
+        help="new names of modules, such as model.7=layer3.5.se",
+    )
+    command.add_argument("--labels", default="", help="class names, as in ema-timm evaluate")
+    command.add_argument("--use-averaged", action="store_true", help="take averaged weights")
+    command.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from ema_timm.export import export_converted
+
+    done = export_converted(
+        args.source, args.output, args.model, dict(args.rename), args.labels, args.use_averaged
+    )
+    layers = (
+        f"{len(done.groups)} EMA attention layers of {min(done.groups.values())} groups or more"
+    )
+    print(f"{args.output}: {done.architecture}, {layers}")
+    for name in done.unused:
+        print(f"not used: {name}", file=sys.stderr)
+    return 0
 
 
 def _add_card(commands) -> None:
@@ -18,7 +99,10 @@ def _add_card(commands) -> None:
         "measured comes from there; what nobody can measure is told by options, once.",
     )
     command.add_argument("folder", metavar="FOLDER", help="a checkpoint folder")
-    command.add_argument("--license", metavar="ID", help="licence of the weights, such as mit")
+    for name, metavar, help in _TOLD:
+        action = "append" if name == "datasets" else "store"
+        flag = "--dataset" if name == "datasets" else "--" + name.replace("_", "-")
+        command.add_argument(flag, dest=name, metavar=metavar, help=help, action=action)
     command.add_argument("--force", action="store_true", help="replace a card edited by hand")
     command.set_defaults(run=_card)
 
@@ -26,61 +110,13 @@ def _add_card(commands) -> None:
 def _card(args: argparse.Namespace) -> int:
     from ema_timm.hub.card_file import EditedCardError, write_card
 
-    told = {key: value for key in ("license",) if (value := getattr(args, key))}
+    told = {name: value for name, *_ in _TOLD if (value := getattr(args, name))}
     try:
-        changed = write_card(args.folder, told, args.force)
+        written = write_card(args.folder, told, args.force)
     except EditedCardError as error:
         print(error.diff)
         raise
-    print(f"{args.folder}/README.md: {'written' if changed else 'unchanged'}")
-    return 0
-
-
-def _add_publish(commands) -> None:
-    command = commands.add_parser(
-        "publish",
-        help="put a checkpoint folder on the Hugging Face Hub, verified",
-        description="Put a checkpoint folder on the Hugging Face Hub in one commit: weights "
-        "(never a pickle), config.json, card, results and pictures. It is loaded back before and "
-        "after. Publishing the same folder twice makes no second commit.",
-        epilog="The token is that of hf auth login, or HF_TOKEN. Uploads go over plain HTTP; "
-        "HF_HUB_DISABLE_XET=0 lets the client use xet, on which --time-limit has no hold.",
-    )
-    command.add_argument("folder", metavar="FOLDER", help="a checkpoint folder")
-    command.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the repository")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
-    command.add_argument("--revision", default="main", help="branch (default: %(default)s)")
-    command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    command.add_argument(
-        "--force", action="store_true", help="replace a card on the Hub that was edited by hand"
-    )
-    command.add_argument(
-        "--time-limit",
-        type=float,
-        default=3600.0,
-        metavar="SECONDS",
-        help="for everything on the network (default: %(default).0f)",
-    )
-    command.add_argument(
-        "--dry-run", action="store_true", help="check, print what would be sent; no network"
-    )
-    command.set_defaults(run=_publish)
-
-
-def _publish(args: argparse.Namespace) -> int:
-    # Read when the client is imported. Without xet every step is under the time limit.
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    from ema_timm.hub.card_file import EditedCardError
-    from ema_timm.hub.publish import Destination, publish, rehearse
-
-    to = Destination(args.repo_id, args.revision, args.private, args.create_pr)
-    if args.dry_run:
-        print(f"would publish to {rehearse(args.folder, to)}")
-        return 0
-    try:
-        landed = publish(args.folder, to, force=args.force, time_limit=args.time_limit)
-    except EditedCardError as error:
-        print(error.diff)
-        raise
-    print(f"{landed.url}\n{landed.load_line(args.repo_id)}")
+    for name in written.unknown:
+        print(f"left out, as nobody has told it: {name}", file=sys.stderr)
+    print(f"{args.folder}/README.md: {'written' if written.changed else 'unchanged'}")
     return 0

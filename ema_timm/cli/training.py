@@ -1,11 +1,11 @@
 """``ema-timm finetune`` and ``ema-timm quickstart``."""
 
 import argparse
-import ast
 import os
 
+from ema_timm.cli.options import add_options, given_options
 from ema_timm.errors import UserError
-from ema_timm.finetune_config import FinetuneConfig, option_fields
+from ema_timm.finetune_config import FinetuneConfig
 
 
 def add_commands(commands) -> None:
@@ -25,8 +25,7 @@ def _add_finetune(commands) -> None:
         "--output runs/flowers; after an interruption: "
         "ema-timm finetune --resume --output runs/flowers",
     )
-    for field in option_fields():
-        _add_option(command, field)
+    add_options(command, FinetuneConfig)
     command.add_argument(
         "--resume",
         action="store_true",
@@ -35,38 +34,8 @@ def _add_finetune(commands) -> None:
     command.set_defaults(run=_finetune)
 
 
-def _add_option(command: argparse.ArgumentParser, field) -> None:
-    """One option for one setting; what is not given stays out of the namespace."""
-    flag = "--" + field.name.replace("_", "-")
-    help = field.metadata["help"]
-    shown = {"default": argparse.SUPPRESS}
-    if field.metadata.get("pairs"):
-        command.add_argument(flag, nargs="+", type=_pair, metavar="KEY=VALUE", help=help, **shown)
-    elif field.metadata.get("flag"):
-        command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help, **shown)
-    else:
-        kind = type(field.default)
-        if field.default or kind is float:
-            help = f"{help} (default: {field.default})"
-        choices = field.metadata.get("choices")
-        metavar = None if choices else kind.__name__.upper()
-        command.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=help, **shown)
-
-
-def _pair(text: str) -> tuple[str, object]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
 def _finetune(args: argparse.Namespace) -> int:
-    given = {f.name: getattr(args, f.name) for f in option_fields() if hasattr(args, f.name)}
-    if "model_kwargs" in given:
-        given["model_kwargs"] = dict(given["model_kwargs"])
+    given = given_options(args, FinetuneConfig)
     required = ["output"] if args.resume else ["model", "data_dir", "output"]
     missing = [f"--{name.replace('_', '-')}" for name in required if not given.get(name)]
     if missing:

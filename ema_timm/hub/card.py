@@ -10,6 +10,7 @@ from importlib import resources
 from string import Template
 
 from ema_timm.hub import citations
+from ema_timm.hub.auto_map import needs_auto_map
 from ema_timm.hub.card_metadata import front_matter, is_ema, measured_on
 
 WHAT_EMA = (
@@ -30,7 +31,7 @@ def card_text(results: dict) -> str:
         results: Content of results.json (`ema_timm.hub.results` lists it). Of what is not
             always there, what is unknown is left out.
     """
-    ema = is_ema(results["architecture"])
+    ema, ours = is_ema(results["architecture"]), needs_auto_map(results["architecture"])
     repository = results.get("card", {}).get("repo_id")
     body = fill(
         "card_template.md",
@@ -39,11 +40,11 @@ def card_text(results: dict) -> str:
         numbers=_numbers(results),
         measured=_measured(results),
         training=_training(results),
-        install="pip install ema-timm" if ema else "pip install timm",
+        install="pip install ema-timm" if ours else "pip install timm",
         mode="L" if results["input"]["input_size"][0] == 1 else "RGB",
         timm_name=f"hf-hub:{repository}" if repository else "local-dir:PATH/TO/THIS/FOLDER",
         transformers_name=repository or "PATH/TO/THIS/FOLDER",
-        where=_where(repository, ema),
+        where=_where(repository, ours),
         limits=_limits(results),
         citation="\n\n".join([citations.EMA, citations.TIMM] if ema else [citations.TIMM]),
     )
@@ -168,7 +169,7 @@ def _epoch(results: dict) -> str:
             "validation images"
         )
     if results.get("epoch"):
-        averaged = results.get("evaluation", {}).get("checkpoint", {}).get("averaged")
+        averaged = results.get("checkpoint", {}).get("averaged")
         kind = "averaged weights (the other EMA)" if averaged else "weights"
         return f"; these are the {kind} of epoch {results['epoch']}"
     return ""
@@ -178,11 +179,11 @@ def _plots(results: dict, name: str, shown: str) -> list[str]:
     return [f"![{shown}]({name})"] if name in results.get("plots", ()) else []
 
 
-def _where(repository: str | None, ema: bool) -> str:
+def _where(repository: str | None, ours: bool) -> str:
     lines = []
     if not repository:
         lines.append("From the Hugging Face Hub the same works as `hf-hub:USER/NAME`.")
-    if ema:
+    if ours:
         lines.append(
             "Where `ema-timm` is not installed, timm does not know this network; with "
             "`trust_remote_code=True` transformers names what to install."

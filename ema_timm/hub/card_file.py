@@ -2,6 +2,7 @@
 
 import difflib
 from pathlib import Path
+from typing import NamedTuple
 
 from ema_timm.errors import UserError
 from ema_timm.hub.auto_map import completed
@@ -19,7 +20,19 @@ class EditedCardError(UserError):
         self.diff = diff
 
 
-def write_card(path: str | Path, told: dict | None = None, force: bool = False) -> bool:
+class WrittenCard(NamedTuple):
+    """What `write_card` did.
+
+    Attributes:
+        changed: Whether README.md is another than before.
+        unknown: Facts that readers look for and nobody has told.
+    """
+
+    changed: bool
+    unknown: list[str]
+
+
+def write_card(path: str | Path, told: dict | None = None, force: bool = False) -> WrittenCard:
     """Write a folder's README.md from its results.json, and complete its config.json.
 
     Args:
@@ -27,9 +40,6 @@ def write_card(path: str | Path, told: dict | None = None, force: bool = False) 
         told: Facts that nobody can measure (``license``, ``datasets``, …); kept in results.json,
             so that they need to be told once.
         force: Replace a card that was edited by hand.
-
-    Returns:
-        Whether the card changed.
 
     Raises:
         EditedCardError: If the card was edited by hand and ``force`` is off.
@@ -62,7 +72,9 @@ def write_card(path: str | Path, told: dict | None = None, force: bool = False) 
         folder.write_json(RESULTS, updated)
     if text != old:
         folder.write_text(CARD, text)
-    return text != old
+    told, base = updated.get("card", {}), updated.get("base") or {}
+    known = {"license": base.get("license"), "datasets": None, **told}
+    return WrittenCard(text != old, [name for name, value in known.items() if not value])
 
 
 def _read(file: Path) -> str | None:

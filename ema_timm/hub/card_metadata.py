@@ -1,5 +1,7 @@
 """The YAML at the top of a model card: what the Hub indexes, from results and told facts."""
 
+from pathlib import Path
+
 import yaml
 
 
@@ -41,7 +43,8 @@ def measured_on(results: dict) -> dict:
     if data:
         return {"name": data["name"], "split": data["split"]}
     arguments = results.get("arguments") or {}
-    return {"name": arguments.get("data_dir"), "split": "val" if arguments else None}
+    name = Path(arguments["data_dir"]).name if arguments.get("data_dir") else None
+    return {"name": name, "split": "val" if name else None}
 
 
 def _model_index(results: dict) -> list | None:

@@ -25,6 +25,7 @@ CONFIG = "config.json"
 CARD = "README.md"
 RESULTS = "results.json"
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^):]+)\)")  # no scheme: a file beside the card
 
 
@@ -130,14 +131,15 @@ def _check_weights(file: Path, expected: dict[str, torch.Tensor]) -> None:
         raise UserError(f"{file} is missing. Give a folder that ema-timm or timm wrote.")
     try:
         with safe_open(file, framework="pt") as weights:
-            _check_names(file, set(weights.keys()), expected)
+            check_names(file, set(weights.keys()), expected)
             for name in weights.keys():
-                _check_tensor(file, name, weights.get_tensor(name), expected[name])
+                check_tensor(file, name, weights.get_tensor(name), expected[name])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged: {str(error).rstrip('.')}. {remedy}") from error
 
 
-def _check_names(file: Path, found: set[str], expected: dict[str, torch.Tensor]) -> None:
+def check_names(file: Path, found: set[str], expected: dict[str, torch.Tensor]) -> None:
+    """Refuse weights whose names are not those of the network."""
     missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
     if missing or unknown:
         said = [f"lacks {_some(missing)}"] if missing else []
@@ -153,7 +155,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _check_tensor(file: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+def check_tensor(file: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse a tensor of another shape or type than the network's, or that is not finite."""
     if tensor.shape != expected.shape:
         raise UserError(
             f"{file}: {name} is {tuple(tensor.shape)}, and the network of config.json takes "
@@ -161,7 +164,7 @@ def _check_tensor(file: Path, name: str, tensor: torch.Tensor, expected: torch.T
             "together."
         )
     floating = expected.is_floating_point()
-    if tensor.is_floating_point() != floating or not (floating or tensor.dtype == expected.dtype):
+    if tensor.dtype not in (_FLOATS if floating else (expected.dtype,)):
         raise UserError(
             f"{file}: {name} is {tensor.dtype}, and the network takes {expected.dtype}. The "
             "header lies or the file was converted wrongly; write the folder anew."

@@ -19,11 +19,11 @@ Measured, where it was:
 - ``metrics``: ``top1``, ``top5`` (null below six classes), ``loss`` (mean cross-entropy),
   ``correct``, ``images``.
 - ``macs``: multiply-accumulates of one image of ``input_size``, as `ema_timm.complexity` counts
-  them: ``total``, ``ema`` (the EMA layers by the paper's definition), ``convention``.
+  them: ``total``, ``ema`` (the EMA layers' part, in the closed form that runs),
+  ``ema_definition`` (what that part is by the paper's definition), ``convention``.
 - ``evaluation``: how `ema_timm.evaluate` measured ``metrics``: ``data`` (``name``, ``split``,
   ``images``, ``fingerprint``), ``per_class`` (class name to ``images`` and ``correct``),
-  ``dtype``, ``amp_dtype``, ``device``, ``batch_size``, ``checkpoint`` (name of the file, and
-  whether its averaged weights were taken), ``versions``.
+  ``dtype``, ``amp_dtype``, ``device``, ``batch_size``, ``versions``.
 - ``plots``: names of the pictures in the folder.
 
 Of a training, where one is known (`ema_timm.finetune` writes all of them):
@@ -32,10 +32,13 @@ Of a training, where one is known (`ema_timm.finetune` writes all of them):
 - ``best_epoch``, ``history`` (an object an epoch), ``arguments`` (every setting), ``data``
   (``train`` and ``val``, each ``images`` and ``fingerprint``), ``device``, ``processes``,
   ``versions``.
+- ``trained_with``: the script, where it is not `ema_timm.finetune`; ``epoch`` of its checkpoint.
+- ``checkpoint``: ``file`` that the folder was written from, and whether its ``averaged`` weights.
 
 Told, not measured (options of ``ema-timm card``):
 
-- ``card``: ``license``, ``datasets``, ``base_model``, ``language`` and other facts for the card.
+- ``card``: ``license``, ``license_name``, ``license_link``, ``datasets`` (ids on the Hub),
+  ``base_model``, ``repo_id``.
 """
 
 import json
@@ -44,6 +47,7 @@ from pathlib import Path
 from ema_timm.errors import UserError
 
 FORMAT = 1
+PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 _REQUIRED = {
     "architecture": str,

@@ -1,0 +1,164 @@
+"""Checkpoint files of a training -> weights and what the file says of them. Never runs a pickle.
+
+Reads ``model_best.pth.tar`` and ``checkpoint-N.pth.tar`` of timm's train script (with the
+``args.yaml`` beside them), plain state dicts, and safetensors files.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.models import clean_state_dict, is_model
+from torch import Tensor
+
+from ema_timm.errors import UserError
+
+# As timm itself looks for them.
+_WEIGHTS = ("state_dict", "model")
+_AVERAGED = ("state_dict_ema", "model_ema")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights, and what the file they came in says.
+
+    Attributes:
+        file: Where they were read.
+        state: Tensors by name, without the wrappers ``module.`` and ``_orig_mod.``.
+        averaged: Whether these are the averaged weights (timm's ``--model-ema``).
+        architecture: timm's name of the network, or None.
+        epoch: Epochs trained, counted from 1, or None.
+        arguments: Arguments of timm's train script; empty where unknown.
+    """
+
+    file: Path
+    state: dict[str, Tensor]
+    averaged: bool = False
+    architecture: str | None = None
+    epoch: int | None = None
+    arguments: dict = field(default_factory=dict)
+
+
+def read_checkpoint(file: str | Path, averaged: bool = False) -> Checkpoint:
+    """Read a checkpoint file.
+
+    Args:
+        file: ``.safetensors``, or a pickle of tensors, numbers and strings; of Python's classes
+            it may hold ``argparse.Namespace`` alone, which timm's train script saves.
+        averaged: Take the averaged weights instead of the trained ones.
+
+    Raises:
+        UserError: If the file is missing or damaged, wants to run code, or has no such weights.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"there is no file {file}. Give a checkpoint file or folder.")
+    content = _load(file)
+    try:
+        state = unwrap(content, averaged)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    arguments = _arguments(file, content)
+    architecture = arguments.get("model") or content.get("arch")
+    epoch = content.get("epoch")
+    return Checkpoint(
+        file=file,
+        state=state,
+        averaged=averaged,
+        architecture=architecture if isinstance(architecture, str) else None,
+        epoch=epoch + 1 if isinstance(epoch, int) else None,
+        arguments=arguments,
+    )
+
+
+def _load(file: Path) -> dict:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(_refusal(file, str(error))) from error
+    except Exception as error:  # a damaged pickle or archive can end in any
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"{file} cannot be read: {reason}. Copy it again, or take another checkpoint."
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _refusal(file: Path, text: str) -> str:
+    wanted = re.search(
+        r"(?:GLOBAL|Unsupported (?:class|global|operand)) (?:GLOBAL )?([\w.]+)", text
+    )
+    if not wanted:
+        return (
+            f"{file} is not a checkpoint: it does not unpickle. Copy it again, or take another "
+            "checkpoint."
+        )
+    return (
+        f"{file} is refused: loading it would run {wanted[1]}, and a checkpoint needs no code "
+        "beyond argparse.Namespace. Where you trust it, save its state dict alone: "
+        "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')."
+    )
+
+
+def unwrap(content: Mapping, averaged: bool = False) -> dict[str, Tensor]:
+    """The state dict in a checkpoint's content, without ``module.`` and ``_orig_mod.``.
+
+    Args:
+        content: A state dict, or a mapping that holds one as timm's checkpoints do.
+        averaged: Take the averaged weights instead of the trained ones.
+
+    Raises:
+        UserError: If there is none.
+    """
+    keys = _AVERAGED if averaged else _WEIGHTS
+    state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+    if state is None and averaged:
+        raise UserError(
+            "there are no averaged weights. Train with timm's --model-ema, or leave out "
+            "--use-averaged."
+        )
+    state = content if state is None else state
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            "there is no state dict in it, a mapping of names to tensors. Save "
+            "model.state_dict(), or give a checkpoint of timm's train script."
+        )
+    return clean_state_dict(state)
+
+
+def _arguments(file: Path, content: dict) -> dict:
+    """The train script's arguments, from the checkpoint or the args.yaml beside it."""
+    arguments = content.get("args")
+    if isinstance(arguments, argparse.Namespace):
+        return dict(vars(arguments))
+    beside = file.with_name("args.yaml")
+    if not beside.is_file():
+        return {}
+    try:
+        arguments = yaml.safe_load(beside.read_text("utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{beside} cannot be read: {first}. Repair or remove it.") from error
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def resolve_architecture(checkpoint: Checkpoint, model: str = "") -> str:
+    """The network of a checkpoint: as told, else as the file says.
+
+    Raises:
+        UserError: If neither names a network of timm.
+    """
+    name = model or checkpoint.architecture or ""
+    if is_model(name.partition(".")[0]):
+        return name.partition(".")[0]
+    said = f"timm has no model {name!r}" if name else f"{checkpoint.file} does not say its network"
+    raise UserError(f"{said}. Give it as --model, such as resnet50_ema (see timm.list_models()).")
