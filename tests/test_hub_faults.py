@@ -67,7 +67,7 @@ class Case(NamedTuple):
         if kind == 404:  # taken for a missing repository, made, found to exist
             return step == "info"
         if kind == 409:  # the client and the Hub mean "again" only in some places
-            return step not in ("preupload", "batch", "upload", "verify", "branch")
+            return step not in ("preupload", "batch", "upload", "verify", "branch", "head")
         return kind in PASSES
 
     def __str__(self):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ema_timm.errors import HubError
 from ema_timm.hub.time_limit import TimeLimit, TimeUpError
@@ -58,7 +58,8 @@ class StepError(HubError):
         what: What failed, without the remedy.
         status: HTTP status, or None where no answer came.
         retry_after: Seconds that the Hub asks to wait, or None.
-        local: Whether it is this machine's disk that failed.
+        final: Whether trying again at once is in vain: this machine's disk failed, or the client
+            has tried again for long enough itself.
     """
 
     def __init__(
@@ -67,15 +68,15 @@ class StepError(HubError):
         remedy: str,
         status: int | None = None,
         retry_after: float | None = None,
-        local: bool = False,
+        final: bool = False,
     ):
         super().__init__(f"{what}. {remedy}")
-        self.what, self.status, self.retry_after, self.local = what, status, retry_after, local
+        self.what, self.status, self.retry_after, self.final = what, status, retry_after, final
 
     @property
     def may_pass(self) -> bool:
         """Whether trying again may help."""
-        if self.local:
+        if self.final:
             return False
         return self.status is None or self.status in (408, 409, 429) or self.status >= 500
 
@@ -177,7 +178,8 @@ class Steps:
             said = f"{unread}{type(cause).__name__}: {_first_line(cause)}"
         asked = f" (the Hub asks to wait {wait:.0f} s)" if wait else ""
         what = f"{doing} ({self.repo}) failed, {' '.join(said.split()).rstrip('.')}{asked}"
-        return StepError(scrub(what, self.token), remedy, status, wait, local)
+        final = local or isinstance(error, LocalEntryNotFoundError)
+        return StepError(scrub(what, self.token), remedy, status, wait, final)
 
 
 def scrub(text: str, token: str | None) -> str:
