@@ -76,8 +76,9 @@ def test_a_damaged_download_is_fetched_anew_or_refused(hub, load, symlinks):
     assert "outputs" in load(f"hf-hub:{BASE}", keep_cache=True)  # it holds nothing damaged
 
 
-def test_trouble_on_the_hub_does_not_lead_to_a_pickle(hub, load):
-    hub.fault("head", 500, match="model.safetensors")
+@pytest.mark.parametrize("status", [403, 500])  # the client gives up at once, or after a while
+def test_trouble_on_the_hub_does_not_lead_to_a_pickle(hub, load, status):
+    hub.fault("head", status, match="model.safetensors")
     error = load(f"hf-hub:{BASE}")["error"]
     assert error.startswith("StepError: fetching model.safetensors (ada/base) ")
     assert not asked_for_a_pickle(hub)
@@ -129,12 +130,24 @@ def test_given_weights_replace_those_of_the_folder(trained, tmp_path):
     assert torch.equal(model.conv1[0].weight, weights["conv1.0.weight"])
 
 
-def finetune(stage, data, output, *more):
+def run_finetune(stage, data, output, *more, **settings):
     args = ["finetune", "--model", f"hf-hub:{BASE}", "--data-dir", data, "--output", output]
     args += ["--img-size", 32, "--batch-size", 12, "--workers", 0, "--device", "cpu"]
-    done = stage[1].run(*args, "--hflip", 0, *more)
+    return stage[1].run(*args, "--hflip", 0, *more, **settings)
+
+
+def finetune(stage, data, output, *more):
+    done = run_finetune(stage, data, output, *more)
     assert done["code"] == 0, done["err"]
     return json.loads((output / "results.json").read_text())
+
+
+def test_a_full_disk_while_loading_is_named(stage, hub, new_digits, tmp_path):
+    done = run_finetune(stage, new_digits, tmp_path / "run", largest_file=100_000)
+    assert done["code"] == 1, done["err"]
+    last = done["err"].strip().splitlines()[-1]
+    assert last.startswith("ema-timm: ") and "Free space" in last
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_finetune_starts_from_published_weights_and_learns_new_classes(

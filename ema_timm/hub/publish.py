@@ -88,7 +88,7 @@ def publish(
         HubError: If the Hub failed. It holds the whole commit or nothing of it.
     """
     plan = make_plan(folder, to)
-    token = (api.token if api else None) or get_token()
+    token = api.token if api and isinstance(api.token, str) else get_token()
     if not token:
         raise UserError(
             "publishing needs a token with write access, and there is none. Log in with "
