@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 import torch
 import yaml
 from safetensors.torch import load_file
-from timm.models import clean_state_dict, is_model
+from timm.models import is_model
 from torch import Tensor
 
 from ema_timm.errors import UserError
@@ -22,6 +22,7 @@ from ema_timm.errors import UserError
 # As timm itself looks for them.
 _WEIGHTS = ("state_dict", "model")
 _AVERAGED = ("state_dict_ema", "model_ema")
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and compile
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ def _load(file: Path) -> dict:
 
 
 def _refusal(file: Path, text: str) -> str:
-    wanted = re.search(
-        r"(?:GLOBAL|Unsupported (?:class|global|operand)) (?:GLOBAL )?([\w.]+)", text
-    )
+    """Why PyTorch's restricted unpickler stopped, in one line."""
+    wanted = re.search(r"GLOBAL ([A-Za-z_][\w.]*)", text)
     if not wanted:
+        reason = text.partition("WeightsUnpickler error: ")[2] or text
         return (
-            f"{file} is not a checkpoint: it does not unpickle. Copy it again, or take another "
-            "checkpoint."
+            f"{file} is refused: it is not a checkpoint of tensors, numbers and strings "
+            f"({reason.strip().splitlines()[0].rstrip('.')}). Copy it again, or take another."
         )
     return (
         f"{file} is refused: loading it would run {wanted[1]}, and a checkpoint needs no code "
@@ -132,7 +133,7 @@ def unwrap(content: Mapping, averaged: bool = False) -> dict[str, Tensor]:
             "there is no state dict in it, a mapping of names to tensors. Save "
             "model.state_dict(), or give a checkpoint of timm's train script."
         )
-    return clean_state_dict(state)
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
 def _arguments(file: Path, content: dict) -> dict:

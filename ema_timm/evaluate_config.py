@@ -26,18 +26,20 @@ class EvaluateConfig:
         "", "mixed precision type (default: none)", choices=("bfloat16", "float16")
     )
 
-    output: str = option("", "of a file: checkpoint folder to write")
-    model: str = option("", "of a file: timm model name (default: as the file says)")
+    output: str = option(
+        "", "checkpoint folder to write; needed for checkpoint files, like what follows"
+    )
+    model: str = option("", "timm model name (default: as the file says)")
     model_kwargs: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "of a file: arguments for the model, as KEY=VALUE ...", "pairs": True},
+        metadata={"help": "arguments for the model, as KEY=VALUE ...", "pairs": True},
     )
-    use_averaged: bool = option(
-        False, "of a file: the averaged weights of timm's --model-ema", flag=True
+    use_averaged: bool = option(False, "take the averaged weights of timm's --model-ema", flag=True)
+    img_size: int = option(0, "image size in pixels (default: as validate.py has it)")
+    crop_pct: float = option(0.0, "part of the image to crop; 0 is as validate.py has it")
+    interpolation: str = option(
+        "", "interpolation, such as bicubic (default: as validate.py has it)"
     )
-    img_size: int = option(0, "of a file: image size in pixels (default: as validate.py has it)")
-    crop_pct: float = option(0.0, "of a file: part of the image to crop, 0 as validate.py has it")
-    interpolation: str = option("", "of a file: interpolation, such as bicubic")
 
     OF_A_FILE = (
         "output", "model", "model_kwargs", "use_averaged", "img_size", "crop_pct", "interpolation",

@@ -137,7 +137,8 @@ def test_the_command_writes_a_folder(mobilenet, tmp_path, capsys):
     args = ["convert", str(tmp_path / "best.pth.tar"), "--output", str(tmp_path / "out")]
     assert main([*args, "--labels", str(tmp_path / "names.txt")]) == 0
     printed = capsys.readouterr()
-    assert "mobilenetv2_035_ema" in printed.out and "not used: total_ops" in printed.err
+    assert "mobilenetv2_035_ema, 6 EMA layers, groups: 28, 32" in printed.out
+    assert "not used: total_ops" in printed.err
     config = check_network(tmp_path / "out")
     assert config["label_names"] == ["a", "b", "c", "d", "e"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -251,6 +251,7 @@ BAD_FILES = {
         "cannot be read",
     ),
     "empty": (lambda p, w: p.write_bytes(b""), "cannot be read"),
+    "code": (lambda p, w: p.write_text("print(1)"), r"is not a checkpoint of tensors.*operand 112"),
     "text": (lambda p, w: p.write_text("hello"), "cannot be read"),
     "no weights": (lambda p, w: torch.save({"epoch": 1}, p), "there is no state dict"),
     "a list": (lambda p, w: torch.save([1], p), "there is no state dict"),

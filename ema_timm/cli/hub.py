@@ -79,13 +79,12 @@ def _add_convert(commands) -> None:
 def _convert(args: argparse.Namespace) -> int:
     from ema_timm.export import export_converted
 
+    rename = {old: str(new) for old, new in args.rename}
     done = export_converted(
-        args.source, args.output, args.model, dict(args.rename), args.labels, args.use_averaged
+        args.source, args.output, args.model, rename, args.labels, args.use_averaged
     )
-    layers = (
-        f"{len(done.groups)} EMA attention layers of {min(done.groups.values())} groups or more"
-    )
-    print(f"{args.output}: {done.architecture}, {layers}")
+    groups = ", ".join(map(str, sorted(set(done.groups.values()))))
+    print(f"{args.output}: {done.architecture}, {len(done.groups)} EMA layers, groups: {groups}")
     for name in done.unused:
         print(f"not used: {name}", file=sys.stderr)
     return 0
@@ -117,6 +116,7 @@ def _card(args: argparse.Namespace) -> int:
         print(error.diff)
         raise
     for name in written.unknown:
-        print(f"left out, as nobody has told it: {name}", file=sys.stderr)
+        option = "--" + name.removesuffix("s")
+        print(f"{name}: unknown and left out; tell it with {option}", file=sys.stderr)
     print(f"{args.folder}/README.md: {'written' if written.changed else 'unchanged'}")
     return 0
