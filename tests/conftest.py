@@ -134,6 +134,7 @@ def stage(hub_env):
         worker = Worker({**hub_env(hub), **impatient, "HF_HUB_DISABLE_XET": "1"})
         yield hub, worker
         worker.close()
+        assert not hub.leaks  # the token has gone to the Hub alone, not to where large files are
 
 
 @pytest.fixture(autouse=True)

@@ -226,6 +226,8 @@ def test_a_pull_request_is_opened_once(trained, hub, push):
     assert first["out"] == second["out"] and "/discussions/1" in first["out"]
     assert hub.store.repos[push.repo].pull_requests == {1: "open"}
     assert ours(hub, push.repo) == [] and len(ours(hub, push.repo, "refs/pr/1")) == 1
+    refs = HfApi(hub.url, ADA).list_repo_refs(push.repo, include_pull_requests=True)
+    assert [ref.ref for ref in refs.pull_requests] == ["refs/pr/1"]
     hub.store.repos[push.repo].pull_requests[1] = "closed"
     assert "/discussions/2" in push(trained, "--create-pr")["out"]
 
@@ -271,6 +273,7 @@ def test_bad_destinations_are_refused_without_network(trained, hub, capsys, args
 
 @pytest.mark.parametrize("token", [ADA_READS, BOB])
 def test_a_token_that_may_not_write_here(trained, hub, token):
+    assert HfApi(hub.url, token).whoami()["name"] == ("bob" if token == BOB else "ada")
     with pytest.raises(HubError, match="take one with write access to ada's repositories"):
         publish_here(trained, "ada/not-yours", hub, token)
     assert "ada/not-yours" not in hub.store.repos
