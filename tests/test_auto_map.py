@@ -22,8 +22,8 @@ for trust in calls:
     options = {"trust_remote_code": True} if trust == "trust" else {}
     try:
         model = AutoModelForImageClassification.from_pretrained(folder, **options).eval()
-    except ImportError as error:
-        print("ImportError:", error)
+    except (ImportError, RuntimeError) as error:  # the latter from older transformers
+        print(type(error).__name__, error)
     else:
         processor = AutoImageProcessor.from_pretrained(folder, **options)
         with torch.no_grad():
@@ -61,8 +61,8 @@ def test_without_the_package_it_says_what_to_install(python, folder):
     absent = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     said = load(python, folder, "absent", "trust", "stock", **absent).strip().splitlines()
     assert "pip install ema-timm" in said[0]
-    # What a reader sees without the stub, and cannot act on.
-    assert "not supported in your version of timm" in " ".join(said[1:])
+    # What a reader sees without the stub, and cannot act on: upgrade timm, or an unknown model.
+    assert len(said) > 1 and "ema-timm" not in " ".join(said[1:])
 
 
 def test_labels_are_those_of_the_folder(folder):

@@ -148,6 +148,12 @@ def test_only_ema_networks_claim_ema(architecture):
     assert "license:" not in text and "base_model:" not in text
 
 
+def test_images_are_read_in_the_channels_of_the_network():
+    assert 'convert("RGB")' in card_text(RESULTS)
+    grey = card_text({**RESULTS, "input": {**RESULTS["input"], "input_size": [1, 32, 32]}})
+    assert 'convert("L")' in grey and 'convert("RGB")' not in grey
+
+
 def test_an_edit_anywhere_breaks_the_seal():
     text = card_text(RESULTS)
     assert is_generated(text)
@@ -163,10 +169,9 @@ def written(tmp_path_factory):
     """A folder with results, and no card yet."""
     folder = RunFolder(tmp_path_factory.mktemp("card") / "run")
     folder.prepare(resume=False)
-    model = timm.create_model("test_resnet_ema", num_classes=2, in_chans=1)
-    data = resolve_data_config(model=model)
-    data |= {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
-    digest = folder.save_model(model, {"in_chans": 1}, data, ["cat", "dog"])
+    model = timm.create_model("test_resnet_ema", num_classes=2)
+    data = {**resolve_data_config(model=model), "input_size": (3, 32, 32)}
+    digest = folder.save_model(model, {}, data, ["cat", "dog"])
     more = {"architecture": "test_resnet_ema", "weights_sha256": digest, "plots": []}
     folder.write_json("results.json", {**RESULTS, **more, "input": data})
     return folder.path
@@ -230,7 +235,6 @@ def test_the_command_names_what_nobody_has_told(folder, capsys):
 
 
 def test_the_code_in_the_card_runs(folder, tmp_path):
-    """With a greyscale network, which more can go wrong with than with one of three channels."""
     write_card(folder)
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "image.jpg")
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)

@@ -5,10 +5,10 @@ import pytest
 from ema_timm.cli import main
 from ema_timm.finetune_config import FinetuneConfig, option_fields
 
+COMMANDS = ("finetune", "quickstart", "evaluate", "convert", "card", "publish")
 
-@pytest.mark.parametrize(
-    "args", [["--help"], ["finetune", "--help"], ["publish", "--help"], ["quickstart", "--help"]]
-)
+
+@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_does_not_import_torch(python, args):
     code = (
         "import sys; from ema_timm.cli import main\n"
