@@ -14,25 +14,31 @@ from timm.models._factory import parse_model_name
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-from ema_timm.errors import UserError
+from ema_timm.errors import HubError, UserError
 from ema_timm.finetune_config import FinetuneConfig
+from ema_timm.hub.fetch import WEIGHTS, fetch
+
+_WITHOUT_NETWORK = (
+    " Without network give the weights as --weights FILE, or start from none with --no-pretrained."
+)
 
 
 def create_model(
-    config: FinetuneConfig, num_classes: int, fetch: bool = True
+    config: FinetuneConfig, num_classes: int, fetch_weights: bool = True
 ) -> tuple[nn.Module, dict]:
     """Build the network of a run.
 
     Args:
         config: The run's settings.
         num_classes: Classes of the new head.
-        fetch: Load the pretrained weights that the settings ask for.
+        fetch_weights: Load the pretrained weights that the settings ask for.
 
     Returns:
         The network, and the arguments that rebuild it beside name and classes.
 
     Raises:
         UserError: If timm does not know the name or the arguments, or has no such weights.
+        HubError: If the Hub does not give them, or gives them damaged.
     """
     kwargs = dict(config.model_kwargs)
     pretrained = wants_pretrained(config)
@@ -42,17 +48,18 @@ def create_model(
             kwargs["drop_path_rate"] = config.drop_path
         model = timm.create_model(
             config.model,
-            pretrained=pretrained and fetch,
+            pretrained=pretrained and fetch_weights,
             num_classes=num_classes,
-            pretrained_cfg_overlay={"file": config.weights} if config.weights else None,
+            pretrained_cfg_overlay=_weights_file(config, pretrained and fetch_weights),
             **kwargs,
         )
     except (HfHubHTTPError, HFValidationError, OSError, UnpicklingError, SafetensorError) as error:
         raise UserError(
-            f"cannot load the weights of {config.model}: {_first_line(error)} "
-            "Without network give them as --weights FILE, or start from none with "
-            "--no-pretrained."
+            f"cannot load the weights of {config.model}: {_first_line(error)}{_WITHOUT_NETWORK}"
         ) from error
+    except HubError as error:
+        hint = "" if ":" in config.model else _WITHOUT_NETWORK
+        raise HubError(f"cannot load {config.model}: {error}{hint}") from error
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"cannot build {config.model}: {_explain(error, config.model)}") from error
     return model, {k: v for k, v in model_args.items() if k != "num_classes"}
@@ -117,12 +124,23 @@ def known_descriptions(model: nn.Module, classes: list[str]) -> dict[str, str] |
     return {name: described[name] for name in classes}
 
 
+def _weights_file(config: FinetuneConfig, wanted: bool) -> dict | None:
+    """The overlay of the pretrained cfg that names a file, in place of what timm would fetch."""
+    file = config.weights
+    source, model_id = parse_model_name(config.model)
+    if wanted and not file and source == "hf-hub":
+        file = fetch(model_id, WEIGHTS)
+    return {"file": str(file), "source": ""} if file else None
+
+
 def _saved_model_args(name: str) -> dict:
     """The network's arguments in the config.json of a ``hf-hub:`` or ``local-dir:`` name."""
     source, model_id = parse_model_name(name)
     if source == "local-dir":
         return dict(load_model_config_from_path(model_id)[2])
     if source == "hf-hub":
+        if fetch(model_id, "config.json") is None:
+            raise HubError(f"{model_id} has no config.json: it is not a model of timm.")
         return dict(load_model_config_from_hf(model_id)[2])
     return {}
 

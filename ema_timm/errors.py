@@ -11,3 +11,7 @@ class UnreadableImageError(UserError):
 
 class InterruptedRunError(Exception):
     """A run was asked to stop (exit code 130). The message says how to continue it."""
+
+
+class HubError(Exception):
+    """The Hub, or the way to it, failed (exit code 1). The message says where, and the remedy."""

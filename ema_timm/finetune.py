@@ -111,7 +111,7 @@ class _Run:
         self.classes = self.train_data.class_names
         # A run that continues gets all its weights from its state.
         self.model, self.model_args = create_model(
-            config, len(self.classes), fetch=self.state is None
+            config, len(self.classes), fetch_weights=self.state is None
         )
         self.base = describe_base(self.model, config)
         self.descriptions = known_descriptions(self.model, self.classes)

@@ -1,5 +1,6 @@
 """Shared fixtures: fresh interpreters, a small image folder."""
 
+import json
 import os
 import subprocess
 import sys
@@ -76,6 +77,69 @@ def trained(digits, tmp_path_factory):
     )
     finetune(config, progress=False)
     return folder
+
+
+class Worker:
+    """A process for `ema-timm` commands; see hub_worker.py."""
+
+    def __init__(self, env):
+        script = Path(__file__).with_name("hub_worker.py")
+        self._process = subprocess.Popen(
+            [sys.executable, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **env},
+        )
+
+    def run(self, *args, **settings):
+        """Exit code, both streams and the seconds of ``ema-timm ARGS``."""
+        return self._do({"args": [str(arg) for arg in args], **settings})
+
+    def load(self, name, **settings):
+        """``{"outputs": ...}`` of a timm name, or ``{"error": ...}``."""
+        return self._do({"name": name, **settings})
+
+    def _do(self, task):
+        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def hub_env(tmp_path_factory):
+    """Environment variables with which a fresh process talks to a stand-in Hub."""
+    from stand_in_hub import ADA
+
+    def env(hub, token=ADA):
+        return {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path_factory.mktemp("hf")),
+            "HF_TOKEN": token,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    return env
+
+
+@pytest.fixture(scope="session")
+def stage(hub_env):
+    """A stand-in for the Hub and a worker that talks to it; each test takes names of its own."""
+    from stand_in_hub import StandInHub
+
+    with StandInHub() as hub:
+        impatient = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+        worker = Worker({**hub_env(hub), **impatient, "HF_HUB_DISABLE_XET": "1"})
+        yield hub, worker
+        worker.close()
+        assert not hub.leaks  # the token has gone to the Hub alone, not to where large files are
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import pytest
 from ema_timm.cli import main
 from ema_timm.finetune_config import FinetuneConfig, option_fields
 
-COMMANDS = ("finetune", "quickstart", "evaluate", "convert", "card")
+COMMANDS = ("finetune", "quickstart", "evaluate", "convert", "card", "publish")
 
 
 @pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])

@@ -194,18 +194,17 @@ def test_networks_without_weights_say_so():
         timm.create_model("mobilenetv2_035_ema", pretrained=True)
 
 
-def test_default_weights_come_from_the_plain_repository(monkeypatch):
-    """The ordinary machinery asks timm's own repository; stood in for by what it would fetch."""
-    import timm.models._builder as builder
-
+def test_default_weights_come_from_the_plain_repository(monkeypatch, tmp_path):
+    """They are asked of timm's own repository; stood in for by what it would give."""
     plain = shake(timm.create_model("resnet18")).eval()
+    save_file(plain.state_dict(), tmp_path / "model.safetensors")
     asked = []
 
-    def fetch(repository, **_):
+    def fetch(repository, name, cache_dir):
         asked.append(repository)
-        return plain.state_dict()
+        return tmp_path / name
 
-    monkeypatch.setattr(builder, "load_state_dict_from_hf", fetch)
+    monkeypatch.setattr("ema_timm.hub.fetch.fetch", fetch)
     model = timm.create_model("resnet18_ema", pretrained=True).eval()
     tagged = timm.create_model("resnet18_ema.warm_gluon_in1k", pretrained=True).eval()
     assert asked == ["timm/resnet18.a1_in1k", "timm/resnet18.gluon_in1k"]

@@ -17,6 +17,7 @@ from timm.models import (
     is_model,
     model_entrypoint,
     register_model,
+    resolve_pretrained_cfg,
 )
 from timm.version import __version__ as timm_version
 from torch import nn
@@ -129,6 +130,8 @@ def build_ema(
     """
     if TIMM < (1, 0, 26):
         kwargs["pretrained_cfg"] = _with_named_file(kwargs.get("pretrained_cfg"))
+    if pretrained:
+        kwargs["pretrained_cfg_overlay"] = _with_checked_weights(variant, kwargs)
     return build_model_with_cfg(
         partial(
             _network, plain, ema_groups=ema_groups, ema_stages=ema_stages, **(plain_kwargs or {})
@@ -149,6 +152,23 @@ def _with_named_file(cfg: Any) -> Any:
         return cfg
     file = Path(cfg["file"]) / "model.safetensors"
     return {**cfg, "source": "", "file": str(file)} if file.is_file() else cfg
+
+
+def _with_checked_weights(variant: str, kwargs: dict) -> dict | None:
+    """The overlay of the pretrained cfg, with a file in place of a repository of the Hub.
+
+    timm would not compare the file with its sha256, and would go on to a pickle where it cannot
+    be had. A repository without model.safetensors is left to timm.
+    """
+    from ema_timm.hub.fetch import WEIGHTS, fetch  # here, so that `import timm` does not pay for it
+
+    overlay = kwargs.get("pretrained_cfg_overlay")
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    local = cfg.file or cfg.state_dict
+    if (local and cfg.source != "hf-hub") or not cfg.hf_hub_id or cfg.hf_hub_filename:
+        return overlay
+    file = fetch(cfg.hf_hub_id, WEIGHTS, kwargs.get("cache_dir"))
+    return {**(overlay or {}), "file": str(file), "source": ""} if file else overlay
 
 
 def _network(plain, ema_groups, ema_stages, **kwargs) -> nn.Module:

@@ -1,0 +1,229 @@
+"""One repository of the Hub: what it holds, one commit to it, and that commit fetched back.
+
+The commit is the only thing that changes what readers see, so the repository has all of it or
+nothing. It names the parent it was made for: where somebody has committed in between, the Hub
+refuses it. Its description carries a digest of all files, by which a commit whose answer was lost
+is found again instead of being made twice.
+"""
+
+import functools
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from ema_timm import __version__
+from ema_timm.errors import UserError
+from ema_timm.hub.git_oid import git_oid
+from ema_timm.hub.steps import AGAIN, ATTEMPTS, StepError, Steps
+from ema_timm.hub.time_limit import TimeLimit
+from ema_timm.run_folder import sha256
+
+ANSWER_SECONDS = 90
+"""For a step of small requests; the client itself tries one again for up to half a minute."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where to publish.
+
+    Attributes:
+        repo: USER/NAME.
+        revision: Branch; made where it is missing.
+        private: Make a new repository private.
+        create_pr: Open a pull request instead of committing to the branch.
+    """
+
+    repo: str
+    revision: str = "main"
+    private: bool = False
+    create_pr: bool = False
+
+
+class File:
+    """One file to publish, with the names that the Hub gives to its content."""
+
+    def __init__(self, path: Path):
+        self.path, self.name, self.size = path, path.name, path.stat().st_size
+        self.sha256 = sha256(path)
+
+    @functools.cached_property
+    def git_oid(self) -> str:
+        """Git's name of the content, where it is not in large-file storage."""
+        return git_oid(self.path)
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A commit that is on the Hub.
+
+    Attributes:
+        commit: Its full hash.
+        url: Page of the commit or of the pull request.
+        new: Whether this run made it.
+    """
+
+    commit: str
+    url: str
+    new: bool
+
+    def load_line(self, repo: str) -> str:
+        """The line of Python that loads it."""
+        return f'timm.create_model("hf-hub:{repo}@{self.commit}", pretrained=True)'
+
+
+def digest(files: list[File]) -> str:
+    """One name for all the files together."""
+    lines = sorted(f"{file.name} {file.sha256}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+class Repository:
+    """The conversation with the Hub about one repository; each step is limited and explained."""
+
+    def __init__(self, api: HfApi, destination: Destination, limit: TimeLimit):
+        self.api, self.to, self.limit = api, destination, limit
+        self.head: str | None = None
+        self._steps = Steps(destination.repo, limit, api.token)
+
+    def open(self) -> None:
+        """Find the repository and its branch, or make them; notes the head that they are at.
+
+        Raises:
+            UserError: If it was to be private and is not.
+        """
+        self.head = self._steps.patiently(self._open)
+
+    def _open(self) -> str:
+        with self._steps.step("reading the repository", seconds=ANSWER_SECONDS):
+            try:
+                about = self.api.repo_info(self.to.repo)
+            except RepositoryNotFoundError:
+                self.api.create_repo(self.to.repo, private=self.to.private or None, exist_ok=True)
+                about = self.api.repo_info(self.to.repo)
+            if self.to.private and not about.private:
+                raise UserError(
+                    f"{self.to.repo} exists and is public, and --private is for a new repository. "
+                    f"Make it private at {self.api.endpoint}/{self.to.repo}/settings, or leave "
+                    "out --private."
+                )
+            return self._head_of_branch(about.sha)
+
+    def _head_of_branch(self, main: str) -> str:
+        if self.to.revision == "main":
+            return main
+        try:
+            return self.api.repo_info(self.to.repo, revision=self.to.revision).sha
+        except RevisionNotFoundError:
+            self.api.create_branch(self.to.repo, branch=self.to.revision, exist_ok=True)
+            return self.api.repo_info(self.to.repo, revision=self.to.revision).sha
+
+    def contents(self) -> dict[str, str]:
+        """Name -> sha256 (large files) or git's name of every file at the head."""
+        return self._steps.patiently(self._contents)
+
+    def _contents(self) -> dict[str, str]:
+        with self._steps.step("listing its files", seconds=ANSWER_SECONDS):
+            tree = self.api.list_repo_tree(self.to.repo, revision=self.head, recursive=True)
+            files = [entry for entry in tree if hasattr(entry, "blob_id")]
+        return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+
+    def push(self, files: list[File], title: str) -> Landed:
+        """Upload the files and make the commit, once.
+
+        Raises:
+            StepError: If it failed; the repository is as it was, or the message says that this is
+                not known.
+        """
+        found = self._find(files) if self.to.create_pr else None
+        if found:
+            return found
+        operations = [CommitOperationAdd(file.name, file.path) for file in files]
+        options = {"revision": self.to.revision, "create_pr": self.to.create_pr}
+        for file, operation in zip(files, operations, strict=True):
+            self._upload(file, operation, options)
+        description = f"ema-timm {__version__}, files {digest(files)}"
+
+        def commit() -> Landed:
+            with self._steps.step("committing", seconds=ANSWER_SECONDS):
+                made = self.api.create_commit(
+                    self.to.repo,
+                    operations,
+                    commit_message=title,
+                    commit_description=description,
+                    parent_commit=None if self.to.create_pr else self.head,
+                    **options,
+                )
+            return Landed(made.oid, made.pr_url or made.commit_url, new=True)
+
+        look = functools.partial(self._look_after, files)
+        # A pull request has no parent that would refuse a second one.
+        return self._steps.patiently(commit, 1 if self.to.create_pr else ATTEMPTS, look)
+
+    def _upload(self, file: File, operation: CommitOperationAdd, options: dict) -> None:
+        """Upload a large file; a small one goes with the commit.
+
+        One at a time: the client would give several to threads, which no limit can stop.
+        """
+        try:
+            with self._steps.step(f"uploading {file.name}"):
+                self.api.preupload_lfs_files(self.to.repo, [operation], **options)
+        except StepError:
+            print(file=sys.stderr)  # the client leaves its bar in the middle of a line
+            raise
+
+    def _look_after(self, files: list[File], failure: StepError) -> Landed | None:
+        try:
+            found = self._find(files)
+        except StepError as error:
+            raise StepError(
+                f"{failure.what}, and {error.what}: whether the commit has landed is not known",
+                AGAIN,
+            ) from error
+        if found:
+            print(f"{failure.what}, but the commit has landed", file=sys.stderr)
+        return found
+
+    def _find(self, files: list[File]) -> Landed | None:
+        """The commit of exactly these files, made since the head was read."""
+        return self._steps.patiently(functools.partial(self._find_mark, digest(files)))
+
+    def _find_mark(self, mark: str) -> Landed | None:
+        with self._steps.step("looking for the commit", seconds=ANSWER_SECONDS):
+            if not self.to.create_pr:
+                return self._find_on(self.to.revision, mark, url=None)
+            for request in self.api.get_repo_discussions(
+                self.to.repo, discussion_type="pull_request", discussion_status="open"
+            ):
+                found = self._find_on(f"refs/pr/{request.num}", mark, request.url)
+                if found:
+                    return found
+        return None
+
+    def _find_on(self, revision: str, mark: str, url: str | None) -> Landed | None:
+        for commit in self.api.list_repo_commits(self.to.repo, revision=revision):
+            if commit.commit_id == self.head:
+                return None
+            if mark in commit.message:
+                return Landed(commit.commit_id, url or self.url(commit.commit_id), new=False)
+        return None
+
+    def fetch(self, file: str, commit: str, cache: Path, anew: bool = False) -> Path:
+        """Download one file of a commit into ``cache``; ``anew`` also where it is there."""
+
+        def download() -> Path:
+            with self._steps.step(f"fetching {file} back"):
+                return Path(
+                    self.api.hf_hub_download(
+                        self.to.repo, file, revision=commit, cache_dir=cache, force_download=anew
+                    )
+                )
+
+        return self._steps.patiently(download)
+
+    def url(self, commit: str) -> str:
+        """Page of a commit."""
+        return f"{self.api.endpoint}/{self.to.repo}/commit/{commit}"

@@ -1,0 +1,71 @@
+"""A limit on the time that a step on the network may take.
+
+The client of the Hub has no limit of its own: a server that never answers, or that asks to wait
+for an hour, holds it as long. A timer of the operating system ends any of that. It needs the main
+thread and Unix; elsewhere the limit is only looked at between two steps.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+
+class TimeUpError(Exception):
+    """A step has used up its time."""
+
+
+class _Alarm(BaseException):
+    """Not an Exception, so that the retry loops of the client do not swallow it."""
+
+
+class TimeLimit:
+    """Seconds for a whole command, from now on."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds left; 0 when they are used up."""
+        return max(0.0, self._end - time.monotonic())
+
+    @contextlib.contextmanager
+    def step(self, seconds: float | None = None) -> Iterator[None]:
+        """Run the block within ``seconds`` and within what is left of the whole.
+
+        Raises:
+            TimeUpError: If the time is used up, also in the middle of a blocking call.
+        """
+        allowed = self.left if seconds is None else min(seconds, self.left)
+        if not allowed:
+            raise TimeUpError
+        try:
+            with _alarm(allowed):
+                yield
+        except _Alarm:
+            raise TimeUpError from None
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def ring(signum, frame):
+        raise _Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # Again after a second: a callback that swallows one alarm does not swallow the next.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
