@@ -6,7 +6,9 @@ from ema_timm.cli import main
 from ema_timm.finetune_config import FinetuneConfig, option_fields
 
 
-@pytest.mark.parametrize("args", [["--help"], ["finetune", "--help"], ["quickstart", "--help"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["finetune", "--help"], ["quickstart", "--help"], ["recipes", "--help"]]
+)
 def test_help_does_not_import_torch(python, args):
     code = (
         "import sys; from ema_timm.cli import main\n"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ema_timm import __version__
-from ema_timm.cli import bench, env, training
+from ema_timm.cli import bench, env, recipes, training
 from ema_timm.errors import InterruptedRunError, UserError
 
 
@@ -41,6 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ema-timm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (training, bench, env):
+    for group in (training, recipes, bench, env):
         group.add_commands(commands)
     return parser
