@@ -11,3 +11,7 @@ class UnreadableImageError(UserError):
 
 class InterruptedRunError(Exception):
     """A run was asked to stop (exit code 130). The message says how to continue it."""
+
+
+class VerificationError(Exception):
+    """What was made does not do what it must, and was not kept (exit code 1)."""

@@ -49,12 +49,14 @@ def parallel(x: Tensor, weights: EmaWeights, groups: int, eps: float = EPS) -> T
 
     # Centred before squaring: E[y²] − μ² cancels where the mean is large.
     centred = y - y.mean((2, 3), keepdim=True)
-    r = (centred.square().mean((2, 3), keepdim=True) + eps).rsqrt()
-    x1 = centred * (r * weights.gn_weight.to(dtype).view(1, -1, 1, 1))
-    x1 = x1 + weights.gn_bias.to(dtype).view(1, -1, 1, 1)
-    x2 = F.conv2d(g, weights.conv3x3_weight.to(dtype), weights.conv3x3_bias.to(dtype), padding=1)
+    # Divided, not multiplied by 1/std: ONNX Runtime drops a factor of fresh ones and trips over it.
+    scale = weights.gn_weight.to(dtype) / (centred.square().mean((2, 3)) + eps).sqrt()  # (B·G, n)
+    normed = centred * scale[:, :, None, None]
+    # β is added with the convolution's bias.
+    bias = weights.conv3x3_bias.to(dtype) + weights.gn_bias.to(dtype)
+    logits = normed + F.conv2d(g, weights.conv3x3_weight.to(dtype), bias, padding=1)
 
-    gated = (g * (x1 + x2).sigmoid()).reshape(x.shape).to(x.dtype)
+    gated = (g * logits.sigmoid()).reshape(x.shape).to(x.dtype)
     if torch.jit.is_tracing():  # a copy into empty memory is more than the ONNX exporter takes
         return gated
     # A buffer of its own, laid out like x: ResNet adds the shortcut in place.
