@@ -80,6 +80,7 @@ def export(
     if reparam:
         model = reparameterize_model(model).eval()
     inputs = check_inputs(model)
+    _require_free_sizes(model, inputs)
     options = {"exporter": exporter} if format == "onnx" else {}
     found = []
 
@@ -88,7 +89,7 @@ def export(
             # PyTorch's exporters warn about their own future, at every call.
             warnings.simplefilter("ignore")
             way.write(model, inputs[-1], path, **options)
-            found.append(_verify(way.file, way.open(path), model, inputs))
+            found.append(_verify(path, way, model, inputs))
 
     run = RunFolder(folder)
     run.write(way.file, write_and_verify)
@@ -173,18 +174,32 @@ def check_inputs(model: nn.Module) -> list[Tensor]:
     return [torch.randn(size, generator=generator) for size in sizes]
 
 
+def _require_free_sizes(model: nn.Module, inputs: list[Tensor]) -> None:
+    for x in inputs:
+        try:
+            with torch.no_grad():
+                model(x)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"export leaves the image size free, and this network does not take "
+                f"{x.shape[2]}x{x.shape[3]}: {str(error).strip().splitlines()[0]}"
+            ) from error
+
+
 def relative_difference(found: Tensor, want: Tensor) -> float:
     """Largest difference over the largest magnitude of ``want``."""
     return ((found - want).abs().max() / want.abs().max()).item()
 
 
-def _verify(name: str, run: Run, model: nn.Module, inputs: list[Tensor]) -> float:
+def _verify(path: Path, way: "Format", model: nn.Module, inputs: list[Tensor]) -> float:
+    name = way.file
     try:
+        run = way.open(path)
         found = [relative_difference(run(x), model(x)) for x in inputs]
-    except RuntimeError as error:
+    except Exception as error:  # the runtimes' errors have nothing else in common
         raise VerificationError(
-            f"{name} was not written: it fails on an input of another size than it was exported "
-            f"with ({str(error).strip().splitlines()[0]})."
+            f"{name} was not written: it does not load, or not take another size than it was "
+            f"exported with ({str(error).strip().splitlines()[0]})."
         ) from error
     if not all(difference <= TOLERANCE for difference in found):  # NaN fails too
         worst = max(found)

@@ -7,7 +7,14 @@ from ema_timm.finetune_config import FinetuneConfig, option_fields
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["finetune", "--help"], ["quickstart", "--help"], ["recipes", "--help"]]
+    "args",
+    [
+        ["--help"],
+        ["finetune", "--help"],
+        ["quickstart", "--help"],
+        ["recipes", "--help"],
+        ["export", "--help"],
+    ],
 )
 def test_help_does_not_import_torch(python, args):
     code = (

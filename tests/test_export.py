@@ -174,7 +174,7 @@ def fails(x, out):
         (lambda x, out: out * 1.001, "differs from the network by"),
         (lambda x, out: out * float("nan"), "differs from the network by nan"),
         (lambda x, out: out if x.shape[0] != 2 else out + 1, "differs from the network by"),
-        (fails, "fails on an input of another size"),
+        (fails, "not take another size"),
     ],
     ids=["off", "NaN", "off at one size", "fails at one size"],
 )
@@ -187,6 +187,17 @@ def test_a_file_that_differs_is_not_kept(folder, monkeypatch, capsys, change, sa
     assert "was not written" in capsys.readouterr().err
     assert (folder / "model.torchscript").read_text() == "the one before"
     assert len(list(folder.iterdir())) == 3
+
+
+def test_a_file_of_one_size_is_not_kept(folder, monkeypatch):
+    def write(model, example, path, exporter):
+        torch.onnx.export(model, (example,), str(path), dynamo=False, input_names=["x"])
+
+    onnx = FORMATS["onnx"]._replace(write=write)
+    monkeypatch.setattr(export_module, "FORMATS", {**FORMATS, "onnx": onnx})
+    with pytest.raises(VerificationError, match="not take another size"):
+        export(folder, "onnx", exporter="legacy")
+    assert not (folder / "model.onnx").exists()
 
 
 def test_command(folder, capsys):
@@ -216,6 +227,13 @@ def test_a_missing_package_is_named_before_any_work(folder, monkeypatch):
     with pytest.raises(UserError, match=r"needs onnx, onnxruntime, onnxscript: pip install 'ema-"):
         export(folder, "onnx")
     assert export(folder, "torchscript").path.exists()
+
+
+def test_a_network_of_one_size_is_refused(tmp_path, capsys):
+    model = timm.create_model("test_vit", num_classes=4)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert main(["export", str(tmp_path), "--format", "pt2"]) == 2
+    assert "leaves the image size free" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--int8"], ["--exporter", "legacy"]])
