@@ -53,18 +53,30 @@ class EmaAttn(nn.Module):
     Args:
         channels: C, the width of the feature map.
         groups: G, the paper's ``factor``; must divide ``channels``.
+        cross_spatial: False is the paper's ablation, without cross-spatial learning: both
+            branches are added and each channel keeps its own gate map. The same parameters;
+            `ema_timm.ops.parallel` has the formula.
         device: Where the parameters are made.
         dtype: Type of the parameters.
 
     Raises:
         ValueError: If ``groups`` does not divide ``channels`` or either is below 1.
-        TypeError: If either is not an int.
+        TypeError: If either is not an int, or ``cross_spatial`` is not a bool.
     """
 
-    def __init__(self, channels: int, groups: int = DEFAULT_GROUPS, device=None, dtype=None):
+    def __init__(
+        self,
+        channels: int,
+        groups: int = DEFAULT_GROUPS,
+        cross_spatial: bool = True,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         _require_positive_int("channels", channels)
         _require_positive_int("groups", groups)
+        if not isinstance(cross_spatial, bool):
+            raise TypeError(f"cross_spatial must be True or False, got {cross_spatial!r}.")
         if channels % groups:
             raise ValueError(
                 f"groups must divide channels: {channels} channels do not split into {groups} "
@@ -75,6 +87,7 @@ class EmaAttn(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.channels = channels
         self.groups = groups
+        self.cross_spatial = cross_spatial
         self.impl = "auto"
         self.folded = None
         self.conv1x1 = nn.Conv2d(n, n, kernel_size=1, **dd)
@@ -92,7 +105,7 @@ class EmaAttn(nn.Module):
         """
         if self.folded is not None:
             return self.folded(x)
-        return ema_attention(x, self.weights(), self.groups, self.impl)
+        return ema_attention(x, self.weights(), self.groups, self.impl, self.cross_spatial)
 
     def reparameterize(self) -> None:
         """Fold all products of weights once, for inference; timm's ``--reparam`` calls this.
@@ -100,9 +113,10 @@ class EmaAttn(nn.Module):
         The output stays the same. The parameters make way for those of `FoldedEma`, so the state
         dict has other keys (listed there) and one number fewer. Folding cannot be undone, and a
         checkpoint of the layer loads only before it: load first, then fold. A second call does
-        nothing.
+        nothing, and neither does the first without cross-spatial learning: no product of weights
+        is left there to fold.
         """
-        if self.folded is None:
+        if self.folded is None and self.cross_spatial:
             self.folded = FoldedEma(self.weights(), self.groups, self.impl)
             self.folded.train(self.training)
             del self.conv1x1, self.conv3x3, self.gn
@@ -123,7 +137,8 @@ class EmaAttn(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print`` shows beside the class name."""
-        return f"channels={self.channels}, groups={self.groups}"
+        ablation = "" if self.cross_spatial else ", cross_spatial=False"
+        return f"channels={self.channels}, groups={self.groups}{ablation}"
 
 
 class FoldedEma(nn.Module):
@@ -188,13 +203,16 @@ def set_implementation(model: nn.Module, impl: str) -> int:
         The number of layers.
 
     Raises:
-        ValueError: If ``impl`` is unknown or the model holds no such layer.
+        ValueError: If ``impl`` is unknown, the model holds no such layer, or holds one without
+            cross-spatial learning, which has but one implementation.
     """
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}.")
     layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no EMA attention layer.")
+    if impl != "auto" and not all(layer.cross_spatial for layer in layers):
+        raise ValueError("Layers without cross-spatial learning have one implementation, 'auto'.")
     for layer in layers:
         layer.impl = impl
         if layer.folded is not None:

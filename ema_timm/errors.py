@@ -15,3 +15,7 @@ class InterruptedRunError(Exception):
 
 class HubError(Exception):
     """The Hub, or the way to it, failed (exit code 1). The message says where, and the remedy."""
+
+
+class VerificationError(Exception):
+    """What was made does not do what it must, and was not kept (exit code 1)."""

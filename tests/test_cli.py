@@ -5,7 +5,10 @@ import pytest
 from ema_timm.cli import main
 from ema_timm.finetune_config import FinetuneConfig, option_fields
 
-COMMANDS = ("finetune", "quickstart", "evaluate", "convert", "card", "publish")
+COMMANDS = (
+    *("finetune", "quickstart", "recipes", "evaluate", "convert", "card", "publish", "export"),
+    *("bench", "env"),
+)
 
 
 @pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])

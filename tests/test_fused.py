@@ -357,6 +357,10 @@ def test_set_implementation_refuses_what_it_cannot_do():
         set_implementation(EmaAttn(8, 2), "quick")
     with pytest.raises(ValueError, match="Linear holds no EMA attention layer"):
         set_implementation(torch.nn.Linear(2, 2), "fused")
+    ablation = EmaAttn(8, 2, cross_spatial=False)
+    with pytest.raises(ValueError, match="without cross-spatial learning"):
+        set_implementation(ablation, "fused")
+    assert set_implementation(ablation, "auto") == 1
 
 
 @pytest.mark.slow

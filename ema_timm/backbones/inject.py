@@ -73,7 +73,10 @@ def _placement(block: nn.Module) -> tuple[int, tuple[str, ...]] | None:
 
 
 def add_ema(
-    model: nn.Module, groups: int = DEFAULT_GROUPS, stages: Iterable[int] | None = None
+    model: nn.Module,
+    groups: int = DEFAULT_GROUPS,
+    stages: Iterable[int] | None = None,
+    cross_spatial: bool = True,
 ) -> list[Slot]:
     """Put a freshly initialised `EmaAttn` into the slots of ``model``, in place.
 
@@ -81,6 +84,7 @@ def add_ema(
         model: A timm ResNet or MobileNetV2, or a network that contains one.
         groups: Upper bound for the number of groups of each layer.
         stages: Numbers of the stages that get EMA attention; None is every stage.
+        cross_spatial: As in `EmaAttn`.
 
     Returns:
         The slots that were filled.
@@ -121,6 +125,7 @@ def add_ema(
         slot.block.se = EmaAttn(
             slot.channels,
             groups=largest_group_count(slot.channels, groups),
+            cross_spatial=cross_spatial,
             device=like.device,
             dtype=like.dtype,
         ).train(slot.block.training)
@@ -132,6 +137,7 @@ def inject(
     groups: int = DEFAULT_GROUPS,
     preserve: bool = True,
     stages: Iterable[int] | None = None,
+    cross_spatial: bool = True,
 ) -> nn.Module:
     """Put EMA attention into a timm ResNet or MobileNetV2 that is already built or fine-tuned.
 
@@ -143,6 +149,7 @@ def inject(
             exactly (see `ema_timm.backbones.warm_start`).
         stages: Numbers of the stages that get EMA attention, as in their modules' names
             (``layer1`` is 1, ``blocks.3`` is 3); None is the paper's placement.
+        cross_spatial: False is the paper's ablation, see `EmaAttn`.
 
     Returns:
         ``model``.
@@ -157,14 +164,16 @@ def inject(
     stages = None if stages is None else _stage_numbers(stages)
     if preserve:
         require_doubling(find_slots(model))
-    slots = add_ema(model, groups=groups, stages=stages)
+    slots = add_ema(model, groups=groups, stages=stages, cross_spatial=cross_spatial)
     if preserve:
         start_neutral(slots)
-    _rename(model, groups, stages)
+    _rename(model, groups, stages, cross_spatial)
     return model
 
 
-def _rename(model: nn.Module, groups: int, stages: frozenset[int] | None) -> None:
+def _rename(
+    model: nn.Module, groups: int, stages: frozenset[int] | None, cross_spatial: bool
+) -> None:
     """Let a saved config name the network that the weights now belong to."""
     cfg = getattr(model, "pretrained_cfg", None)
     name = f"{cfg.get('architecture')}_ema" if isinstance(cfg, dict) else ""
@@ -176,6 +185,8 @@ def _rename(model: nn.Module, groups: int, stages: frozenset[int] | None) -> Non
         args["ema_groups"] = groups
     if stages is not None:
         args["ema_stages"] = sorted(stages)
+    if not cross_spatial:
+        args["ema_cross_spatial"] = False
     model._model_args = args
 
 

@@ -98,8 +98,9 @@ def ema_entrypoint(plain_name: str, build: Callable | None = None) -> Callable:
 
     entrypoint.__doc__ = (
         f"{plain_name} with EMA attention (arXiv:2305.13563).\n\n"
-        "Takes what its plain twin takes, and ``ema_groups`` (at most so many groups, 32) and\n"
-        "``ema_stages`` (numbers of the stages that get EMA attention; all by default)."
+        "Takes what its plain twin takes, and ``ema_groups`` (at most so many groups, 32),\n"
+        "``ema_stages`` (numbers of the stages that get EMA attention; all by default) and\n"
+        "``ema_cross_spatial`` (False is the paper's ablation)."
     )
     return entrypoint
 
@@ -111,6 +112,7 @@ def build_ema(
     *,
     ema_groups: int = DEFAULT_GROUPS,
     ema_stages: Iterable[int] | None = None,
+    ema_cross_spatial: bool = True,
     plain_kwargs: dict | None = None,
     **kwargs,
 ) -> nn.Module:
@@ -125,6 +127,7 @@ def build_ema(
         pretrained: Load the weights of the resolved pretrained cfg.
         ema_groups: Upper bound for the number of channel groups.
         ema_stages: Stages that get EMA; None is the paper's placement.
+        ema_cross_spatial: False is the paper's ablation, see `ema_timm.EmaAttn`.
         plain_kwargs: Arguments for ``plain`` alone.
         **kwargs: What timm's builder and the plain network take.
     """
@@ -134,7 +137,10 @@ def build_ema(
         kwargs["pretrained_cfg_overlay"] = _with_checked_weights(variant, kwargs)
     return build_model_with_cfg(
         partial(
-            _network, plain, ema_groups=ema_groups, ema_stages=ema_stages, **(plain_kwargs or {})
+            _network,
+            plain,
+            {"groups": ema_groups, "stages": ema_stages, "cross_spatial": ema_cross_spatial},
+            **(plain_kwargs or {}),
         ),
         variant,
         pretrained,
@@ -171,7 +177,7 @@ def _with_checked_weights(variant: str, kwargs: dict) -> dict | None:
     return {**(overlay or {}), "file": str(file), "source": ""} if file else overlay
 
 
-def _network(plain, ema_groups, ema_stages, **kwargs) -> nn.Module:
+def _network(plain, ema, **kwargs) -> nn.Module:
     model = plain(pretrained=False, **kwargs)
-    add_ema(model, groups=ema_groups, stages=ema_stages)
+    add_ema(model, **ema)
     return model

@@ -5,6 +5,9 @@ the gate's logits are 0 and the gate is 0.5 everywhere. Doubling the layer befor
 slot undoes it: multiplying by 2 and by 0.5 is exact in binary floating point. σ' is largest at 0
 and the gradients of γ, β and W₃ are not zero, so training leaves that point at once. (All-zero W₃
 would preserve the function too, but leaves its output channels identical.)
+
+Without cross-spatial learning each channel has logits of its own, the 3×3 convolution's output
+among them, so W₃ starts at 0 there; every output channel then gets a gradient of its own.
 """
 
 from collections.abc import Iterable
@@ -19,11 +22,16 @@ from ema_timm.backbones.inject import Slot, find_slots
 def neutral_state(layer: EmaAttn) -> dict[str, Tensor]:
     """A state dict for ``layer`` with which its gate is 0.5 for every input.
 
-    The 1×1 and 3×3 convolutions keep their random start, the latter centred.
+    The 1×1 and 3×3 convolutions keep their random start, the latter centred (without
+    cross-spatial learning it is 0).
     """
     state = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
-    state["conv3x3.weight"] = centred(state["conv3x3.weight"])
-    for name in ("conv3x3.bias", "gn.weight", "gn.bias"):
+    zeros = ["conv3x3.bias", "gn.weight", "gn.bias"]
+    if layer.cross_spatial:
+        state["conv3x3.weight"] = centred(state["conv3x3.weight"])
+    else:
+        zeros.append("conv3x3.weight")
+    for name in zeros:
         state[name] = torch.zeros_like(state[name])
     return state
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from ema_timm import __version__
-from ema_timm.cli import bench, env, hub, publish, training
-from ema_timm.errors import HubError, InterruptedRunError, UserError
+from ema_timm.cli import bench, deploy, env, hub, publish, recipes, training
+from ema_timm.errors import HubError, InterruptedRunError, UserError, VerificationError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InterruptedRunError as error:
         print(f"ema-timm: {error}", file=sys.stderr)
         return 130
-    except HubError as error:
+    except (HubError, VerificationError) as error:
         print(f"ema-timm: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -44,6 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ema-timm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (training, hub, publish, bench, env):
+    for group in (training, recipes, hub, publish, deploy, bench, env):
         group.add_commands(commands)
     return parser

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from ema_timm.ops.closed_form import FoldedWeights, closed_form, closed_form_folded
 from ema_timm.ops.closed_form_autograd import closed_form_eager, closed_form_folded_eager
+from ema_timm.ops.parallel import parallel
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EmaWeights
 
@@ -17,7 +18,13 @@ _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 IMPLEMENTATIONS = ("reference", "closed_form", "fused")
 
 
-def ema_attention(x: Tensor, weights: EmaWeights, groups: int, impl: str = "auto") -> Tensor:
+def ema_attention(
+    x: Tensor,
+    weights: EmaWeights,
+    groups: int,
+    impl: str = "auto",
+    cross_spatial: bool = True,
+) -> Tensor:
     """Gate each channel group of ``x`` with Efficient Multi-scale Attention.
 
     Source: Ouyang et al., ICASSP 2023, arXiv:2305.13563. Statistics, softmax and the gate are
@@ -28,22 +35,27 @@ def ema_attention(x: Tensor, weights: EmaWeights, groups: int, impl: str = "auto
         weights: Parameters of one layer, shared by all groups; n = C / G channels wide.
         groups: G; must divide C.
         impl: "auto" (closed_form), "reference", "closed_form" or "fused" (Triton kernels).
+        cross_spatial: False leaves the cross-spatial step out, the paper's ablation as
+            `ema_timm.ops.parallel` defines it; it has one implementation, "auto".
 
     Returns:
         Tensor with the shape, dtype and memory format of ``x``, owning its memory.
 
     Raises:
-        ValueError: If the shapes do not fit together or ``impl`` is unknown.
+        ValueError: If the shapes do not fit together, ``impl`` is unknown, or another than "auto"
+            is asked for without cross-spatial learning.
         TypeError: If ``x`` is not floating point.
         RuntimeError: If "fused" is asked for where it cannot run.
     """
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing():
             _validate(x, weights.gn_weight.shape[0], groups, impl)
+            if not cross_spatial:
+                _require_auto(impl)
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return _run(x, weights, groups, impl)
-    return _run(x, weights, groups, impl)
+                return _run(x, weights, groups, impl, cross_spatial)
+    return _run(x, weights, groups, impl, cross_spatial)
 
 
 def folded_ema_attention(
@@ -98,7 +110,9 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Te
     return closed_form_folded(x, w, groups)
 
 
-def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> Tensor:
+def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: bool) -> Tensor:
+    if not cross_spatial:
+        return parallel(x, weights, groups)
     if not torch.jit.is_scripting():
         if impl == "reference":
             return reference(x, weights, groups)
@@ -177,6 +191,14 @@ def _closed_form(x: Tensor) -> str:
     ):
         return "traceable"
     return "eager"
+
+
+def _require_auto(impl: str) -> None:
+    if impl != "auto":
+        raise ValueError(
+            f"Without cross-spatial learning there is one implementation, got impl={impl!r}. "
+            "Leave impl at 'auto'."
+        )
 
 
 def _validate(x: Tensor, n: int, groups: int, impl: str) -> None:

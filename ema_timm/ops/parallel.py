@@ -1,0 +1,63 @@
+"""EMA attention without cross-spatial learning: the ablation, an operator of its own.
+
+The paper's module ends with a cross-spatial step, in which the pooled channels of each branch weigh
+the map of the other and all channels of a group share one gate map. Without that step the two
+parallel branches are added as they are, and each channel keeps a gate map of its own:
+
+    A = σ(x1 + x2),  out = g · A,
+
+with x1 and x2 as in `ema_timm.ops.reference`. The authors released no code for their ablation; this
+is the reading that takes away the step and changes nothing else: the parameters, the gates along
+height and width, the norm and the 3×3 convolution are the same.
+
+The identities of `ema_timm.ops.closed_form` all come from the step that is missing here (v is
+constant, so one output channel of the convolution is enough; u needs its means alone), so there is
+no cheap form: the convolution is computed in full.
+
+B batch, C channels, G groups, n = C / G, H height, W width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ema_timm.ops.weights import EPS, EmaWeights
+
+
+def parallel(x: Tensor, weights: EmaWeights, groups: int, eps: float = EPS) -> Tensor:
+    """Gate ``x`` by the sum of both branches; plain operations that trace anywhere.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point.
+        weights: Parameters of one layer.
+        groups: G; divides C.
+        eps: Added to the variance of the instance norm.
+
+    Returns:
+        (B, C, H, W), the dtype and memory format of ``x``.
+    """
+    height, dtype = x.shape[2], torch.promote_types(x.dtype, torch.float32)
+    g = x.to(dtype).reshape(-1, x.shape[1] // groups, height, x.shape[3])  # (B·G, n, H, W)
+
+    row = g.mean(3, keepdim=True)  # (B·G, n, H, 1)
+    col = g.mean(2).unsqueeze(3)  # (B·G, n, W, 1)
+    mixed = F.conv2d(
+        torch.cat([row, col], 2), weights.conv1x1_weight.to(dtype), weights.conv1x1_bias.to(dtype)
+    )
+    gates = mixed.sigmoid()
+    y = g * gates[:, :, :height] * gates[:, :, height:].transpose(2, 3)
+
+    # Centred before squaring: E[y²] − μ² cancels where the mean is large.
+    centred = y - y.mean((2, 3), keepdim=True)
+    # Divided, not multiplied by 1/std: ONNX Runtime drops a factor of fresh ones and trips over it.
+    scale = weights.gn_weight.to(dtype) / (centred.square().mean((2, 3)) + eps).sqrt()  # (B·G, n)
+    normed = centred * scale[:, :, None, None]
+    # β is added with the convolution's bias.
+    bias = weights.conv3x3_bias.to(dtype) + weights.gn_bias.to(dtype)
+    logits = normed + F.conv2d(g, weights.conv3x3_weight.to(dtype), bias, padding=1)
+
+    gated = (g * logits.sigmoid()).reshape(x.shape).to(x.dtype)
+    if torch.jit.is_tracing():  # a copy into empty memory is more than the ONNX exporter takes
+        return gated
+    # A buffer of its own, laid out like x: ResNet adds the shortcut in place.
+    return torch.empty_like(x).copy_(gated)
