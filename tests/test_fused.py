@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="PyTorch for this platform comes w
 if not hasattr(triton.language, "gather"):
     pytest.skip(f"the kernels need Triton 3.3, found {triton.__version__}", allow_module_level=True)
 
-from ema_timm.ops import fused  # noqa: E402
+from ema_timm.ops import fused, fused_plan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -85,8 +85,8 @@ def test_every_type_and_layout(poison, shape, layout, dtype):
 def test_a_split_tile_is_the_same_as_a_whole_one(monkeypatch, layout):
     case = on_device(oracle.make_case((1, 6, 5, 19), 2, layout=layout))
     whole = oracle.output_and_gradients(run, case)
-    monkeypatch.setattr(fused, "TILE_BYTES", 0)
-    monkeypatch.setattr(fused, "BLOCK", 64)
+    monkeypatch.setattr(fused_plan, "TILE_BYTES", 0)
+    monkeypatch.setattr(fused_plan, "BLOCK", 64)
     assert not fused.plan(case.x, 2).whole
     assert fused.plan(case.x, 2).blocks(5, 19) > 1
     split = oracle.output_and_gradients(run, case)
@@ -127,8 +127,8 @@ def awkward_inputs():
 def test_awkward_inputs_lose_no_more_than_the_authors_form(monkeypatch, name, split):
     x = awkward_inputs()[name]
     if split:
-        monkeypatch.setattr(fused, "TILE_BYTES", 0)
-        monkeypatch.setattr(fused, "BLOCK", 64)
+        monkeypatch.setattr(fused_plan, "TILE_BYTES", 0)
+        monkeypatch.setattr(fused_plan, "BLOCK", 64)
     authors = AuthorsForm(16, 2)
     oracle.make_weights(8, torch.float32)
     authors.load_state_dict(

@@ -163,12 +163,12 @@ def fused_unavailable(x: Tensor, weight: Tensor) -> str | None:
     if weight.device != x.device:
         return f"the input is on {x.device} and the layer's weights are on {weight.device}"
     try:
-        from ema_timm.ops import fused
+        from ema_timm.ops import fused_plan
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "triton":
             raise
         return "Triton is not installed (PyTorch's CUDA builds for Linux bring it)"
-    return fused.unavailable(x, weight.shape[0])
+    return fused_plan.unavailable(x, weight.shape[0])
 
 
 def _closed_form(x: Tensor) -> str:

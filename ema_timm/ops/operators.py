@@ -45,7 +45,7 @@ def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
 def fused_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """`closed_form_opaque` by Triton kernels, as the operator ``ema_timm::fused``.
 
-    The caller has asked `ema_timm.ops.fused.unavailable` first.
+    The caller has asked `ema_timm.ops.fused_plan.unavailable` first.
     """
     return _fused(x, *weights, groups, _recorded(x, weights))[0]
 
