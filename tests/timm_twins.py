@@ -20,7 +20,10 @@ NOT_RUN = {
     "test_model_features_output_stride[16-cifar_": "the last stage of a CIFAR network has stride 8",
 }
 # With --fast the longest tests run on one network only.
-SLOW = {"test_prune_intermediate_layers_contract"}
+SLOW = {
+    "test_prune_intermediate_layers_contract",
+    "test_prune_intermediate_layers_params_used",
+}
 SMALLEST = "test_resnet_ema"
 
 
