@@ -198,7 +198,8 @@ def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
 
 def closed_form_folded(x: Tensor, w: FoldedWeights, groups: int) -> Tensor:
     """`closed_form` from folded weights in the type of the statistics."""
-    g = x.unflatten(1, (groups, x.shape[1] // groups)).to(w.gn_weight.dtype)  # (B, G, n, H, W)
+    batch, channels, height, width = x.shape
+    g = x.view(batch, groups, channels // groups, height, width).to(w.gn_weight.dtype)
     gated = (g * gate_logits(g, w).sigmoid().unsqueeze(2)).to(x.dtype)
     if torch.jit.is_tracing():  # neither the tracer nor the legacy ONNX exporter knows the other
         return gated.flatten(1, 2)
