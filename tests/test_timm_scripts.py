@@ -199,7 +199,7 @@ def test_two_processes_one_killed_and_resumed(digits, tmp_path):
     shutil.copy(Path(REPO) / "train.py", tmp_path)
     (tmp_path / "launch.py").write_text(LAUNCHER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    args = train_args(digits, "--epochs", 30, "--sched", "none", model="test_resnet_ema")
+    args = train_args(digits, "--epochs", 30, "--sched", "step", model="test_resnet_ema")
     command = [*launch, "launch.py", "train.py", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     last = tmp_path / "out" / "a" / "last.pth.tar"

@@ -90,3 +90,14 @@ def test_synchronised_norms_leave_the_layer_alone(step):
     assert norms.count("GroupNorm") == 4  # those of the EMA layers
     assert not norms.count("BatchNorm2d")
     torch.testing.assert_close(converted(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_network_trains_and_then_infers(step):
+    model, x, y = step
+    scripted = torch.jit.script(model)
+    for _ in range(3):  # the interpreter specialises on what it has seen
+        nn.functional.cross_entropy(scripted(x), y).backward()
+    with torch.inference_mode():
+        for _ in range(3):
+            torch.testing.assert_close(scripted(x), model(x))
