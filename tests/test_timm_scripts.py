@@ -96,7 +96,7 @@ def warm(tmp_path):
     return file
 
 
-def test_one_run_with_many_options_resumed_then_every_consumer(script, digits, warm, tmp_path):
+def test_one_run_with_many_options_resumed_and_its_checkpoints(script, digits, warm, tmp_path):
     """Warm start, averaged weights, bfloat16, channels last, checkpointing, layer decay, resume."""
     options = ["--pretrained", "--pretrained-path", warm, "--model-ema", "--channels-last"]
     options += ["--amp", "--amp-dtype", "bfloat16", "--grad-checkpointing", "--layer-decay", 0.75]
@@ -135,8 +135,13 @@ def test_one_run_with_many_options_resumed_then_every_consumer(script, digits, w
     key = "layer1.0.se.conv3x3.weight"
     torch.testing.assert_close(mean[key], (runs[0][key] + runs[1][key]) / 2)
 
-    args = ["--data-dir", digits / "val", *DATA, "--split", "", *from_file]
-    script("inference.py", *args, "--results-dir", tmp_path, "--topk", 1)
+
+@pytest.mark.parametrize("options", [[], ["--torchscript"]], ids=str)
+def test_inference(script, digits, tmp_path, options):
+    pytest.importorskip("pandas", reason="timm's inference.py needs pandas")
+    torch.save(timm.create_model(MODEL, num_classes=4).state_dict(), tmp_path / "net.pth")
+    args = ["--data-dir", digits / "val", *DATA, "--model", MODEL, "--checkpoint", "net.pth"]
+    script("inference.py", *args, "--results-dir", tmp_path, "--topk", 1, *options)
     (table,) = tmp_path.glob(f"{MODEL}-*.csv")
     assert len(table.read_text().splitlines()) == 24  # a header and 23 images
 
@@ -154,7 +159,7 @@ def test_benchmark(script, tmp_path):
     args = ["--model", MODEL, "--device", "cpu", "--img-size", 32, "-b", 2]
     args += ["--num-warm-iter", 1, "--num-bench-iter", 5, "--results-file", "bench.json"]
     script("benchmark.py", *args, "--results-format", "json", "--bench", "both")
-    (result,) = json.loads((tmp_path / "bench.json").read_text())
+    result = json.loads((tmp_path / "bench.json").read_text())
     assert result["infer_samples_per_sec"] > 0
     assert result["train_samples_per_sec"] > 0
     assert result["param_count"] == 11.7

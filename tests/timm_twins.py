@@ -68,15 +68,14 @@ class Twins:
         if rows and all(isinstance(r[at], str) and is_model_pretrained(r[at]) for r in rows):
             if any("." in row[at] for row in rows):
                 self.loads.add(test)
-        new = [
-            (*row[:at], name, *row[at + 1 :])
-            for row in rows
-            for name in (self.names if row[at] == anchor else self._names(test, row[at]))
-        ]
-        new = list(dict.fromkeys(map(_Hashed, new)))
+        new = {}  # by text: a row may hold a dict, and two tags of timm's may be one of ours
+        for row in rows:
+            for name in self.names if row[at] == anchor else self._names(test, row[at]):
+                ours = (*row[:at], name, *row[at + 1 :])
+                new[repr(ours)] = ours if len(ours) > 1 else name
         if not new:
             return mark
-        values = [h.row if len(h.row) > 1 else h.row[0] for h in new]
+        values = list(new.values())
         return pytest.mark.parametrize(mark.args[0], values, **mark.kwargs).mark
 
     def _names(self, test: str, plain: str) -> list[str]:
@@ -140,19 +139,6 @@ class Twins:
             self.counts.setdefault(self.name_of[report.nodeid], Counter())[report.outcome] += 1
             if report.outcome == "skipped":
                 self.skipped[report.nodeid] = self.twin_ids[report.nodeid]
-
-
-class _Hashed:
-    """A row of test values, equal to a row of the same text; values may be dicts."""
-
-    def __init__(self, row: tuple):
-        self.row = row
-
-    def __hash__(self):
-        return hash(repr(self.row))
-
-    def __eq__(self, other):
-        return repr(self.row) == repr(other.row)
 
 
 def _argnames(mark: pytest.Mark) -> list[str]:
