@@ -186,6 +186,17 @@ def closed_form(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
 def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
     """The weights in the type of the statistics: float32, or float64 for float64 input."""
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.jit.is_scripting() and not torch.is_grad_enabled():
+        # A scripted network that has trained keeps what a backward of it would need wherever a
+        # parameter asks for gradients, and fails on that in inference mode.
+        w = EmaWeights(
+            w.conv1x1_weight.detach(),
+            w.conv1x1_bias.detach(),
+            w.conv3x3_weight.detach(),
+            w.conv3x3_bias.detach(),
+            w.gn_weight.detach(),
+            w.gn_bias.detach(),
+        )
     return EmaWeights(
         w.conv1x1_weight.to(dtype),
         w.conv1x1_bias.to(dtype),
