@@ -31,6 +31,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict:
       branch, 9n²G for the weights of the votes.
     - definition: 9n²HWG for the 3×3 convolution, 2nHWG for the two matrix products.
 
+    Without cross-spatial learning there are no such products and there is no closed form: both
+    counts are n²(H + W)G + 9n²HWG.
+
     Args:
         model: A network; not touched.
         input_size: (C, H, W) of the image.
@@ -40,9 +43,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict:
         ``ema_definition`` what that part would be, ``convention``.
     """
     twin = copy.deepcopy(model).to("meta").eval()
-    maps = []  # (n, G, H, W) of each call of an EMA layer
+    maps = []  # (n, G, H, W, cross-spatial learning) of each call of an EMA layer
     for name, layer in [(k, m) for k, m in model.named_modules() if isinstance(m, EmaAttn)]:
-        twin.set_submodule(name, _Recorder(layer.groups, maps))
+        twin.set_submodule(name, _Recorder(layer, maps))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(torch.empty(1, *input_size, device="meta"))
     closed = sum(_closed_form(*shape) for shape in maps)
@@ -59,22 +62,26 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict:
 class _Recorder(nn.Module):
     """Stands in the place of an EMA layer and notes the maps it is given."""
 
-    def __init__(self, groups: int, maps: list):
+    def __init__(self, layer: EmaAttn, maps: list):
         super().__init__()
-        self.groups = groups
+        self.groups, self.cross_spatial = layer.groups, layer.cross_spatial
         self.maps = maps
 
     def forward(self, x: Tensor) -> Tensor:
         _, channels, height, width = x.shape
-        self.maps.append((channels // self.groups, self.groups, height, width))
+        n = channels // self.groups
+        self.maps.append((n, self.groups, height, width, self.cross_spatial))
         return x
 
 
-def _closed_form(n: int, groups: int, height: int, width: int) -> int:
+def _closed_form(n: int, groups: int, height: int, width: int, cross_spatial: bool) -> int:
+    if not cross_spatial:
+        return _definition(n, groups, height, width, cross_spatial)
     pixels = height * width
     return groups * (n * n * (height + width) + 10 * n * pixels + 9 * n * n)
 
 
-def _definition(n: int, groups: int, height: int, width: int) -> int:
+def _definition(n: int, groups: int, height: int, width: int, cross_spatial: bool) -> int:
     pixels = height * width
-    return groups * (n * n * (height + width) + 9 * n * n * pixels + 2 * n * pixels)
+    products = 2 * n * pixels if cross_spatial else 0
+    return groups * (n * n * (height + width) + 9 * n * n * pixels + products)

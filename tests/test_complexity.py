@@ -41,6 +41,15 @@ def test_the_definition_is_what_pytorch_counts_of_the_reference():
     assert counted["total"] == counted["ema"] == 106_496
 
 
+def test_without_cross_spatial_learning_the_whole_convolution_counts():
+    layer = EmaAttn(64, groups=8, cross_spatial=False, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.empty(1, 64, 14, 10, device="meta"))
+    counted = count_macs(torch.nn.Sequential(layer), (64, 14, 10))
+    assert counted["total"] == counted["ema"] == counted["ema_definition"]
+    assert counted["total"] == counter.get_total_flops() // 2
+
+
 def test_the_network_is_left_alone():
     model = timm.create_model("test_resnet_ema").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
