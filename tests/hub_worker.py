@@ -64,17 +64,19 @@ def run(args: list[str], largest_file: int = resource.RLIM_INFINITY) -> dict:
     return {"code": code, "out": texts[0], "err": texts[1], "seconds": seconds}
 
 
-def load(name: str, symlinks: bool = True, keep_cache: bool = False) -> dict:
+def load(name: str, symlinks: bool = True, keep_cache: bool = False, offline: bool = False) -> dict:
     """What `timm.create_model` makes of ``name``: the outputs of the model, or the error."""
     if not keep_cache:
         shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     constants.HF_HUB_DISABLE_SYMLINKS = not symlinks
+    constants.HF_HUB_OFFLINE = offline
     try:
         return {"outputs": outputs(timm.create_model(name, pretrained=True))}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         constants.HF_HUB_DISABLE_SYMLINKS = False
+        constants.HF_HUB_OFFLINE = False
 
 
 if __name__ == "__main__":

@@ -56,12 +56,12 @@ def asked_for_a_pickle(hub):
 
 
 def test_our_names_load_from_the_hub_as_from_the_folder(hub, load, trained):
-    from ema_timm.hub.reload import outputs
+    from ema_timm.hub.reload import outputs, same
 
     here = outputs(timm.create_model(f"local-dir:{trained}", pretrained=True))
     commit = hub.store.repos[BASE].resolve("main").oid
     for name in (f"hf-hub:{BASE}", f"hf-hub:{BASE}@{commit}"):
-        assert load(name)["outputs"] == here
+        assert same(load(name)["outputs"], here)
 
 
 @pytest.mark.parametrize("symlinks", [True, False], ids=["symlinks", "copies"])
@@ -74,6 +74,15 @@ def test_a_damaged_download_is_fetched_anew_or_refused(hub, load, symlinks):
     assert error.startswith("HubError: fetching model.safetensors (ada/base) gave a damaged file")
     hub.heal()
     assert "outputs" in load(f"hf-hub:{BASE}", keep_cache=True)  # it holds nothing damaged
+
+
+@pytest.mark.parametrize("symlinks", [True, False], ids=["symlinks", "copies"])
+def test_what_is_in_the_cache_loads_offline(hub, load, symlinks):
+    online = load(f"hf-hub:{BASE}", symlinks=symlinks)
+    asked = len(hub.requests)
+    again = load(f"hf-hub:{BASE}", symlinks=symlinks, keep_cache=True, offline=True)
+    assert again == online and "outputs" in online
+    assert len(hub.requests) == asked
 
 
 @pytest.mark.parametrize("status", [403, 500])  # the client gives up at once, or after a while

@@ -14,6 +14,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 
+from ema_timm.run_folder import sha256
+
 REVISION = "0" * 40
 
 
@@ -47,7 +49,10 @@ class StandInHub:
         file.parent.mkdir(parents=True)
         (place / "refs").mkdir()
         (place / "refs" / "main").write_text(REVISION)
-        os.link(weights, file)
+        blob = place / "blobs" / sha256(weights)  # the cache names content by its digest
+        blob.parent.mkdir()
+        os.link(weights, blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
 
     def _weights(self, plain: str, num_classes: int) -> Path:
         """A file of weights of ``plain``; the one of another network makes way for it."""

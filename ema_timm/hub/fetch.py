@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ema_timm.errors import HubError
 from ema_timm.hub.git_oid import git_oid
@@ -68,7 +68,10 @@ def _download(steps: Steps, where: dict, cache_dir: str | None) -> tuple[Path | 
             return None, ""
         if file.is_symlink():  # the cache names its files by what the Hub says
             return file, file.readlink().name
-        return file, get_hf_file_metadata(hf_hub_url(**where), token=get_token()).etag or ""
+        try:
+            return file, get_hf_file_metadata(hf_hub_url(**where), token=get_token()).etag or ""
+        except OfflineModeIsEnabled:  # a cache without links, and nobody to ask: as it came then
+            return file, ""
 
 
 def _digest(file: Path, expected: str) -> str:
