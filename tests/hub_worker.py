@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 
 import timm
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 from ema_timm.cli import main
 from ema_timm.hub import fetch, publish
@@ -69,14 +69,21 @@ def load(name: str, symlinks: bool = True, keep_cache: bool = False, offline: bo
     if not keep_cache:
         shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     constants.HF_HUB_DISABLE_SYMLINKS = not symlinks
-    constants.HF_HUB_OFFLINE = offline
+    set_offline(offline)
     try:
         return {"outputs": outputs(timm.create_model(name, pretrained=True))}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         constants.HF_HUB_DISABLE_SYMLINKS = False
-        constants.HF_HUB_OFFLINE = False
+        set_offline(False)
+
+
+def set_offline(offline: bool) -> None:
+    """What HF_HUB_OFFLINE does in a new process."""
+    constants.HF_HUB_OFFLINE = offline
+    if hasattr(utils, "reset_sessions"):  # before 1.0 the client decides when a session begins
+        utils.reset_sessions()
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_two_publishers_of_one_folder_make_one_commit(trained, hub, push):
     done = push(trained)
     assert done["code"] == 0, done["err"]
     assert len(ours(hub, push.repo)) == 1
-    assert others[0].new and others[0].commit in done["out"]
+    assert others[0].commit in done["out"]
 
 
 def test_two_publishers_of_different_folders_one_wins(trained, folder, hub, push):
