@@ -3,14 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ema_timm.ops import (
-    IMPLEMENTATIONS,
-    EmaWeights,
-    FoldedWeights,
-    ema_attention,
-    folded_ema_attention,
-)
+from ema_timm.ops import EmaWeights, FoldedWeights, ema_attention, folded_ema_attention
 from ema_timm.ops.closed_form import drop_common_vote, fold
+from ema_timm.ops.dispatch import require_implementation
 from ema_timm.ops.weights import EPS
 
 # Symbolic tracers (torch.fx, timm's and torchvision's feature extraction) keep the operator
@@ -206,8 +201,7 @@ def set_implementation(model: nn.Module, impl: str) -> int:
         ValueError: If ``impl`` is unknown, the model holds no such layer, or holds one without
             cross-spatial learning, which has but one implementation.
     """
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}.")
+    require_implementation(impl)
     layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no EMA attention layer.")

@@ -201,9 +201,14 @@ def _require_auto(impl: str) -> None:
         )
 
 
-def _validate(x: Tensor, n: int, groups: int, impl: str) -> None:
+def require_implementation(impl: str) -> None:
+    """Raise ValueError where ``impl`` is not the name of an implementation, nor "auto"."""
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}.")
+
+
+def _validate(x: Tensor, n: int, groups: int, impl: str) -> None:
+    require_implementation(impl)
     if x.dim() != 4:
         raise ValueError(
             f"EMA attention takes a feature map of 4 dimensions (B, C, H, W), got {x.dim()} "
