@@ -15,18 +15,17 @@ from torch import nn
 
 from ema_timm.base_model import pick_device, preprocessing
 from ema_timm.checkpoint import read_checkpoint
-from ema_timm.complexity import count_macs, count_parameters
 from ema_timm.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
 from ema_timm.errors import UserError
 from ema_timm.evaluate_config import EvaluateConfig
 from ema_timm.hub.auto_map import completed
 from ema_timm.hub.checkpoint_folder import RESULTS, WEIGHTS, build_network, check_network
-from ema_timm.hub.results import FORMAT, PREPROCESSING, read_results
+from ema_timm.hub.results import read_results
 from ema_timm.labels import Labels, check_count, read_labels
 from ema_timm.metrics import Tally, tally
 from ema_timm.reproducible import versions
 from ema_timm.run_folder import RunFolder, sha256
-from ema_timm.write_folder import build_for, write_folder
+from ema_timm.write_folder import build_for, describe, write_folder
 
 try:
     from ema_timm.confusion import save_confusion
@@ -129,7 +128,8 @@ def _measure_folder(path: Path, config: EvaluateConfig, progress: bool) -> dict:
         amp_dtype=getattr(torch, config.amp_dtype) if config.amp_dtype else None,
         progress=progress,
     )
-    results = _carried(path, progress) | _describe(network, path, names, data)
+    digest = sha256(path / WEIGHTS)
+    results = _carried(path, digest, progress) | describe(network, digest, names, data)
     results |= _measured(counts, names, device)
     results["evaluation"] |= _conditions(config, dataset, network, device)
     _write(path, hub, results, counts, progress)
@@ -166,31 +166,18 @@ def _loader(dataset: FolderDataset, data: dict, config: EvaluateConfig, device: 
     )
 
 
-def _carried(path: Path, progress: bool) -> dict:
+def _carried(path: Path, digest: str, progress: bool) -> dict:
     """What results.json says already; of other weights, what was told for the card alone."""
     if not (path / RESULTS).is_file():
         return {}
     old = read_results(path / RESULTS)
-    if old["weights_sha256"] == sha256(path / WEIGHTS):
+    if old["weights_sha256"] == digest:
         return old
     kept = path / "results.previous.json"
     (path / RESULTS).replace(kept)
     if progress:
         print(f"{RESULTS} was of other weights, and is now {kept}", file=sys.stderr)
     return {"card": old["card"]} if "card" in old else {}
-
-
-def _describe(network: nn.Module, path: Path, names: list[str], data: dict) -> dict:
-    return {
-        "format": FORMAT,
-        "architecture": network.pretrained_cfg["architecture"],
-        "task": "image-classification",
-        "weights_sha256": sha256(path / WEIGHTS),
-        "parameters": count_parameters(network),
-        "macs": count_macs(network, tuple(data["input_size"])),
-        "classes": names,
-        "input": {key: data[key] for key in PREPROCESSING},
-    }
 
 
 def _measured(counts: Tally, names: list[str], device: torch.device) -> dict:

@@ -14,7 +14,7 @@ from ema_timm.complexity import count_macs, count_parameters
 from ema_timm.convert import Conversion, convert_checkpoint
 from ema_timm.errors import UserError
 from ema_timm.hub.checkpoint_folder import WEIGHTS, check_names, check_network, check_tensor
-from ema_timm.hub.results import FORMAT
+from ema_timm.hub.results import FORMAT, PREPROCESSING
 from ema_timm.labels import Labels, check_count, read_labels
 from ema_timm.run_folder import RunFolder
 
@@ -112,20 +112,35 @@ def write_folder(
     descriptions = labels.descriptions if labels else None
     digest = folder.save_model(network, model_args, data_config, names, descriptions)
     check_network(folder.path)  # what was written loads
+    classes = names or [str(index) for index in range(network.num_classes)]
     results = {
+        **describe(network, digest, classes, data_config),
+        "checkpoint": {"file": checkpoint.file.name, "averaged": checkpoint.averaged},
+        **_training(checkpoint),
+    }
+    folder.write_json("results.json", results)
+    return folder.path
+
+
+def describe(network: nn.Module, digest: str, classes: list[str], data_config: dict) -> dict:
+    """What results.json says of a network before anything is measured.
+
+    Args:
+        network: The network.
+        digest: sha256 of its weights file.
+        classes: Names of the classes, in order.
+        data_config: Preprocessing of the evaluation, as timm resolves it.
+    """
+    return {
         "format": FORMAT,
         "architecture": network.pretrained_cfg["architecture"],
         "task": "image-classification",
         "weights_sha256": digest,
         "parameters": count_parameters(network),
         "macs": count_macs(network, tuple(data_config["input_size"])),
-        "classes": names or [str(index) for index in range(network.num_classes)],
-        "input": {**data_config, "input_size": list(data_config["input_size"])},
-        "checkpoint": {"file": checkpoint.file.name, "averaged": checkpoint.averaged},
-        **_training(checkpoint),
+        "classes": classes,
+        "input": {key: data_config[key] for key in PREPROCESSING},
     }
-    folder.write_json("results.json", results)
-    return folder.path
 
 
 def write_converted(

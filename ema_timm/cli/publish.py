@@ -12,7 +12,7 @@ def add_commands(commands) -> None:
         description="Put a checkpoint folder on the Hugging Face Hub in one commit: weights "
         "(never a pickle), config.json, card, results and pictures. It is loaded back before and "
         "after. Publishing the same folder twice makes no second commit.",
-        epilog="The token is that of hf auth login, or HF_TOKEN. Uploads go over plain HTTP; "
+        epilog="The token is that of hf auth login, or HF_TOKEN. Uploads do not go through xet; "
         "HF_HUB_DISABLE_XET=0 lets the client use xet, on which --time-limit has no hold.",
     )
     command.add_argument("folder", metavar="FOLDER", help="a checkpoint folder")
