@@ -79,13 +79,10 @@ def _forward_whole(x, w: FoldedWeights, groups, out, saved: Saved | None, cut: P
         *x.shape[2:],
         *x.stride(),
         *out.stride(),
-        n=n,
+        **cut.sizes(n),
         DROPPED=n - w.vote_bias.shape[0],
         SAVE=saved is not None,
         **vectors_of(n, x, out),
-        BN=cut.channels,
-        BH=cut.rows,
-        BW=cut.columns,
         num_warps=cut.warps,
     )
 
@@ -117,11 +114,8 @@ def _backward_whole(
         *grad.stride(),
         *x.stride(),
         *dx.stride(),
-        n=n,
+        **cut.sizes(n),
         **vectors,
-        BN=cut.channels,
-        BH=cut.rows,
-        BW=cut.columns,
         num_warps=8,
     )
     dm = parts[:, 9 * n : 10 * n]
@@ -139,8 +133,7 @@ def _gate_gradient(grad, x, saved: Saved, groups, cut: Plan, vectors: dict) -> T
     """dL, (B·G, H, W), of any shape: programs take blocks of pixels."""
     tiles, n = x.shape[0] * groups, x.shape[1] // groups
     dl = torch.empty_like(saved.gate_map)
-    across = triton.cdiv(x.shape[3], cut.columns), triton.cdiv(x.shape[2], cut.rows)
-    kernels.gate_gradient[(tiles, across[1], across[0])](
+    kernels.gate_gradient[(tiles, *cut.grid(*x.shape[2:]))](
         grad,
         x,
         saved.gate_map,
@@ -149,11 +142,8 @@ def _gate_gradient(grad, x, saved: Saved, groups, cut: Plan, vectors: dict) -> T
         *x.shape[2:],
         *grad.stride(),
         *x.stride(),
-        n=n,
+        **cut.sizes(n),
         **vectors,
-        BN=cut.channels,
-        BH=cut.rows,
-        BW=cut.columns,
         num_warps=cut.warps,
     )
     return dl
@@ -168,7 +158,6 @@ def _forward_split(x, w: FoldedWeights, groups, out, saved: Saved | None, cut: P
     kept.vectors[3] = vote(means, w)
     blocks, channel_blocks = cut.blocks(height, width), triton.cdiv(n, cut.channels)
     parts = x.new_empty((3, blocks, tiles, n), dtype=torch.float32)
-    sizes = {"n": n, "BN": cut.channels, "BH": cut.rows, "BW": cut.columns}
     kernels_split.block_statistics[(tiles, blocks, channel_blocks)](
         x,
         kept.gates,
@@ -178,11 +167,11 @@ def _forward_split(x, w: FoldedWeights, groups, out, saved: Saved | None, cut: P
         height,
         width,
         *x.stride(),
-        **sizes,
+        **cut.sizes(n),
         num_warps=cut.warps,
     )
     kernels_split.merge_statistics[(tiles, channel_blocks)](
-        parts, kept.vectors, blocks, tiles, height, width, **sizes, BB=16, num_warps=4
+        parts, kept.vectors, blocks, tiles, height, width, **cut.sizes(n), BB=16, num_warps=4
     )
     kernels_split.apply_gate[(tiles, blocks)](
         x,
@@ -198,7 +187,7 @@ def _forward_split(x, w: FoldedWeights, groups, out, saved: Saved | None, cut: P
         *x.stride(),
         *out.stride(),
         SAVE=saved is not None,
-        **sizes,
+        **cut.sizes(n),
         num_warps=cut.warps,
     )
 
@@ -210,7 +199,6 @@ def _backward_split(
     area = height * width
     blocks, channel_blocks = cut.blocks(height, width), triton.cdiv(n, cut.channels)
     grid = tiles, blocks, channel_blocks
-    sizes = {"n": n, "BN": cut.channels, "BH": cut.rows, "BW": cut.columns}
     where = tiles, groups, height, width, *x.stride()
     _, _, r, u = saved.vectors
     pooled, means = _pool(x, groups, cut)
@@ -219,7 +207,7 @@ def _backward_split(
     dl_sum = dl.sum((1, 2))[:, None]  # (BG, 1)
     parts = x.new_empty((blocks, tiles, 10, n), dtype=torch.float32)
     kernels_split.block_gradient_sums[grid](
-        x, saved.gates, saved.vectors, dl, parts, *where, **sizes, num_warps=cut.warps
+        x, saved.gates, saved.vectors, dl, parts, *where, **cut.sizes(n), num_warps=cut.warps
     )
     sums = parts.sum(0)  # (BG, 10, n)
     y_dot = sums[:, 9] * r
@@ -229,7 +217,7 @@ def _backward_split(
     norm = dl_sum / area, r * y_dot / area, w.gn_weight
     rows, columns = _line_sums(x, groups, cut)
     kernels_split.block_gate_gradients[grid](
-        x, saved.gates, saved.vectors, dl, *norm, rows, columns, *where, **sizes,
+        x, saved.gates, saved.vectors, dl, *norm, rows, columns, *where, **cut.sizes(n),
         num_warps=cut.warps,
     )  # fmt: skip
     dmix = torch.cat([rows.sum(0), columns.sum(0)], -1)
@@ -257,7 +245,7 @@ def _backward_split(
         *grad.stride(),
         *x.stride(),
         *dx.stride(),
-        **sizes,
+        **cut.sizes(n),
         num_warps=cut.warps,
     )
     found = FoldedWeights(
@@ -286,10 +274,7 @@ def _pool(x: Tensor, groups: int, cut: Plan) -> tuple[Tensor, Tensor]:
         height,
         width,
         *x.stride(),
-        n=n,
-        BN=cut.channels,
-        BH=cut.rows,
-        BW=cut.columns,
+        **cut.sizes(n),
         num_warps=cut.warps,
     )
     row, col = rows.sum(0) / width, columns.sum(0) / height
@@ -302,7 +287,7 @@ def _pool(x: Tensor, groups: int, cut: Plan) -> tuple[Tensor, Tensor]:
 def _line_sums(x: Tensor, groups: int, cut: Plan) -> tuple[Tensor, Tensor]:
     """Memory for each block's sums along W and along H."""
     tiles, n, height, width = x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:]
-    across, down = triton.cdiv(width, cut.columns), triton.cdiv(height, cut.rows)
+    down, across = cut.grid(height, width)
     rows = x.new_empty((across, tiles, n, height), dtype=torch.float32)
     return rows, x.new_empty((down, tiles, n, width), dtype=torch.float32)
 

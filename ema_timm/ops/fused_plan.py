@@ -74,9 +74,18 @@ class Plan(NamedTuple):
     columns: int
     warps: int
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Blocks that cover a map, down and across."""
+        return triton.cdiv(height, self.rows), triton.cdiv(width, self.columns)
+
     def blocks(self, height: int, width: int) -> int:
         """Blocks of pixels that cover a map."""
-        return triton.cdiv(height, self.rows) * triton.cdiv(width, self.columns)
+        down, across = self.grid(height, width)
+        return down * across
+
+    def sizes(self, n: int) -> dict:
+        """What a kernel must know of the cut when it is compiled."""
+        return {"n": n, "BN": self.channels, "BH": self.rows, "BW": self.columns}
 
 
 def plan(x: Tensor, groups: int) -> Plan:

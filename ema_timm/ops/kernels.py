@@ -26,7 +26,6 @@ from ema_timm.ops.kernels_blocks import (
     mix,
     norm_gradient,
     pick,
-    pick_corner,
     shift_columns,
     shifted_means,
     spread,
@@ -92,11 +91,7 @@ def forward_tile(
         h = h0 + tl.arange(0, BH)
         col_sum += tl.sum(load_block(start, c, h, w, n, H, W, x_c, x_h, x_w), axis=1)
     gate_w = mix(w1, b1, col_sum / H)
-    edge = tl.arange(0, 1)
-    first_row = tl.sum(load_block(start, c, edge, w, n, H, W, x_c, x_h, x_w), axis=1)
-    last_row = tl.sum(load_block(start, c, edge + H - 1, w, n, H, W, x_c, x_h, x_w), axis=1)
-    first_col, last_col = pick_corner(col_sum, w, 0), pick_corner(col_sum, w, W - 1)
-    means = shifted_means(col_sum, first_row, last_row, first_col, last_col, w, t, H, W)
+    means = shifted_means(start, col_sum, c, w, t, n, H, W, x_c, x_h, x_w)
     u = vote(means, vote_weight, vote_bias, c, t, n, DROPPED)
 
     # Statistics of y, shifted by the mean of the first step: the whole mean lies within
@@ -178,7 +173,7 @@ def gate_gradient(
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """DL = (Σ_c D·x)·A·(1 − A) for one block of pixels. Grid (B·G, row blocks, column blocks)."""
+    """dL = (Σ_c D·x)·A·(1 − A), a block of pixels each. Grid (B·G, row blocks, column blocks)."""
     grad_b, grad_h = aligned(grad_b, VECTOR), aligned(grad_h, VECTOR)
     x_b, x_h = aligned(x_b, VECTOR), aligned(x_h, VECTOR)
     if LAST:
@@ -361,9 +356,5 @@ def backward_tile(
     store_lines(share_of_tile + 4 * n, dw1, c, c, n, n, n)
     tl.store(share_of_tile + 4 * n + n * n, dl_sum)
 
-    edge = tl.arange(0, 1)
-    first_row = tl.sum(load_block(start, c, edge, w, n, H, W, x_c, x_h, x_w), axis=1)
-    last_row = tl.sum(load_block(start, c, edge + H - 1, w, n, H, W, x_c, x_h, x_w), axis=1)
-    first_col, last_col = pick_corner(col_sum, w, 0), pick_corner(col_sum, w, W - 1)
-    seen_means = shifted_means(col_sum, first_row, last_row, first_col, last_col, w, t, H, W)
+    seen_means = shifted_means(start, col_sum, c, w, t, n, H, W, x_c, x_h, x_w)
     store_lines(means + tile * n * 9, seen_means, c, t, n, 9, 9)

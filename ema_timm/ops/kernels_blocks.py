@@ -77,6 +77,14 @@ def store_lines(pointer, lines, c, p, n, P, stride):
 
 
 @triton.jit
+def load_gates(gates, tile, c, h, w, n, H, W):
+    """Gates along H and W out of (B·G, n, H + W): (BN, BH) and (BN, BW)."""
+    start = gates + tile * n * (H + W)
+    gate_h = load_lines(start, c, h, n, H, H + W)
+    return gate_h, load_lines(start + H, c, w, n, W, H + W)
+
+
+@triton.jit
 def store_plane(start, plane, h, w, H, W):
     """Write rows of a contiguous float32 map (H, W)."""
     at = h[:, None] * W + w[None, :]
@@ -150,11 +158,16 @@ def pick_corner(row, w, index):
 
 
 @triton.jit
-def shifted_means(col_sum, first_row, last_row, first_col, last_col, w, t, H, W):
+def shifted_means(start, col_sum, c, w, t, n, H, W, stride_c, stride_h, stride_w):
     """Identity c: what each tap of a zero-padded 3×3 kernel sees in the mean, (BN, 16).
 
-    From column sums and border rows of pixels (BN, BW), and sums of the border columns (BN,).
+    From column sums (BN, BW), which hold the whole width, and the border rows of the tile.
     """
+    edge = tl.arange(0, 1)
+    first = load_block(start, c, edge, w, n, H, W, stride_c, stride_h, stride_w)
+    last = load_block(start, c, edge + H - 1, w, n, H, W, stride_c, stride_h, stride_w)
+    first_row, last_row = tl.sum(first, axis=1), tl.sum(last, axis=1)
+    first_col, last_col = pick_corner(col_sum, w, 0), pick_corner(col_sum, w, W - 1)
     dy = (t // 3 - 1)[None, :]
     dx = (t % 3 - 1)[None, :]
     sums = tl.sum(col_sum, axis=1)[:, None] + tl.zeros_like(t)[None, :].to(tl.float32)

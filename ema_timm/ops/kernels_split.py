@@ -15,6 +15,7 @@ from ema_timm.ops.kernels_blocks import (
     centred,
     kernel_gradient,
     load_block,
+    load_gates,
     load_lines,
     load_plane,
     load_vector,
@@ -114,8 +115,7 @@ def block_statistics(
     h, w = block_rows(W, BH, BW), block_columns(W, BW)
     start = tile_start(x, tl.program_id(0), groups, n, x_b, x_c)
     block = load_block(start, c, h, w, n, H, W, x_c, x_h, x_w)
-    gate_h = load_lines(gates + tile * n * (H + W), c, h, n, H, H + W)
-    gate_w = load_lines(gates + tile * n * (H + W) + H, c, w, n, W, H + W)
+    gate_h, gate_w = load_gates(gates, tile, c, h, w, n, H, W)
     y = block * gate_h[:, :, None] * gate_w[:, None, :]
     pixels = (h < H)[None, :, None] & (w < W)[None, None, :]
     count = tl.sum(tl.sum(tl.where(pixels, 1.0, 0.0), axis=2), axis=1)
@@ -213,7 +213,6 @@ def apply_gate(
     h, w = block_rows(W, BH, BW), block_columns(W, BW)
     start = tile_start(x, tl.program_id(0), groups, n, x_b, x_c)
     out_start = tile_start(out, tl.program_id(0), groups, n, out_b, out_c)
-    gates_start = gates + tile * n * (H + W)
     step = tiles.to(tl.int64) * n
     vectors_start = vectors + tile * n
     logits = tl.zeros((BH, BW), tl.float32)
@@ -223,8 +222,7 @@ def apply_gate(
         r = load_vector(vectors_start + 2 * step, c, n)
         coef = u * load_vector(gn_weight, c, n) * r
         block = load_block(start, c, h, w, n, H, W, x_c, x_h, x_w)
-        gate_h = load_lines(gates_start, c, h, n, H, H + W)
-        gate_w = load_lines(gates_start + H, c, w, n, W, H + W)
+        gate_h, gate_w = load_gates(gates, tile, c, h, w, n, H, W)
         mean = load_vector(vectors_start, c, n)
         y = centred(block, gate_h, gate_w, mean, load_vector(vectors_start + step, c, n))
         logits += tl.sum(y * coef[:, None, None], axis=0)
@@ -269,8 +267,7 @@ def block_gradient_sums(
     h, w, t = block_rows(W, BH, BW), block_columns(W, BW), tl.arange(0, 16)
     start = tile_start(x, tl.program_id(0), groups, n, x_b, x_c)
     block = load_block(start, c, h, w, n, H, W, x_c, x_h, x_w)
-    gate_h = load_lines(gates + tile * n * (H + W), c, h, n, H, H + W)
-    gate_w = load_lines(gates + tile * n * (H + W) + H, c, w, n, W, H + W)
+    gate_h, gate_w = load_gates(gates, tile, c, h, w, n, H, W)
     step = tiles.to(tl.int64) * n
     mean = load_vector(vectors + tile * n, c, n)
     y = centred(block, gate_h, gate_w, mean, load_vector(vectors + step + tile * n, c, n))
@@ -330,8 +327,7 @@ def block_gate_gradients(
     h, w = block_rows(W, BH, BW), block_columns(W, BW)
     start = tile_start(x, tl.program_id(0), groups, n, x_b, x_c)
     block = load_block(start, c, h, w, n, H, W, x_c, x_h, x_w)
-    gate_h = load_lines(gates + tile * n * (H + W), c, h, n, H, H + W)
-    gate_w = load_lines(gates + tile * n * (H + W) + H, c, w, n, W, H + W)
+    gate_h, gate_w = load_gates(gates, tile, c, h, w, n, H, W)
     dy = block_norm_gradient(
         block, gate_h, gate_w, vectors, logit_gradient, dl_means, slopes, gn_weight,
         tile, tiles, c, h, w, n, H, W,
@@ -387,8 +383,7 @@ def input_gradient(
     dx_start = tile_start(dx, tl.program_id(0), groups, n, dx_b, dx_c)
     block = load_block(start, c, h, w, n, H, W, x_c, x_h, x_w)
     lines = tile * n * (H + W)
-    gate_h = load_lines(gates + lines, c, h, n, H, H + W)
-    gate_w = load_lines(gates + lines + H, c, w, n, W, H + W)
+    gate_h, gate_w = load_gates(gates, tile, c, h, w, n, H, W)
     dy = block_norm_gradient(
         block, gate_h, gate_w, vectors, logit_gradient, dl_means, slopes, gn_weight,
         tile, tiles, c, h, w, n, H, W,
