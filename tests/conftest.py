@@ -42,7 +42,7 @@ def digits(tmp_path_factory):
     """An image folder of real handwritten digits: 4 classes, 60 to train on, 23 to validate."""
     from sklearn.datasets import load_digits
 
-    from ema_timm.quickstart import write_image
+    from ema_timm.training.quickstart import write_image
 
     folder = tmp_path_factory.mktemp("digits")
     data = load_digits()
@@ -58,8 +58,8 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(digits, tmp_path_factory):
     """A folder that `ema-timm finetune` wrote: the smallest EMA network, a little trained."""
-    from ema_timm.finetune import finetune
-    from ema_timm.finetune_config import FinetuneConfig
+    from ema_timm.training.finetune import finetune
+    from ema_timm.training.settings import FinetuneConfig
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     config = FinetuneConfig(
@@ -80,10 +80,10 @@ def trained(digits, tmp_path_factory):
 
 
 class Worker:
-    """A process for `ema-timm` commands; see hub_worker.py."""
+    """A process for `ema-timm` commands; see support/hub_worker.py."""
 
     def __init__(self, env):
-        script = Path(__file__).with_name("hub_worker.py")
+        script = Path(__file__).parent / "support" / "hub_worker.py"
         self._process = subprocess.Popen(
             [sys.executable, script],
             stdin=subprocess.PIPE,
@@ -114,7 +114,7 @@ class Worker:
 @pytest.fixture(scope="session")
 def hub_env(tmp_path_factory):
     """Environment variables with which a fresh process talks to a stand-in Hub."""
-    from stand_in_hub import ADA
+    from support.stand_in_hub import ADA
 
     def env(hub, token=ADA):
         return {
@@ -132,7 +132,7 @@ def hub_env(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stage(hub_env):
     """A stand-in for the Hub and a worker that talks to it; each test takes names of its own."""
-    from stand_in_hub import StandInHub
+    from support.stand_in_hub import StandInHub
 
     with StandInHub() as hub:
         impatient = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
@@ -145,20 +145,3 @@ def stage(hub_env):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every parameter and running statistic a random value, near a trained network's.
-
-    timm zeroes the last norm of each ResNet block, and EMA attention of a zero map is zero: on
-    fresh weights a comparison of whole networks would compare nothing.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
-                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.2)
-                module.running_mean.normal_(0, 0.1, generator=generator)
-                module.running_var.uniform_(0.5, 1.5, generator=generator)
-    return model

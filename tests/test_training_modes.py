@@ -7,7 +7,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import shake
+from support.networks import shake
 from torch import nn
 
 STEP = """

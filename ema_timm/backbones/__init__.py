@@ -18,3 +18,9 @@ def register() -> None:
     with _lock:
         for family in (resnet_ema, mobilenetv2_ema, cifar_resnet):
             family.register()
+
+
+# Last, and before any module of this wing: loading timm.models registers the names, and that
+# imports the modules of this wing, which import timm.models themselves. The first of them to be
+# imported would otherwise be asked for names that it does not have yet.
+import timm.models  # noqa: E402, F401

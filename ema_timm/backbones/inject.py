@@ -1,75 +1,13 @@
-"""The one seam: which blocks of a timm network get EMA attention, and with how many groups.
+"""EMA attention into the slots of a timm network: fresh layers, or a start that changes nothing."""
 
-ResNet (`BasicBlock`, `Bottleneck`): every block, on its output before the shortcut is added.
-MobileNetV2 (`InvertedResidual`): after the depth-wise convolution, where the expanded width is
-over 144, as in the authors' fork of timm. Both are timm's ``se`` slot. Stages carry the number in
-their module's name: ``layer1`` to ``layer4``; ``blocks.0`` to ``blocks.6``.
-"""
-
-import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from timm.models import is_model
-from timm.models._efficientnet_blocks import InvertedResidual
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
-
-MIN_EXPANDED_WIDTH = 145
-"""MobileNetV2 blocks below this expanded width get no EMA attention (the authors' fork)."""
-
-_STAGE = re.compile(r"(?:^|\.)(?:layer|blocks[._])(\d+)(?=[._])")
-
-
-class Slot(NamedTuple):
-    """A place for EMA attention in a network.
-
-    Attributes:
-        path: Dotted name of the block in the network.
-        block: The timm block; its attribute ``se`` is the slot.
-        stage: Number of its stage, as in the module's name.
-        channels: Width of the gated feature map.
-        doubled: Names, within the block, of the tensors that undo a constant gate of 0.5 when
-            doubled: the affine part of the norm before the slot, or the convolution after it.
-    """
-
-    path: str
-    block: nn.Module
-    stage: int
-    channels: int
-    doubled: tuple[str, ...]
-
-    @property
-    def doubled_names(self) -> list[str]:
-        """The doubled tensors' names in the network's state dict."""
-        return [f"{self.path}.{name}" if self.path else name for name in self.doubled]
-
-
-def find_slots(model: nn.Module) -> list[Slot]:
-    """All places of the paper's placement in ``model``, filled or empty, in network order."""
-    slots = []
-    for path, block in model.named_modules():
-        stage = _STAGE.findall(f"{path}.")
-        if not stage:
-            continue
-        place = _placement(block)
-        if place is not None:
-            slots.append(Slot(path, block, int(stage[-1]), *place))
-    return slots
-
-
-def _placement(block: nn.Module) -> tuple[int, tuple[str, ...]] | None:
-    """Width of the gated map and the tensors to double, or None where no EMA belongs."""
-    if isinstance(block, Bottleneck):
-        return block.conv3.out_channels, ("bn3.weight", "bn3.bias")
-    if isinstance(block, BasicBlock):
-        return block.conv2.out_channels, ("bn2.weight", "bn2.bias")
-    if isinstance(block, InvertedResidual) and isinstance(block.conv_pwl, nn.Conv2d):
-        if block.conv_pwl.in_channels >= MIN_EXPANDED_WIDTH:
-            return block.conv_pwl.in_channels, ("conv_pwl.weight",)
-    return None
+from ema_timm.backbones.slots import MIN_EXPANDED_WIDTH, Slot, find_slots
+from ema_timm.backbones.warm_start import require_doubling, start_neutral
 
 
 def add_ema(
@@ -159,8 +97,6 @@ def inject(
         ValueError: If a block has an attention layer already, ``stages`` names none that exists,
             or ``preserve`` is asked for where a norm has no affine part to double.
     """
-    from ema_timm.backbones.warm_start import require_doubling, start_neutral
-
     stages = None if stages is None else _stage_numbers(stages)
     if preserve:
         require_doubling(find_slots(model))

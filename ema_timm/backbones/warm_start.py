@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
-from ema_timm.backbones.inject import Slot, find_slots
+from ema_timm.backbones.slots import Slot, find_slots
 
 
 def neutral_state(layer: EmaAttn) -> dict[str, Tensor]:

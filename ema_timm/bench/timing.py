@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from ema_timm.reproducible import versions
+from ema_timm.measure.versions import versions
 
 MIN_SAMPLE_SECONDS = 0.02
 """A sample repeats a short call until it takes this long, so that the clock does not matter."""

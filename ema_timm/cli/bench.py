@@ -108,8 +108,8 @@ def _report(args: argparse.Namespace, measure: Callable[[str], dict]) -> int:
     """Measure, print the table, write what was asked for; 1 where a variant failed parity."""
     import torch
 
-    from ema_timm.base_model import pick_device
     from ema_timm.bench.report import plot, table
+    from ema_timm.measure.device import pick_device
 
     if args.threads:
         torch.set_num_threads(args.threads)

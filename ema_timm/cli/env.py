@@ -12,9 +12,9 @@ def add_commands(commands) -> None:
 def _env(args: argparse.Namespace) -> int:
     import torch
 
-    from ema_timm.ops import closed_form_native
+    from ema_timm.measure.versions import versions
+    from ema_timm.ops.closed_form import native
     from ema_timm.ops.dispatch import fused_unavailable
-    from ema_timm.reproducible import versions
 
     for name, version in versions().items():
         print(f"{name}: {version}")
@@ -22,7 +22,7 @@ def _env(args: argparse.Namespace) -> int:
     print(f"CUDA: {torch.cuda.get_device_name() if cuda else 'not available'}")
     print("reference: runs anywhere")
     print(
-        f"closed_form: runs anywhere; on the CPU {closed_form_native.status()}, "
+        f"closed_form: runs anywhere; on the CPU {native.status()}, "
         f"{torch.get_num_threads()} threads"
     )
     probe = torch.empty(1, 1, 1, 1, device="cuda" if cuda else "cpu")

@@ -3,9 +3,9 @@
 import argparse
 import os
 
-from ema_timm.cli.options import add_options, given_options
 from ema_timm.errors import UserError
-from ema_timm.finetune_config import FinetuneConfig
+from ema_timm.options import add_options, given_options
+from ema_timm.training.settings import FinetuneConfig
 
 
 def add_commands(commands) -> None:
@@ -41,13 +41,13 @@ def _finetune(args: argparse.Namespace) -> int:
     if missing:
         raise UserError(f"finetune needs {', '.join(missing)}; see ema-timm finetune --help.")
 
-    from ema_timm.finetune import finetune
-    from ema_timm.run_folder import RunFolder
+    from ema_timm.training.finetune import finetune
+    from ema_timm.training.state import RunState
 
     if args.resume:
-        folder = RunFolder(given["output"])
-        folder.prepare(resume=True)
-        given = {**folder.load_state()["config"], **given}
+        state = RunState(given["output"])
+        state.prepare(resume=True)
+        given = {**state.load()["config"], **given}
     results = finetune(FinetuneConfig(**given), resume=args.resume)
     metrics = results["metrics"]
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
@@ -69,7 +69,7 @@ def _add_quickstart(commands) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from ema_timm.quickstart import quickstart
+    from ema_timm.training.quickstart import quickstart
 
     print(quickstart(args.output))
     return 0

@@ -1,1 +1,1 @@
-"""Checkpoint folders as Hugging Face Hub repositories."""
+"""A patient client of the Hugging Face Hub: every step limited in time and explained."""

@@ -2,8 +2,8 @@
 
 timm takes two things on trust: a download of the right size is taken for the right file, and
 where model.safetensors cannot be had for whatever reason, it goes on to pytorch_model.bin. Our
-own names, and everything that `ema_timm.finetune` starts from on the Hub, come through here
-instead, and fail.
+own names, and everything that `ema_timm.training.finetune` starts from on the Hub, come through
+here instead, and fail.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ema_timm.errors import HubError
+from ema_timm.files import sha256
 from ema_timm.hub.git_oid import git_oid
 from ema_timm.hub.steps import Steps
 from ema_timm.hub.time_limit import TimeLimit
-from ema_timm.run_folder import sha256
 
 try:
     from huggingface_hub.errors import RemoteEntryNotFoundError

@@ -17,10 +17,10 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from ema_timm import __version__
 from ema_timm.errors import UserError
+from ema_timm.files import sha256
 from ema_timm.hub.git_oid import git_oid
 from ema_timm.hub.steps import AGAIN, ATTEMPTS, StepError, Steps
 from ema_timm.hub.time_limit import TimeLimit
-from ema_timm.run_folder import sha256
 
 ANSWER_SECONDS = 90
 """For a step of small requests; the client itself tries one again for up to half a minute."""

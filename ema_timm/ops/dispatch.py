@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ema_timm.ops.closed_form import FoldedWeights, closed_form, closed_form_folded
-from ema_timm.ops.closed_form_autograd import closed_form_eager, closed_form_folded_eager
+from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
+from ema_timm.ops.closed_form.formula import closed_form, closed_form_folded
 from ema_timm.ops.parallel import parallel
 from ema_timm.ops.reference import reference
-from ema_timm.ops.weights import EmaWeights
+from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 # Before PyTorch 2.7 nothing tells compiling from exporting; the form that suits both is taken.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
@@ -163,18 +163,18 @@ def fused_unavailable(x: Tensor, weight: Tensor) -> str | None:
     if weight.device != x.device:
         return f"the input is on {x.device} and the layer's weights are on {weight.device}"
     try:
-        from ema_timm.ops import fused_plan
+        from ema_timm.ops.fused import plan
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "triton":
             raise
         return "Triton is not installed (PyTorch's CUDA builds for Linux bring it)"
-    return fused_plan.unavailable(x, weight.shape[0])
+    return plan.unavailable(x, weight.shape[0])
 
 
 def _closed_form(x: Tensor) -> str:
     """Which writing of the closed form suits who looks on: "traceable", "eager" or "opaque".
 
-    Measured in NOTES-closed-form.md: a compiled ResNet on the CPU trains and infers faster around
+    Measured in closed_form/README.md: a compiled ResNet on the CPU trains and infers faster around
     the opaque operator than with a form for Inductor to fuse. An exported program stays made of
     PyTorch's own operators, so that it runs where this package is not.
     """

@@ -2,7 +2,7 @@
 
 ``ema_timm::closed_form`` calls the kernels that eager mode runs on the CPU: Inductor, left to fuse
 the traceable form, spent minutes on the backward of a ResNet and then ran it slower than eager.
-``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.fused`.
+``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.fused.launch`.
 
 Import this module late: registering takes longer than all the rest of this package's import.
 """
@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ema_timm.ops import closed_form_autograd
-from ema_timm.ops.closed_form import FoldedWeights, fold, statistics_type
-from ema_timm.ops.closed_form_eager import Saved, new_saved
-from ema_timm.ops.weights import EmaWeights
+from ema_timm.ops.closed_form import autograd
+from ema_timm.ops.closed_form.eager import Saved, new_saved
+from ema_timm.ops.closed_form.formula import fold, statistics_type
+from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 # Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
 _PARAMETERS = (
@@ -29,7 +29,7 @@ _FOLDED = (
 
 
 def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
-    """`ema_timm.ops.closed_form.closed_form` as the operator ``ema_timm::closed_form``.
+    """`ema_timm.ops.closed_form.formula.closed_form` as the operator ``ema_timm::closed_form``.
 
     Args:
         x: Feature map, (B, C, H, W), floating point, on the CPU.
@@ -45,7 +45,7 @@ def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
 def fused_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """`closed_form_opaque` by Triton kernels, as the operator ``ema_timm::fused``.
 
-    The caller has asked `ema_timm.ops.fused_plan.unavailable` first.
+    The caller has asked `ema_timm.ops.fused.plan.unavailable` first.
     """
     return _fused(x, *weights, groups, _recorded(x, weights))[0]
 
@@ -121,7 +121,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:7]
         if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
             x, *rest = ctx.saved_tensors
-            dx, dw = closed_form_autograd.differentiable_backward(
+            dx, dw = autograd.differentiable_backward(
                 grad, x, EmaWeights(*rest[3:]), ctx.groups, need_x, need
             )
             return dx, *dw, None, None
@@ -134,23 +134,23 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
 
 
 def _closed_form_forward(x, *rest):
-    return closed_form_autograd.kernel(x).forward(x, *rest)
+    return autograd.kernel(x).forward(x, *rest)
 
 
 def _closed_form_backward(grad, x, *rest):
-    return closed_form_autograd.kernel(x).backward(grad, x, *rest)
+    return autograd.kernel(x).backward(grad, x, *rest)
 
 
 def _fused_forward(*arguments):
-    from ema_timm.ops import fused  # imports Triton
+    from ema_timm.ops.fused import launch  # imports Triton
 
-    return fused.forward(*arguments)
+    return launch.forward(*arguments)
 
 
 def _fused_backward(*arguments):
-    from ema_timm.ops import fused
+    from ema_timm.ops.fused import launch
 
-    return fused.backward(*arguments)
+    return launch.backward(*arguments)
 
 
 _closed_form = _register("closed_form", _closed_form_forward, _closed_form_backward)

@@ -26,3 +26,26 @@ class EmaWeights(NamedTuple):
     conv3x3_bias: Tensor
     gn_weight: Tensor
     gn_bias: Tensor
+
+
+class FoldedWeights(NamedTuple):
+    """The parameters of one layer with everything that depends on weights alone worked out.
+
+    Attributes:
+        mix_weight: The 1×1 convolution, (n, n).
+        mix_bias: (n,).
+        kernel: Identity b, k of the collapsed 3×3 convolution, (9, n).
+        vote_weight: Makes the logits of u from the shifted means; (n, 9n), or (n - 1, 9n) where
+            the first channel's row has been subtracted from the others and is left out.
+        vote_bias: (n,) or (n - 1,).
+        gn_weight: γ, (n,).
+        gn_bias: β + v·b₃, (n,); as Σ_c u_c = 1, the constant of identity b rides on β.
+    """
+
+    mix_weight: Tensor
+    mix_bias: Tensor
+    kernel: Tensor
+    vote_weight: Tensor
+    vote_bias: Tensor
+    gn_weight: Tensor
+    gn_bias: Tensor

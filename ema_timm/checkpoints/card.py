@@ -1,0 +1,218 @@
+"""Measured results -> the text of a model card. Pure: reads no weights and no network.
+
+The last line seals the text, so that a card that somebody edited is known as such.
+"""
+
+import hashlib
+import json
+import re
+from importlib import resources
+from string import Template
+
+from ema_timm.checkpoints import citations
+from ema_timm.checkpoints.card_metadata import front_matter, is_ema, measured_on
+from ema_timm.checkpoints.config import needs_auto_map
+
+WHAT_EMA = (
+    "An image classifier whose blocks carry EMA attention: Efficient Multi-scale Attention "
+    "(arXiv:2305.13563), a gate over channel groups. It is not an exponential moving average of "
+    "weights."
+)
+_WHAT_PLAIN = "An image classifier in timm's format."
+_SETTINGS = ("opt", "lr", "weight_decay", "epochs", "batch_size", "sched", "smoothing", "seed")
+_SHOWN = 20
+_SEAL = re.compile(r"<!-- ema-timm card, sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
+
+
+def card_text(results: dict) -> str:
+    """The README.md of a checkpoint folder; the same results give the same text.
+
+    Args:
+        results: Content of results.json (`ema_timm.checkpoints.results` lists it). Of what is not
+            always there, what is unknown is left out.
+    """
+    ema, ours = is_ema(results["architecture"]), needs_auto_map(results["architecture"])
+    repository = results.get("card", {}).get("repo_id")
+    body = fill(
+        "card_template.md",
+        architecture=results["architecture"],
+        what=WHAT_EMA if ema else _WHAT_PLAIN,
+        numbers=_numbers(results),
+        measured=_measured(results),
+        training=_training(results),
+        install="pip install ema-timm" if ours else "pip install timm",
+        mode="L" if results["input"]["input_size"][0] == 1 else "RGB",
+        timm_name=f"hf-hub:{repository}" if repository else "local-dir:PATH/TO/THIS/FOLDER",
+        transformers_name=repository or "PATH/TO/THIS/FOLDER",
+        where=_where(repository, ours),
+        limits=_limits(results),
+        citation="\n\n".join([citations.EMA, citations.TIMM] if ema else [citations.TIMM]),
+    )
+    return seal(front_matter(results) + body)
+
+
+def fill(template: str, **values: str) -> str:
+    """A template of this package with its blanks filled; an empty one leaves no gap."""
+    text = resources.files(__package__).joinpath(template).read_text("utf-8")
+    return re.sub(r"\n{3,}", "\n\n", Template(text).substitute(values))
+
+
+def seal(text: str) -> str:
+    """``text`` with a last line by which `is_generated` knows it again."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}\n<!-- ema-timm card, sha256 of the text above: {digest} -->\n"
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card is as it was generated, at whatever time, and nobody has edited it."""
+    sealed = _SEAL.search(text)
+    return bool(sealed) and text == seal(text[: sealed.start() - 1])
+
+
+def table(rows: list[tuple[str, str | None]], title: str = "measured") -> str:
+    """A table of two columns; a row without a value is left out."""
+    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
+    return "\n".join([f"| {title} | |", "|---|---|", *lines])
+
+
+def count_rows(results: dict) -> list[tuple[str, str | None]]:
+    """The table rows of what is counted on the network alone."""
+    macs = results.get("macs")
+    ema = total = definition = None
+    if macs:
+        total = f"{macs['total']:,}"
+        if macs["ema"]:
+            ema = f"{macs['ema']:,}"
+            definition = f"{macs['ema_definition']:,}"
+    return [
+        ("Parameters", f"{results['parameters']:,}"),
+        ("Multiply-accumulates (convolutions and matrix products, one image)", total),
+        ("… of which EMA attention, in the closed form that runs", ema),
+        ("… EMA attention by the paper's definition would be", definition),
+    ]
+
+
+def _numbers(results: dict) -> str:
+    metrics, size = results.get("metrics"), results["input"]
+    rows = []
+    if metrics:
+        top5 = metrics.get("top5")
+        counts = f"({metrics['correct']} of {metrics['images']})"
+        rows = [
+            ("Top-1 accuracy", f"{metrics['top1']:.2f}% {counts}"),
+            ("Top-5 accuracy", None if top5 is None else f"{top5:.2f}%"),
+            ("Cross-entropy", f"{metrics['loss']:.4f}"),
+            ("Images", str(metrics["images"])),
+        ]
+    rows += [
+        ("Classes", str(len(results["classes"]))),
+        ("Input", "×".join(map(str, size["input_size"]))),
+        *count_rows(results),
+    ]
+    return table(rows)
+
+
+def _measured(results: dict) -> str:
+    evaluation = results.get("evaluation")
+    if not evaluation:
+        return ""
+    data, size, where = evaluation["data"], results["input"], measured_on(results)
+    precision = evaluation["dtype"]
+    if evaluation.get("amp_dtype"):
+        precision += f" under autocast to {evaluation['amp_dtype']}"
+    text = (
+        "## How it was measured\n\n"
+        f"On the {data['images']} images of `{where['name']}/{where['split']}` (fingerprint "
+        f"`{data['fingerprint'][:12]}`), {size['interpolation']} interpolation, crop "
+        f"{size['crop_pct']:g} ({size['crop_mode']}), {precision}, on {evaluation['device']}, "
+        f"with {_versions(evaluation['versions'])}: `ema-timm evaluate` counts as timm's "
+        "validation script does, to the last image."
+    )
+    classes = evaluation["per_class"]
+    if len(classes) <= _SHOWN:
+        rows = [(_cell(name), f"{c['correct']} of {c['images']}") for name, c in classes.items()]
+        text += "\n\n" + table(rows, "correct, by class")
+    return "\n\n".join([text, *_plots(results, "confusion.png", "confusion matrix")])
+
+
+def _training(results: dict) -> str:
+    arguments, base = results.get("arguments"), results.get("base")
+    if not arguments:
+        return ""
+    used = ", ".join(f"{name} {arguments[name]}" for name in _SETTINGS if name in arguments)
+    images = results.get("data", {}).get("train", {}).get("images")
+    script = results.get("trained_with", "ema-timm finetune")
+    text = (
+        f"## How it was trained\n\n{_start(base)}"
+        f"{f' on {images} images' if images else ''} with `{script}`"
+        f"{_epoch(results)}.\n\nSettings: {used}. Every setting"
+        f"{' and the history of all epochs are' if results.get('history') else ' is'} in "
+        "`results.json`."
+    )
+    if results.get("versions"):
+        text += f"\n\nVersions: {_versions(results['versions'])}; device {results['device']}."
+    return "\n\n".join([text, *_plots(results, "curves.png", "loss and accuracy")])
+
+
+def _start(base: dict | None) -> str:
+    if not base:
+        return "Trained"
+    if base["weights"] == "random start":
+        return f"Trained from a random start of `{base['model']}`"
+    return f"Fine-tuned from `{base['model']}` ({base['weights']})"
+
+
+def _epoch(results: dict) -> str:
+    if results.get("best_epoch"):
+        return (
+            f"; these are the weights of epoch {results['best_epoch']}, the best by top-1 on the "
+            "validation images"
+        )
+    if results.get("epoch"):
+        averaged = results.get("checkpoint", {}).get("averaged")
+        kind = "averaged weights (the other EMA)" if averaged else "weights"
+        return f"; these are the {kind} of epoch {results['epoch']}"
+    return ""
+
+
+def _plots(results: dict, name: str, shown: str) -> list[str]:
+    return [f"![{shown}]({name})"] if name in results.get("plots", ()) else []
+
+
+def _where(repository: str | None, ours: bool) -> str:
+    lines = []
+    if not repository:
+        lines.append("From the Hugging Face Hub the same works as `hf-hub:USER/NAME`.")
+    if ours:
+        lines.append(
+            "Where `ema-timm` is not installed, timm does not know this network; with "
+            "`trust_remote_code=True` transformers names what to install."
+        )
+    return " ".join(lines)
+
+
+def _limits(results: dict) -> str:
+    classes = results["classes"]
+    shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in classes[:_SHOWN])
+    more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
+    text = f"It tells {len(classes)} classes apart: {shown}{more}."
+    if _chosen_on_the_same(results):
+        text += (
+            " The epoch was chosen on the same images that the accuracy is given for, so expect a "
+            "little less on new ones."
+        )
+    return f"{text} Images from elsewhere than the data set were not tried."
+
+
+def _chosen_on_the_same(results: dict) -> bool:
+    chosen = results.get("data", {}).get("val", {}).get("fingerprint")
+    measured = results.get("evaluation", {}).get("data", {}).get("fingerprint", chosen)
+    return bool(results.get("best_epoch")) and measured == chosen
+
+
+def _versions(versions: dict) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def _cell(name: str) -> str:
+    return name.replace("|", "\\|")

@@ -1,0 +1,81 @@
+"""The checkpoint folder as something to write into: every file whole or not there at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from ema_timm.checkpoints.config import AUTO_MAP, STUB, hub_config, stub_text
+from ema_timm.files import make_writable, sha256, write_whole
+
+
+class CheckpointWriter:
+    """Writes the files of one folder.
+
+    ``model.safetensors``, ``config.json`` (with the stub that it may name), ``results.json``,
+    ``README.md`` and pictures are the checkpoint; what else lies in the folder is nobody's.
+
+    Args:
+        path: The folder; `make` makes it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def make(self) -> None:
+        """Make the folder and see that it can be written to; UserError if not."""
+        make_writable(self.path)
+
+    def write(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Write one file of the folder by ``write(temporary_path)``, then name it."""
+        write_whole(self.path / name, write)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file."""
+        self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write one JSON file."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def save_model(
+        self,
+        model: nn.Module,
+        model_args: dict,
+        data_config: dict,
+        class_names: list[str] | None,
+        descriptions: dict[str, str] | None = None,
+    ) -> str:
+        """Write ``model.safetensors``, ``config.json`` and what the latter names.
+
+        Args:
+            model: A timm classifier.
+            model_args: Arguments that rebuild the network, beside its name and classes.
+            data_config: Preprocessing of the evaluation, as timm resolves it.
+            class_names: Names in the order of the classes, where they are known.
+            descriptions: What the names mean, by name, where that is known.
+
+        Returns:
+            sha256 of the weights file.
+        """
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        # save_file would leave the file readable to its owner alone.
+        content = safetensors.torch.save(weights, metadata={"format": "pt"})
+        self.write("model.safetensors", lambda path: path.write_bytes(content))
+        config = hub_config(model, model_args, data_config, class_names, self.path, descriptions)
+        self.save_config(config)
+        return sha256(self.path / "model.safetensors")
+
+    def save_config(self, config: dict) -> None:
+        """Write ``config.json``, and the stub where ``auto_map`` names it.
+
+        A config.json that says the same already is left as it is, whoever wrote it.
+        """
+        file = self.path / "config.json"
+        if not file.is_file() or json.loads(file.read_text("utf-8")) != config:
+            self.write_json("config.json", config)
+        if config.get("auto_map") == AUTO_MAP:
+            self.write_text(STUB, stub_text())

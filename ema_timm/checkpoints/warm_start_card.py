@@ -1,0 +1,120 @@
+"""Cards of the warm starts: what is counted on the network, and what the base's authors publish.
+
+Written anew, with a clone of timm at hand, by
+
+    python -m ema_timm.checkpoints.warm_start_card TIMM_REPO COMMIT model_cards
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+from timm.models import get_pretrained_cfg
+
+from ema_timm.backbones.complexity import count_macs, count_parameters
+from ema_timm.checkpoints import citations
+from ema_timm.checkpoints.card import count_rows, fill, seal, table
+from ema_timm.checkpoints.results import FORMAT
+
+BASES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenetv2_100")
+"""The plain networks whose warm starts have a card, each from its default tag."""
+
+_SOURCE = "https://github.com/huggingface/pytorch-image-models/blob/{}/results/results-imagenet.csv"
+
+
+def warm_start_results(base: str, timm_repo: str | Path, commit: str) -> dict:
+    """The results.json of the warm start of a plain network's default weights.
+
+    Args:
+        base: The plain network.
+        timm_repo: A clone of timm, for its published accuracies.
+        commit: The clone's commit, for the link to them.
+    """
+    plain, cfg = get_pretrained_cfg(base), get_pretrained_cfg(f"{base}_ema")
+    return {
+        "format": FORMAT,
+        "architecture": f"{base}_ema",
+        "tag": cfg.tag,
+        "task": "image-classification",
+        **counts(f"{base}_ema", cfg.input_size),
+        "input": {"input_size": list(cfg.input_size)},
+        "warm_start": {
+            "base": f"{base}.{plain.tag}",
+            "hub_repository": cfg.hf_hub_id,
+            "license": cfg.license,
+            "published": published(f"{base}.{plain.tag}", timm_repo),
+            "source": _SOURCE.format(commit),
+        },
+    }
+
+
+def counts(architecture: str, input_size: tuple[int, int, int], **model_args) -> dict:
+    """``parameters`` and ``macs`` of a network, from its shapes alone."""
+    with torch.device("meta"):
+        network = timm.create_model(architecture, **model_args)
+    return {"parameters": count_parameters(network), "macs": count_macs(network, input_size)}
+
+
+def published(name: str, timm_repo: str | Path) -> list[dict]:
+    """What timm publishes of a model's accuracy on ImageNet-1k, smallest images first."""
+    file = Path(timm_repo) / "results" / "results-imagenet.csv"
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["model"] == name]
+    kinds = {"img_size": int, "crop_pct": float, "interpolation": str, "top1": float, "top5": float}
+    entries = [{key: kind(row[key]) for key, kind in kinds.items()} for row in rows]
+    return sorted(entries, key=lambda entry: entry["img_size"])
+
+
+def warm_start_card_text(results: dict) -> str:
+    """The README.md of a warm start; the same results give the same text."""
+    start = results["warm_start"]
+    metadata = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "ema-attention"],
+        "license": start["license"],
+        "base_model": start["hub_repository"],
+    }
+    known = {key: value for key, value in metadata.items() if value}
+    size = "×".join(map(str, results["input"]["input_size"]))
+    body = fill(
+        "warm_start_template.md",
+        name=f"{results['architecture']}.{results['tag']}",
+        base=start["base"],
+        repository=start["hub_repository"],
+        numbers=table([("Input", size), *count_rows(results)], "counted"),
+        convention=results["macs"]["convention"],
+        published=_published_table(start["published"]),
+        source=start["source"],
+        citation=f"{citations.EMA}\n\n{citations.TIMM}",
+    )
+    front = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
+    return seal(f"---\n{front}---\n\n{body}")
+
+
+def _published_table(rows: list[dict]) -> str:
+    lines = [
+        f"| {row['img_size']} | {row['crop_pct']:g} | {row['top1']:.3f} | {row['top5']:.3f} |"
+        for row in rows
+    ]
+    head = ["| image size | crop | top-1 (%), as published | top-5 (%), as published |"]
+    return "\n".join([*head, "|---:|---:|---:|---:|", *lines])
+
+
+def write_cards(timm_repo: str | Path, commit: str, output: str | Path) -> None:
+    """Write ``<architecture>.<tag>/results.json`` and ``README.md`` of every warm start."""
+    for base in BASES:
+        results = warm_start_results(base, timm_repo, commit)
+        folder = Path(output) / f"{results['architecture']}.{results['tag']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(results, indent=2) + "\n"
+        (folder / "results.json").write_text(content, encoding="utf-8")
+        (folder / "README.md").write_text(warm_start_card_text(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_cards(*sys.argv[1:])

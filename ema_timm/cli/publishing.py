@@ -1,0 +1,105 @@
+"""``ema-timm publish`` and ``ema-timm export``."""
+
+import argparse
+import os
+
+from ema_timm.errors import UserError
+
+
+def add_commands(commands) -> None:
+    """Add the subcommands to the parser."""
+    _add_publish(commands)
+    _add_export(commands)
+
+
+def _add_publish(commands) -> None:
+    command = commands.add_parser(
+        "publish",
+        help="put a checkpoint folder on the Hugging Face Hub, verified",
+        description="Put a checkpoint folder on the Hugging Face Hub in one commit: weights "
+        "(never a pickle), config.json, card, results and pictures. It is loaded back before and "
+        "after. Publishing the same folder twice makes no second commit.",
+        epilog="The token is that of hf auth login, or HF_TOKEN. Uploads do not go through xet; "
+        "HF_HUB_DISABLE_XET=0 lets the client use xet, on which --time-limit has no hold.",
+    )
+    command.add_argument("folder", metavar="FOLDER", help="a checkpoint folder")
+    command.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the repository")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--revision", default="main", help="branch (default: %(default)s)")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    command.add_argument(
+        "--force", action="store_true", help="replace a card on the Hub that was edited by hand"
+    )
+    command.add_argument(
+        "--time-limit",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="for everything on the network (default: %(default).0f)",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check, print what would be sent; no network"
+    )
+    command.set_defaults(run=_publish)
+
+
+def _publish(args: argparse.Namespace) -> int:
+    # Read when the client is imported. Without xet every step is under the time limit.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    from ema_timm.checkpoints.card_file import EditedCardError
+    from ema_timm.publishing.publish import Destination, publish, rehearse
+
+    to = Destination(args.repo_id, args.revision, args.private, args.create_pr)
+    if args.dry_run:
+        print(f"would publish to {rehearse(args.folder, to)}")
+        return 0
+    try:
+        landed = publish(args.folder, to, force=args.force, time_limit=args.time_limit)
+    except EditedCardError as error:
+        print(error.diff)
+        raise
+    print(f"{landed.url}\n{landed.load_line(args.repo_id)}")
+    return 0
+
+
+def _add_export(commands) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a trained folder as ONNX, TorchScript or torch.export (.pt2), verified",
+        description="Write a checkpoint folder's network as one file into that folder. Batch, "
+        "height and width stay free. The file gets its name only after it has been loaded afresh "
+        "and has agreed with the network at three sizes.",
+        epilog="example: ema-timm export runs/flowers --format onnx",
+    )
+    command.add_argument("folder", metavar="FOLDER", help="a checkpoint in timm's format")
+    command.add_argument("--format", required=True, choices=("onnx", "torchscript", "pt2"))
+    command.add_argument(
+        "--reparam", action="store_true", help="fold what depends on weights alone first"
+    )
+    command.add_argument(
+        "--exporter",
+        default="dynamo",
+        choices=("dynamo", "legacy"),
+        help="PyTorch's ONNX exporter; legacy is faster (default: %(default)s)",
+    )
+    command.add_argument(
+        "--int8", action="store_true", help="quantise the ONNX file too and report its agreement"
+    )
+    command.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.format != "onnx" and (args.int8 or args.exporter != "dynamo"):
+        raise UserError("--int8 and --exporter go with --format onnx.")
+    from ema_timm.publishing.export import export, quantize_int8
+
+    done = export(args.folder, args.format, args.reparam, args.exporter)
+    sizes = ", ".join("x".join(map(str, size)) for size in done.sizes)
+    print(f"{done.path}: agrees with the network at {sizes} to {done.difference:.1e}")
+    if args.int8:
+        small = quantize_int8(args.folder)
+        print(
+            f"{small.path}: differs by {small.difference:.1e}, same class for {small.same_class} "
+            f"of {small.images} random images; measure its accuracy on yours"
+        )
+    return 0

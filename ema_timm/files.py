@@ -1,0 +1,54 @@
+"""Files that are whole or not there at all, and their digests."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ema_timm.errors import UserError
+
+
+def write_whole(final: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file by ``write(temporary_path)``, flush it to disk, then give it its name.
+
+    A full disk, a crash or Ctrl-C never leaves half a file under the final name.
+    """
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, with those above it, and see that it can be written to.
+
+    Raises:
+        UserError: If not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}. Free or unlock it, or give another "
+            "folder."
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

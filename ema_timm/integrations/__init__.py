@@ -1,0 +1,1 @@
+"""EMA attention in other libraries' networks."""

@@ -1,0 +1,1 @@
+"""The exact closed form: the formula that traces, and hand-written forms of it for the CPU."""

@@ -1,0 +1,195 @@
+"""The closed form's CPU kernel: calls the library built from ``csrc`` through ctypes.
+
+The library holds no PyTorch symbol, so one build serves every PyTorch. It shares the OpenMP
+threads that PyTorch has started. Where it is absent (no compiler at install time, a platform it
+does not know) `eager` does the same in PyTorch, and the log says so once.
+
+B batch, C channels, G groups, n = C / G, H height, W width; BG = B·G tiles.
+"""
+
+import ctypes
+import importlib.machinery
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ema_timm.ops.closed_form.eager import Saved, finish_weights, new_saved
+from ema_timm.ops.closed_form.formula import fold
+from ema_timm.ops.weights import EmaWeights, FoldedWeights
+
+_logger = logging.getLogger(__name__)
+
+ABI = 1
+"""What ``ema_abi()`` of a library built from this version's source returns."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *[(name, ctypes.c_int64) for name in ("batch", "groups", "n", "height", "width")],
+        *[(name, ctypes.c_int64) for name in ("dtype", "threads", "votes")],
+        *[(name, ctypes.c_int64 * 4) for name in ("x", "out", "grad")],
+    )
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in FoldedWeights._fields)
+
+
+class _Saved(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in Saved._fields)
+
+
+class _Grads(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("dx", "sums", "dm", "means"))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where there is none; the reason is in the log and in `status`."""
+    library, reason = _find()
+    if library is None:
+        _logger.warning("EMA attention runs on PyTorch operators on the CPU: %s.", reason)
+    return library
+
+
+def status() -> str:
+    """One line on the CPU kernel, for people: in use, or why not."""
+    library, reason = _find()
+    return reason if library is None else "native kernel"
+
+
+@cache
+def _find() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("EMA_TIMM_NATIVE", "1") == "0":
+        return None, "the native kernel is switched off by EMA_TIMM_NATIVE=0"
+    here = Path(__file__).parent
+    names = [f"_kernel{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((here / name for name in names if (here / name).exists()), None)
+    if path is None:
+        return None, "the native kernel was not built (it needs GCC or clang with OpenMP)"
+    try:
+        found = ctypes.CDLL(str(path))
+        abi = found.ema_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"the native kernel did not load ({error})"
+    if abi != ABI:
+        return None, f"the native kernel is of another version ({abi}, not {ABI}): reinstall"
+    found.ema_sums_size.restype = ctypes.c_int64
+    found.ema_sums_size.argtypes = [ctypes.c_int64]
+    return found, ""
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernel can run on ``x``: a plain CPU tensor of at most 32 bits a number."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and x.dtype in _DTYPES
+        and not x.is_neg()
+        and x.numel() > 0
+        and library() is not None
+    )
+
+
+def forward(
+    x: Tensor, weights: FoldedWeights, groups: int, save: bool
+) -> tuple[Tensor, Saved | None]:
+    """`eager.forward` by the kernel."""
+    out = torch.empty_like(x)
+    saved = new_saved(x, groups, torch.float32) if save else None
+    weights = FoldedWeights(*[w.contiguous() for w in weights])
+    shape = _shape(x, out, None, groups, weights)
+    _check(
+        library().ema_forward(
+            ctypes.byref(shape),
+            ctypes.byref(_pointers(_Weights, weights)),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.byref(_pointers(_Saved, saved or (None,) * 3)),
+        )
+    )
+    return out, saved
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    saved: Saved,
+    weights: EmaWeights,
+    groups: int,
+    need_x: bool = True,
+    need_weights: bool = True,
+) -> tuple[Tensor | None, EmaWeights | None]:
+    """`eager.backward` by the kernel."""
+    grad = grad.resolve_neg().to(x.dtype)
+    weights = EmaWeights(*[w.contiguous() for w in weights])
+    folded = FoldedWeights(*[w.contiguous() for w in fold(weights)])
+    n, tiles = weights.gn_weight.shape[0], x.shape[0] * groups
+    dx = torch.empty_like(x) if need_x else None
+    sums = dm = means = None
+    if need_weights:
+        # One row a thread: the sums depend on the number of threads, never on their timing.
+        size = library().ema_sums_size(n)
+        sums = x.new_zeros((torch.get_num_threads(), size), dtype=torch.float32)
+        dm = x.new_empty((tiles, n), dtype=torch.float32)
+        means = x.new_empty((tiles, 9 * n), dtype=torch.float32)
+    shape = _shape(x, dx if need_x else x, grad, groups, folded)
+    _check(
+        library().ema_backward(
+            ctypes.byref(shape),
+            ctypes.byref(_pointers(_Weights, folded)),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(grad.data_ptr()),
+            ctypes.byref(_pointers(_Saved, saved)),
+            ctypes.byref(_pointers(_Grads, (dx, sums, dm, means))),
+        )
+    )
+    if not need_weights:
+        return dx, None
+    parts = sums.sum(0).split([n * n, 9 * n, n, n, n, 1])
+    # Copies, because a gradient must not share memory with another.
+    mix, kernel, mix_bias, gn_weight, gn_bias, logits = [part.clone() for part in parts]
+    found = FoldedWeights(
+        mix.view(n, n),
+        mix_bias,
+        kernel.view(n, 9).t(),
+        dm.t() @ means,
+        dm.sum(0),
+        gn_weight,
+        gn_bias,
+    )
+    return dx, finish_weights(found, logits, weights)
+
+
+def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int, w: FoldedWeights) -> _Shape:
+    batch, channels, height, width = x.shape
+    strides = ctypes.c_int64 * 4
+    return _Shape(
+        batch,
+        groups,
+        channels // groups,
+        height,
+        width,
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+        w.vote_bias.shape[0],
+        strides(*x.stride()),
+        strides(*out.stride()),
+        strides(*(x if grad is None else grad).stride()),
+    )
+
+
+def _pointers(structure: type[ctypes.Structure], tensors) -> ctypes.Structure:
+    return structure(*[None if t is None else t.data_ptr() for t in tensors])
+
+
+def _check(code: int) -> None:
+    if code:
+        raise MemoryError("EMA attention's CPU kernel could not allocate its scratch memory.")

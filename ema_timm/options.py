@@ -1,0 +1,55 @@
+"""Settings of a dataclass as options of a command. Nothing here imports torch."""
+
+import argparse
+import ast
+from dataclasses import field, fields
+from typing import Any
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A setting that the command line offers."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+def add_options(command: argparse.ArgumentParser, config: type) -> None:
+    """One option for each setting of ``config``."""
+    for setting in fields(config):
+        if setting.metadata:
+            _add_option(command, setting)
+
+
+def given_options(args: argparse.Namespace, config: type) -> dict:
+    """The settings that were given on the command line, by name."""
+    given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
+    if "model_kwargs" in given:
+        given["model_kwargs"] = dict(given["model_kwargs"])
+    return given
+
+
+def _add_option(command: argparse.ArgumentParser, setting) -> None:
+    """One option for one setting; what is not given stays out of the namespace."""
+    flag = "--" + setting.name.replace("_", "-")
+    help = setting.metadata["help"]
+    shown = {"default": argparse.SUPPRESS}
+    if setting.metadata.get("pairs"):
+        command.add_argument(flag, nargs="+", type=pair, metavar="KEY=VALUE", help=help, **shown)
+    elif setting.metadata.get("flag"):
+        command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help, **shown)
+    else:
+        kind = type(setting.default)
+        if setting.default or kind is float:
+            help = f"{help} (default: {setting.default})"
+        choices = setting.metadata.get("choices")
+        metavar = None if choices else kind.__name__.upper()
+        command.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=help, **shown)
+
+
+def pair(text: str) -> tuple[str, object]:
+    """KEY=VALUE; the value as Python reads it, or as text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

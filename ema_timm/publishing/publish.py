@@ -1,0 +1,235 @@
+"""A checkpoint folder -> one commit on the Hub, verified; the only writer to the network.
+
+Before: the folder is checked, and loaded back in a fresh process whose outputs must be those of
+the source model. After: every file is fetched at the returned commit and compared by sha256, and
+the model is loaded from there in a fresh process and compared again.
+"""
+
+import difflib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors.torch import load_file
+
+from ema_timm import __version__
+from ema_timm.checkpoints.card import is_generated
+from ema_timm.checkpoints.card_file import EditedCardError
+from ema_timm.checkpoints.check import (
+    CARD,
+    WEIGHTS,
+    CheckpointFolder,
+    build_network,
+    check_folder,
+)
+from ema_timm.errors import HubError, UserError
+from ema_timm.files import sha256
+from ema_timm.hub.repository import Destination, File, Landed, Repository
+from ema_timm.hub.steps import AGAIN
+from ema_timm.hub.time_limit import TimeLimit
+from ema_timm.publishing.reload import Outputs, outputs, reload_elsewhere, same
+
+TIME_LIMIT = 3600.0
+_PICKLES = re.compile(r"\.(bin|pth|pt|pth\.tar|pkl)$")
+
+Reload = Callable[[str, dict[str, str]], Outputs]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is published where."""
+
+    folder: CheckpointFolder
+    files: list[File]
+    to: Destination
+
+    def __str__(self) -> str:
+        to = self.to
+        where = f"a pull request on {to.repo}" if to.create_pr else f"{to.repo}, {to.revision}"
+        lines = [f"{where}{' (private, if it is new)' if to.private else ''}:"]
+        width = max(len(file.name) for file in self.files)
+        lines += [f"  {f.name:{width}} {f.size:>13,} bytes  sha256 {f.sha256}" for f in self.files]
+        total = sum(file.size for file in self.files)
+        return "\n".join([*lines, f"  {'together':{width}} {total:>13,} bytes in one commit"])
+
+
+def publish(
+    folder: str | Path,
+    to: Destination,
+    *,
+    force: bool = False,
+    time_limit: float = TIME_LIMIT,
+    reload: Reload = reload_elsewhere,
+    api: HfApi | None = None,
+) -> Landed:
+    """Publish a checkpoint folder.
+
+    Args:
+        folder: What `ema_timm.checkpoints.check.check_folder` accepts.
+        to: Where to.
+        force: Replace a card on the Hub that was edited by hand.
+        time_limit: Seconds for everything on the network.
+        reload: Loads a model by its timm name in another process and returns what
+            `ema_timm.publishing.reload.outputs` returns there.
+        api: Client of the Hub; one with the user's own token and endpoint by default.
+
+    Returns:
+        The commit; it holds the folder's files, whether this run made it or an earlier one.
+
+    Raises:
+        UserError: For a folder or a destination that cannot be published; nothing was sent.
+        EditedCardError: If the card on the Hub was edited by hand and ``force`` is off.
+        HubError: If the Hub failed. It holds the whole commit or nothing of it.
+    """
+    plan = make_plan(folder, to)
+    token = api.token if api and isinstance(api.token, str) else get_token()
+    if not token:
+        raise UserError(
+            "publishing needs a token with write access, and there is none. Log in with "
+            "hf auth login, or set HF_TOKEN (https://huggingface.co/settings/tokens)."
+        )
+    api = HfApi(api.endpoint if api else None, token, "ema-timm", __version__)
+    with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
+        _check_space(plan, Path(scratch))
+        expected = check_loads_back(plan, reload, Path(scratch))
+        repository = Repository(api, to, TimeLimit(time_limit))
+        landed = _push(plan, repository, Path(scratch), force)
+        try:
+            _verify(plan, landed, repository, expected, reload, Path(scratch))
+        except HubError as error:
+            raise HubError(
+                f"{landed.url} holds the whole commit, but it was not verified: {error}"
+            ) from error
+    return landed
+
+
+def rehearse(folder: str | Path, to: Destination, *, reload: Reload = reload_elsewhere) -> Plan:
+    """All that `publish` does before it needs the network; raises what it raises."""
+    plan = make_plan(folder, to)
+    with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
+        check_loads_back(plan, reload, Path(scratch))
+    return plan
+
+
+def make_plan(folder: str | Path, to: Destination) -> Plan:
+    """Check the folder and the destination's name; no network."""
+    try:
+        validate_repo_id(to.repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo-id {to.repo!r}: {error} Give USER/NAME.") from error
+    if to.repo.count("/") != 1:
+        raise UserError(f"--repo-id must be USER/NAME, got {to.repo!r}.")
+    if re.fullmatch(r"[0-9a-f]{40}", to.revision):
+        raise UserError(f"--revision must name a branch, and {to.revision} is a commit.")
+    if to.create_pr and to.revision != "main":
+        raise UserError("--create-pr is for the branch main: leave out --revision.")
+    checked = check_folder(folder)
+    return Plan(checked, [File(checked.path / name) for name in checked.files], to)
+
+
+def check_loads_back(plan: Plan, reload: Reload, scratch: Path) -> Outputs:
+    """Load the folder by its name elsewhere; it must answer as the source model does.
+
+    Raises:
+        UserError: If it answers differently, or with numbers that are not finite.
+    """
+    folder = plan.folder
+    source = build_network(folder.path, folder.config)
+    source.load_state_dict(load_file(folder.path / WEIGHTS))
+    expected = outputs(source)
+    _say("loading the folder in a fresh process")
+    loaded = reload(f"local-dir:{folder.path.resolve()}", {"TMPDIR": str(scratch)})
+    if not same(expected, loaded):
+        raise UserError(
+            f"{folder.path}, loaded by timm in a fresh process, does not answer as its own weights "
+            "do. Compare config.json with the model that was trained."
+        )
+    return expected
+
+
+def _check_space(plan: Plan, scratch: Path) -> None:
+    needed, free = sum(file.size for file in plan.files), shutil.disk_usage(scratch).free
+    if free < needed:
+        raise UserError(
+            f"{scratch.parent} has {free:,} bytes free, and fetching the files back takes "
+            f"{needed:,}. Free space, or set TMPDIR to another disk."
+        )
+
+
+def _push(plan: Plan, repository: Repository, scratch: Path, force: bool) -> Landed:
+    _say(f"reading {plan.to.repo}")
+    repository.open()
+    there = repository.contents()
+    if all(there.get(file.name) in (file.sha256, file.git_oid) for file in plan.files):
+        _say("it holds these files already: nothing to commit")
+        return Landed(repository.head, repository.url(repository.head), new=False)
+    if CARD in there and not force:
+        _keep_edited_card(plan, repository, scratch)
+    pickles = ", ".join(name for name in there if _PICKLES.search(name))
+    if pickles:
+        _say(
+            f"note: the repository also holds {pickles}. timm reads a pickle where "
+            f"{WEIGHTS} cannot be had; remove it if it is not of these weights"
+        )
+    return repository.push(plan.files, _title(plan.folder.results))
+
+
+def _keep_edited_card(plan: Plan, repository: Repository, scratch: Path) -> None:
+    """Refuse to write over a card on the Hub that is not as ema-timm generated it."""
+    file = repository.fetch(CARD, repository.head, scratch / "card")
+    theirs = file.read_text("utf-8", errors="replace")
+    ours = plan.folder.card
+    if theirs == ours or is_generated(theirs):
+        return
+    lines = (text.splitlines(keepends=True) for text in (theirs, ours))
+    raise EditedCardError(
+        f"{CARD} of {plan.to.repo} was not written by ema-timm, or was edited, and is kept; the "
+        f"difference is above. Take the edits over into {plan.folder.path / CARD} and publish "
+        "with --force, which replaces it.",
+        "".join(
+            difflib.unified_diff(*lines, f"{plan.to.repo}/{CARD}", str(plan.folder.path / CARD))
+        ),
+    )
+
+
+def _title(results: dict) -> str:
+    metrics = results.get("metrics")
+    measured = f": top-1 {metrics['top1']:.2f}% of {metrics['images']} images" if metrics else ""
+    return f"Publish {results['architecture']}{measured}"
+
+
+def _verify(
+    plan: Plan,
+    landed: Landed,
+    repository: Repository,
+    expected: Outputs,
+    reload: Reload,
+    scratch: Path,
+) -> None:
+    """Compare what the Hub gives out for the commit with what was published."""
+    _say(f"fetching commit {landed.commit[:8]} back")
+    cache = scratch / "fetched"
+    for file in plan.files:
+        got = sha256(repository.fetch(file.name, landed.commit, cache))
+        if got != file.sha256:
+            _say(f"{file.name} came back damaged; fetching it anew")
+            got = sha256(repository.fetch(file.name, landed.commit, cache, anew=True))
+        if got != file.sha256:
+            raise HubError(
+                f"fetching {file.name} back gave sha256 {got}, not {file.sha256}, twice. {AGAIN}"
+            )
+    name = f"hf-hub:{plan.to.repo}@{landed.commit}"
+    _say(f"loading {name} in a fresh process")
+    loaded = reload(name, {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": repository.api.endpoint})
+    if not same(expected, loaded):
+        raise HubError(f"{name} does not answer as the published model does. {AGAIN}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

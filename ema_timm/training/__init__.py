@@ -1,0 +1,1 @@
+"""An image folder and a timm name -> a checkpoint folder."""

@@ -1,0 +1,58 @@
+"""What a fine-tuning run can be told. No torch here, so that ``--help`` is instant."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ema_timm.options import option
+
+
+@dataclass
+class FinetuneConfig:
+    """Settings of `ema_timm.training.finetune`; the command line is made from these fields."""
+
+    model: str = option("", "timm model name; hf-hub:USER/NAME and local-dir:FOLDER too")
+    data_dir: str = option("", "image folder with train/CLASS/*.png and val/CLASS/*.png")
+    output: str = option("", "run folder to write: the checkpoint in timm's Hub format")
+
+    pretrained: bool | None = option(
+        None, "start from pretrained weights (default: where the model name has some)", flag=True
+    )
+    weights: str = option("", "load the pretrained weights from this file, without network")
+    model_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "arguments for the model, as KEY=VALUE ...", "pairs": True},
+    )
+    img_size: int = option(0, "image size in pixels (default: the model's own)")
+    drop_path: float = option(0.0, "stochastic depth rate")
+    grad_checkpointing: bool = option(False, "recompute activations to save memory", flag=True)
+
+    epochs: int = option(20, "passes over the training images")
+    batch_size: int = option(64, "images in a batch, on each device")
+    opt: str = option("adamw", "timm optimiser name")
+    lr: float = option(5e-4, "peak learning rate")
+    weight_decay: float = option(0.05, "weight decay")
+    momentum: float = option(0.9, "momentum, for optimisers that have one")
+    layer_decay: float = option(0.0, "layer-wise learning rate decay (0: off)")
+    clip_grad: float = option(0.0, "clip the gradient's norm (0: off)")
+    sched: str = option("cosine", "timm scheduler name")
+    warmup_epochs: int = option(1, "epochs of linear warm-up")
+    min_lr: float = option(1e-6, "learning rate at the end")
+
+    smoothing: float = option(0.1, "label smoothing")
+    mixup: float = option(0.0, "mixup alpha (0: off)")
+    cutmix: float = option(0.0, "cutmix alpha (0: off)")
+    aa: str = option("", "AutoAugment policy, such as rand-m9-mstd0.5")
+    reprob: float = option(0.0, "random erasing probability")
+    hflip: float = option(0.5, "horizontal flip probability")
+    scale_min: float = option(0.5, "smallest area of the random crop, as a fraction")
+    color_jitter: float = option(0.0, "colour jitter")
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    amp: bool = option(False, "mixed precision", flag=True)
+    amp_dtype: str = option("bfloat16", "mixed precision type", choices=("bfloat16", "float16"))
+    channels_last: bool = option(False, "channels-last memory format", flag=True)
+    workers: int = option(2, "data loading processes")
+    seed: int = option(42, "random seed")
+
+    ANYTIME = ("data_dir", "output", "device", "workers")
+    """Fields that may differ when a run resumes; every other one is part of what it computes."""

@@ -1,0 +1,137 @@
+"""The network that a run starts from: any timm name, its weights, and clear refusals."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from pickle import UnpicklingError
+
+import timm
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from timm.models import is_model_pretrained, load_model_config_from_hf
+from timm.models._factory import parse_model_name
+from timm.models._hub import load_model_config_from_path
+from torch import nn
+
+from ema_timm.errors import HubError, UserError
+from ema_timm.hub.fetch import WEIGHTS, fetch
+from ema_timm.training.settings import FinetuneConfig
+
+_WITHOUT_NETWORK = (
+    " Without network give the weights as --weights FILE, or start from none with --no-pretrained."
+)
+
+
+def create_model(
+    config: FinetuneConfig, num_classes: int, fetch_weights: bool = True
+) -> tuple[nn.Module, dict]:
+    """Build the network of a run.
+
+    Args:
+        config: The run's settings.
+        num_classes: Classes of the new head.
+        fetch_weights: Load the pretrained weights that the settings ask for.
+
+    Returns:
+        The network, and the arguments that rebuild it beside name and classes.
+
+    Raises:
+        UserError: If timm does not know the name or the arguments, or has no such weights.
+        HubError: If the Hub does not give them, or gives them damaged.
+    """
+    kwargs = dict(config.model_kwargs)
+    pretrained = wants_pretrained(config)
+    try:
+        model_args = {**_saved_model_args(config.model), **kwargs}
+        if config.drop_path:
+            kwargs["drop_path_rate"] = config.drop_path
+        model = timm.create_model(
+            config.model,
+            pretrained=pretrained and fetch_weights,
+            num_classes=num_classes,
+            pretrained_cfg_overlay=_weights_file(config, pretrained and fetch_weights),
+            **kwargs,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"cannot load the weights of {config.model}: {_first_line(error)}{_WITHOUT_NETWORK}"
+        ) from error
+    except HubError as error:
+        hint = "" if ":" in config.model else _WITHOUT_NETWORK
+        raise HubError(f"cannot load {config.model}: {error}{hint}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"cannot build {config.model}: {_explain(error, config.model)}") from error
+    return model, {k: v for k, v in model_args.items() if k != "num_classes"}
+
+
+def wants_pretrained(config: FinetuneConfig) -> bool:
+    """Whether a run starts from pretrained weights: as told, else where there are some."""
+    if config.pretrained is not None:
+        return config.pretrained
+    return bool(config.weights) or ":" in config.model or is_model_pretrained(config.model)
+
+
+def describe_base(model: nn.Module, config: FinetuneConfig) -> dict:
+    """Where the weights of a run come from, for its results and card."""
+    cfg = model.pretrained_cfg
+    repository = None
+    if not wants_pretrained(config):
+        weights = "random start"
+    elif config.weights:
+        weights = Path(config.weights).name
+    elif config.model.startswith("local-dir:"):
+        weights = Path(config.model.removeprefix("local-dir:")).name
+    else:
+        repository = cfg.get("hf_hub_id")
+        weights = repository or cfg.get("url")
+    source, _, name = config.model.partition(":")
+    return {
+        # Which folder of which machine is nobody's business.
+        "model": f"local-dir:{Path(name).name}" if source == "local-dir" else config.model,
+        "weights": weights,
+        "hub_repository": repository,
+        "license": cfg.get("license") if repository else None,
+    }
+
+
+def known_descriptions(model: nn.Module, classes: list[str]) -> dict[str, str] | None:
+    """What the classes mean, where the base describes every one of them."""
+    described = model.pretrained_cfg.get("label_descriptions") or {}
+    if not all(name in described for name in classes):
+        return None
+    return {name: described[name] for name in classes}
+
+
+def _weights_file(config: FinetuneConfig, wanted: bool) -> dict | None:
+    """The overlay of the pretrained cfg that names a file, in place of what timm would fetch."""
+    file = config.weights
+    source, model_id = parse_model_name(config.model)
+    if wanted and not file and source == "hf-hub":
+        file = fetch(model_id, WEIGHTS)
+    return {"file": str(file), "source": ""} if file else None
+
+
+def _saved_model_args(name: str) -> dict:
+    """The network's arguments in the config.json of a ``hf-hub:`` or ``local-dir:`` name."""
+    source, model_id = parse_model_name(name)
+    if source == "local-dir":
+        return dict(load_model_config_from_path(model_id)[2])
+    if source == "hf-hub":
+        if fetch(model_id, "config.json") is None:
+            raise HubError(f"{model_id} has no config.json: it is not a model of timm.")
+        return dict(load_model_config_from_hf(model_id)[2])
+    return {}
+
+
+def _explain(error: Exception, name: str) -> str:
+    text = _first_line(error)
+    if "Unknown model" in text:
+        known = timm.list_models()
+        near = get_close_matches(name.partition(".")[0], known, n=3)
+        hint = f"Did you mean {', '.join(near)}?" if near else 'See timm.list_models("*_ema").'
+        return f"timm has no model of that name. {hint}"
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ") + "."

@@ -1,0 +1,218 @@
+"""What is published was read and checked first: every kind of damage is named, with a remedy."""
+
+import json
+import shutil
+import struct
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
+
+from ema_timm.checkpoints.card_file import write_card
+from ema_timm.checkpoints.check import check_folder
+from ema_timm.checkpoints.config import STUB
+from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.errors import UserError
+from ema_timm.files import sha256
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder as a training run leaves it; copy it before changing it."""
+    folder = CheckpointWriter(tmp_path_factory.mktemp("checkpoint") / "run")
+    folder.make()
+    model = timm.create_model("test_resnet_ema", num_classes=3)
+    data = {**resolve_data_config(model=model), "input_size": (3, 32, 32)}
+    digest = folder.save_model(model, {}, data, ["cat", "dog", "emu"])
+    results = {
+        "format": 1,
+        "architecture": "test_resnet_ema",
+        "task": "image-classification",
+        "weights_sha256": digest,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": ["cat", "dog", "emu"],
+        "input": data,
+        "metrics": {"top1": 87.5, "top5": None, "loss": 0.4321, "correct": 7, "images": 8},
+    }
+    folder.write_json("results.json", results)
+    folder.write("confusion.png", lambda path: path.write_bytes(b"png"))
+    (folder.path / "training").mkdir()
+    torch.save({"epoch": 1}, folder.path / "training" / "state.pt")
+    (folder.path / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder.path / "notes.py").write_text("mine")
+    write_card(folder.path)
+    return folder.path
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "run")
+
+
+def test_a_whole_folder_passes_and_names_what_is_published(folder):
+    checked = check_folder(folder)
+    assert checked.files == (
+        "model.safetensors", "config.json", "README.md", "results.json", STUB, "confusion.png",
+    )  # fmt: skip
+    assert checked.weights_sha256 == sha256(folder / "model.safetensors")
+    assert checked.config["architecture"] == "test_resnet_ema"
+    assert checked.results["metrics"]["correct"] == 7
+    assert checked.card == (folder / "README.md").read_text()
+
+
+def weights(change):
+    def damage(folder):
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    return damage
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def header(change):
+    """Rewrite the header, as a file that was damaged or made up would have it."""
+
+    def damage(folder):
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        (size,) = struct.unpack("<Q", content[:8])
+        head = json.loads(content[8 : 8 + size])
+        change(head)
+        text = json.dumps(head).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+    return damage
+
+
+def edit(name, change):
+    def damage(folder):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return damage
+
+
+def swap_shape(head):
+    head["fc.weight"]["shape"].reverse()
+
+
+DAMAGE = {
+    "truncated": (truncated, r"model\.safetensors is damaged: .*Copy the file again"),
+    "header length": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 40),
+        r"model\.safetensors is damaged",
+    ),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "is missing"),
+    "header lies of offsets": (
+        header(lambda h: h["fc.bias"].update(data_offsets=[0, 8])),
+        "is damaged",
+    ),
+    "header lies of the type": (
+        header(lambda h: h["fc.bias"].update(dtype="I32")),
+        r"fc\.bias is torch\.int32, and the network takes torch\.float32",
+    ),
+    "header lies of the shape": (header(swap_shape), r"fc\.weight is \(\d+, 3\), .* takes \(3,"),
+    "a type half as wide": (header(lambda h: h["fc.bias"].update(dtype="F16")), "is damaged"),
+    "integer weights": (
+        weights(lambda t: t.update({"fc.weight": t["fc.weight"].int()})),
+        r"fc\.weight is torch\.int32",
+    ),
+    "a float of another kind": (
+        weights(lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.float8_e4m3fn)})),
+        r"fc\.weight is torch\.float8",
+    ),
+    "NaN": (weights(lambda t: t["fc.weight"].view(-1)[0].fill_(torch.nan)), "holds 1 NaN"),
+    "infinite": (weights(lambda t: t["fc.bias"].fill_(torch.inf)), "holds 3 NaN or infinite"),
+    "a tensor gone": (weights(lambda t: t.pop("fc.bias")), r"lacks fc\.bias"),
+    "a tensor more": (
+        weights(lambda t: t.update(extra=torch.zeros(1))),
+        "has extra. Put the config",
+    ),
+    "other weights": (
+        weights(lambda t: t["fc.bias"].add_(1)),
+        r"does not belong to model\.safetensors.*ema-timm evaluate",
+    ),
+    "another architecture": (
+        edit("config.json", lambda c: c.update(architecture="resnet18_ema")),
+        r"not of the network that config\.json names: it lacks .* has ",
+    ),
+    "without EMA": (
+        edit("config.json", lambda c: c.update(architecture="test_resnet")),
+        r"has layer1\.0\.se",
+    ),
+    "unknown architecture": (
+        edit("config.json", lambda c: c.update(architecture="resnet18_emma")),
+        r"cannot build resnet18_emma: Unknown model",
+    ),
+    "unknown argument": (
+        edit("config.json", lambda c: c.update(model_args={"ema_gruops": 2})),
+        "ema_gruops",
+    ),
+    "other classes": (
+        edit("config.json", lambda c: c.update(num_classes=4)),
+        "3 label_names for num_classes 4",
+    ),
+    "no architecture": (edit("config.json", lambda c: c.pop("architecture")), "'architecture'"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
+    "config gone": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+    "num_classes twice": (
+        edit("config.json", lambda c: c.update(model_args={"num_classes": 3})),
+        r"not complete.*ema-timm card .* repairs it",
+    ),
+    "no auto_map": (edit("config.json", lambda c: c.pop("auto_map")), "not complete"),
+    "no stub": (lambda f: (f / STUB).unlink(), "missing or altered"),
+    "another stub": (lambda f: (f / STUB).write_text("import os"), "missing or altered"),
+    "no results": (lambda f: (f / "results.json").unlink(), "is missing. Measure the weights"),
+    "results of another": (
+        edit("results.json", lambda r: r.update(architecture="resnet18_ema")),
+        "is of resnet18_ema with 3 classes",
+    ),
+    "results of the future": (edit("results.json", lambda r: r.update(format=2)), "format 2"),
+    "results without classes": (edit("results.json", lambda r: r.pop("classes")), "'classes'"),
+    "no card": (lambda f: (f / "README.md").unlink(), r"README\.md is missing.*ema-timm card"),
+    "an old card": (
+        edit("results.json", lambda r: r["metrics"].update(correct=8, top1=100.0)),
+        "not of these results",
+    ),
+    "a picture gone": (
+        lambda f: (f / "README.md").write_text("# Mine\n![shown](gone.png)\n"),
+        r"shows gone\.png, which is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named_in_one_line(folder, case):
+    damage, said = DAMAGE[case]
+    damage(folder)
+    with pytest.raises(UserError, match=said) as error:
+        check_folder(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        check_folder(tmp_path / "nowhere")
+
+
+def test_an_edited_card_passes(folder):
+    (folder / "README.md").write_text("# Mine\n![](confusion.png) ![](https://x.test/a.png)\n")
+    assert check_folder(folder).card.startswith("# Mine")
+
+
+def test_the_card_command_repairs_the_config(folder):
+    edit("config.json", lambda c: c.update(model_args={"num_classes": 3}, auto_map={}))(folder)
+    (folder / STUB).unlink()
+    assert not write_card(folder).changed  # the card itself is as it was
+    assert check_folder(folder)

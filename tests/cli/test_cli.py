@@ -1,0 +1,51 @@
+"""The command line as a person meets it."""
+
+from dataclasses import fields
+
+import pytest
+
+from ema_timm.cli import main
+from ema_timm.training.settings import FinetuneConfig
+
+COMMANDS = (
+    *("finetune", "quickstart", "recipes", "evaluate", "convert", "card", "publish", "export"),
+    *("bench", "env"),
+)
+
+
+@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_does_not_import_torch(python, args):
+    code = (
+        "import sys; from ema_timm.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "assert not {'torch', 'timm'} & set(sys.modules)"
+    )
+    assert "usage: ema-timm" in python(code, args=args)
+
+
+def test_every_setting_is_an_option_with_help_and_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(FinetuneConfig):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.metadata["help"] in text
+    assert f"(default: {FinetuneConfig.lr})" in text
+    assert "--resume" in text
+
+
+def test_version(capsys):
+    import ema_timm
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"ema-timm {ema_timm.__version__}\n"
+
+
+def test_unknown_command_and_option_exit_with_2(capsys):
+    for args in (["train"], ["finetune", "--learning-rate", "1"], ["finetune", "--epochs", "x"]):
+        with pytest.raises(SystemExit) as exit:
+            main(args)
+        assert exit.value.code == 2
+    assert "invalid" in capsys.readouterr().err

@@ -1,0 +1,398 @@
+"""The fused Triton kernels against the definition, on a GPU or in Triton's interpreter."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import oracle
+
+from ema_timm import EmaAttn, ema_attention, set_implementation
+from ema_timm.bench.layer import AuthorsForm
+from ema_timm.ops import EmaWeights
+from ema_timm.ops.closed_form.formula import drop_common_vote, fold
+
+triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
+if not hasattr(triton.language, "gather"):
+    pytest.skip(f"the kernels need Triton 3.3, found {triton.__version__}", allow_module_level=True)
+
+from ema_timm.ops.fused import launch, plan  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(case):
+    """The case where the kernels run: a GPU, or the CPU under the interpreter."""
+
+    def move(t):
+        return t.detach().to(DEVICE).requires_grad_(t.requires_grad)
+
+    weights = EmaWeights(*map(move, case.weights))
+    return oracle.Case(move(case.x), weights, case.groups, move(case.grad))
+
+
+def run(x, weights, groups):
+    return ema_attention(x, weights, groups, impl="fused")
+
+
+@pytest.fixture
+def poison():
+    """Memory is handed out full of NaN, so that nothing unwritten passes for a result."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_poison_works(poison):
+    x = torch.randn(2, 4, 3, 3)
+    for memory in (torch.empty(3), torch.empty_like(x), x.new_empty((2, 2))):
+        assert memory.isnan().all()
+
+
+# Shape, groups: n, H and W on and off powers of two; one and several steps a tile.
+WHOLE = [
+    ((2, 16, 7, 5), 4),
+    ((1, 6, 9, 12), 2),
+    ((1, 4, 40, 67), 1),
+    ((2, 32, 4, 4), 1),
+    ((1, 3, 6, 5), 3),
+    ((1, 15, 1, 9), 3),
+    ((1, 10, 8, 1), 2),
+    ((2, 8, 1, 1), 2),
+    ((1, 9, 2, 2), 3),
+]
+SPLIT = [
+    ((2, 66, 5, 6), 2),  # wide groups
+    ((1, 128, 3, 2), 1),
+    ((1, 48, 1, 7), 1),
+    ((1, 34, 1, 1), 1),
+    ((1, 33, 3, 66), 1),  # several blocks each way
+]
+
+
+@pytest.mark.parametrize(("shape", "groups"), [*WHOLE, *SPLIT])
+def test_float32_output_and_gradients_equal_the_definition(poison, shape, groups):
+    case = on_device(oracle.make_case(shape, groups))
+    assert launch.plan(case.x, groups).whole == ((shape, groups) in WHOLE)
+    oracle.assert_matches(run, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 80, 4, 6)])
+def test_every_type_and_layout(poison, shape, layout, dtype):
+    oracle.assert_matches(run, on_device(oracle.make_case(shape, 2, dtype, layout)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_split_tile_is_the_same_as_a_whole_one(monkeypatch, layout):
+    case = on_device(oracle.make_case((1, 6, 5, 19), 2, layout=layout))
+    whole = oracle.output_and_gradients(run, case)
+    monkeypatch.setattr(plan, "TILE_BYTES", 0)
+    monkeypatch.setattr(plan, "BLOCK", 64)
+    assert not launch.plan(case.x, 2).whole
+    assert launch.plan(case.x, 2).blocks(5, 19) > 1
+    split = oracle.output_and_gradients(run, case)
+    for name, value in whole.items():
+        assert oracle.relative_error(split[name], value.double()) < 1e-5, name
+
+
+def test_gradients_laid_out_unlike_the_input(poison):
+    case = on_device(oracle.make_case((1, 16, 6, 8), 2, layout="channels_last"))
+    expanded = torch.randn(1, 16, 6, 1, device=DEVICE).expand(1, 16, 6, 8)
+    oracle.assert_matches(run, case._replace(grad=expanded))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 9, 8), (1, 80, 5, 9)])
+def test_the_same_bits_every_time(shape):
+    case = on_device(oracle.make_case(shape, 2))
+    first = oracle.output_and_gradients(run, case)
+    for _ in range(9 if DEVICE == "cuda" else 1):
+        again = oracle.output_and_gradients(run, case)
+        for name, value in first.items():
+            assert torch.equal(again[name], value), name
+
+
+def awkward_inputs():
+    gen = torch.Generator().manual_seed(5)
+    noise = torch.randn(1, 16, 12, 10, generator=gen)
+    return {
+        "far from zero": 1000 + noise,
+        "constant": noise[..., :1, :1].expand_as(noise).contiguous(),
+        "large": 1e4 * noise,
+        "tiny": 1e-30 * noise,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-100) is 0
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", awkward_inputs())
+def test_awkward_inputs_lose_no_more_than_the_authors_form(monkeypatch, name, split):
+    x = awkward_inputs()[name]
+    if split:
+        monkeypatch.setattr(plan, "TILE_BYTES", 0)
+        monkeypatch.setattr(plan, "BLOCK", 64)
+    authors = AuthorsForm(16, 2)
+    oracle.make_weights(8, torch.float32)
+    authors.load_state_dict(
+        dict(zip(authors.state_dict(), oracle.make_weights(8, torch.float32), strict=True))
+    )
+    weights = authors.weights()
+    truth = ema_attention(x.double(), EmaWeights(*[w.double() for w in weights]), 2, "reference")
+    moved = EmaWeights(*[w.detach().to(DEVICE) for w in weights])
+    found = run(x.to(DEVICE), moved, 2).cpu()
+    assert found.isfinite().all()
+    scale = truth.abs().max().item()
+    error = oracle.relative_error(found, truth, scale)
+    assert error <= 2 * oracle.relative_error(authors(x), truth, scale) + 2**-23
+
+
+@pytest.mark.parametrize("channels", [16, 80])
+def test_folded_weights_give_the_same(poison, channels):
+    case = on_device(oracle.make_case((1, channels, 6, 5), 2))
+    with torch.no_grad():
+        out = run(case.x, case.weights, 2)
+        folded = drop_common_vote(fold(case.weights))
+        found = launch.forward(case.x, folded, 2, save=False)[0]
+    assert oracle.relative_error(found, out.double()) < 1e-6
+
+
+def test_a_folded_layer_keeps_the_implementation():
+    torch.manual_seed(0)
+    layer = EmaAttn(16, 4, device=DEVICE).eval()
+    x = torch.randn(1, 16, 5, 4, device=DEVICE)
+    expected = layer(x)
+    assert set_implementation(layer, "fused") == 1
+    layer.reparameterize()
+    assert layer.folded.impl == "fused"
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    x.requires_grad_()
+    layer(x).sum().backward()  # by the closed form: folded weights have no kernels for it
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("frozen", [["x"], list(EmaWeights._fields), ["gn_weight", "conv1x1_bias"]])
+def test_frozen_inputs_get_no_gradient_and_the_others_the_same(frozen):
+    case = on_device(oracle.make_case((1, 8, 5, 6), 2))
+    expected = oracle.output_and_gradients(run, case)
+    for name, tensor in zip(oracle.NAMES, [case.x, *case.weights], strict=True):
+        tensor.requires_grad_(name not in frozen)
+    run(case.x, case.weights, 2).backward(case.grad)
+    for name, tensor in zip(oracle.NAMES, [case.x, *case.weights], strict=True):
+        if name in frozen:
+            assert tensor.grad is None
+        else:
+            torch.testing.assert_close(tensor.grad, expected[name])
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (0, 80, 4, 4)])
+def test_no_samples(shape):
+    case = on_device(oracle.make_case(shape, 2))
+    found = oracle.output_and_gradients(run, case)
+    assert found["out"].shape == shape
+    assert all(not value.any() for value in found.values())
+
+
+def test_inference_keeps_nothing_and_training_less_than_half_of_the_input():
+    case = on_device(oracle.make_case((2, 16, 16, 16), 2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(case.x, case.weights, 2)
+        inputs = {t.data_ptr() for t in (case.x, *case.weights)}
+        extra = sum(t.numel() for t in kept if t.data_ptr() not in inputs)
+        assert 0 < extra < case.x.numel() / 2
+        kept.clear()
+        with torch.no_grad():
+            run(case.x, case.weights, 2)
+        assert not kept
+
+
+def test_autocast_computes_statistics_in_float32():
+    case = on_device(oracle.make_case((1, 16, 6, 6), 2, torch.bfloat16))
+    expected = run(case.x, case.weights, 2)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = run(case.x, case.weights, 2)
+    assert torch.equal(found, expected)
+    # Parameters stay float32 under autocast, and so do their gradients.
+    wide = EmaWeights(*[w.detach().float().requires_grad_() for w in case.weights])
+    run(case.x, wide, 2).backward(case.grad)
+    assert all(w.grad.dtype == torch.float32 for w in wide)
+
+
+def test_derivatives_of_derivatives():
+    case = on_device(oracle.make_case((1, 8, 4, 3), 2))
+
+    def penalty(impl):
+        out = ema_attention(case.x, case.weights, 2, impl)
+        (dx,) = torch.autograd.grad((out * case.grad).sum(), case.x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), [case.x, *case.weights])
+
+    for found, expected in zip(penalty("fused"), penalty("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((1, 8, 3, 4), "contiguous"), ((1, 70, 2, 2), "channels_last")]
+)
+def test_passes_pytorchs_own_operator_checks(shape, layout):
+    case = on_device(oracle.make_case(shape, 2, layout=layout))
+    from ema_timm.ops import operators  # registers them  # noqa: F401
+
+    torch.library.opcheck(torch.ops.ema_timm.fused, (case.x, *case.weights, 2, True))
+    folded = [t.detach() for t in fold(case.weights)]
+    torch.library.opcheck(torch.ops.ema_timm.fused_folded, (case.x.detach(), *folded, 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), EmaAttn(16, 4), torch.nn.ReLU()).to(
+        DEVICE
+    )
+    set_implementation(block, "fused")
+    x = torch.randn(1, 3, 8, 8, device=DEVICE)
+    block(x).square().sum().backward()
+    expected = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    torch.compile(block, fullgraph=True, backend=backend)(x).square().sum().backward()
+    for parameter, grad in zip(block.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exports_as_its_operator():
+    layer = EmaAttn(16, 4, device=DEVICE).eval()
+    set_implementation(layer, "fused")
+    x = torch.randn(2, 16, 6, 5, device=DEVICE)
+    sizes = {0: torch.export.Dim("b", max=64), 2: torch.export.Dim("h", max=64)}
+    program = torch.export.export(layer, (x,), dynamic_shapes=(sizes,))
+    assert "ema_timm.fused" in str(program.graph)
+    other = torch.randn(1, 16, 4, 5, device=DEVICE)
+    torch.testing.assert_close(program.module()(other), layer(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda case: case._replace(x=case.x.detach().double()), "takes float32"),
+        (lambda case: on_device(oracle.make_case((1, 129, 2, 2), 1)), "at most 128 channels"),
+        (
+            lambda case: case._replace(weights=EmaWeights(*[w.to("meta") for w in case.weights])),
+            "weights are on meta",
+        ),
+    ],
+)
+def test_what_cannot_run_says_why_and_names_the_remedy(change, reason):
+    case = change(on_device(oracle.make_case((1, 8, 3, 3), 2)))
+    with pytest.raises(RuntimeError, match=f"{reason}.*impl='auto'"):
+        run(case.x, case.weights, case.groups)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transforms_that_cannot_look_inside_are_refused():
+    case = on_device(oracle.make_case((1, 8, 3, 3), 2))
+
+    def call(x):
+        return run(x, case.weights, 2)
+
+    with pytest.raises(RuntimeError, match=r"torch\.func.*impl='auto'"):
+        torch.func.vmap(call)(case.x.detach()[None])
+    with pytest.raises(RuntimeError, match=r"jit\.trace.*impl='auto'"):
+        torch.jit.trace(call, case.x.detach(), check_trace=False)
+    with pytest.raises(RuntimeError, match=r"forward-mode.*impl='auto'"):
+        with torch.autograd.forward_ad.dual_level():
+            call(torch.autograd.forward_ad.make_dual(case.x.detach(), case.x.detach()))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU is at hand")
+def test_without_a_gpu_or_triton_the_error_says_so(python):
+    code = (
+        "import sys, torch, ema_timm\n"
+        "if sys.argv[1] == 'blocked': sys.modules['triton'] = None\n"
+        "layer = ema_timm.EmaAttn(8, 2)\n"
+        "layer(torch.randn(1, 8, 3, 3))\n"
+        "assert sys.argv[1] == 'blocked' or 'triton' not in sys.modules\n"
+        "ema_timm.set_implementation(layer, 'fused')\n"
+        "try: layer(torch.randn(1, 8, 3, 3))\n"
+        "except RuntimeError as error: print(error)"
+    )
+    env = {"TRITON_INTERPRET": "0"}
+    assert "needs a CUDA GPU and the input is on cpu" in python(code, env=env, args=["here"])
+    assert "Triton is not installed" in python(code, env=env, args=["blocked"])
+
+
+def test_auto_never_takes_the_kernels_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(launch, "forward", lambda *_: pytest.fail("auto took the kernels"))
+    EmaAttn(8, 2)(torch.randn(1, 8, 3, 3)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError),
+        (RuntimeError("unspecified launch failure"), RuntimeError),
+        (launch.triton.runtime.errors.OutOfResources(300, 200, "shared memory"), RuntimeError),
+    ],
+)
+def test_a_failed_launch_is_pytorchs_error_with_the_shapes(monkeypatch, raised, kind):
+    class Failing:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                raise raised
+
+            return launch
+
+    case = on_device(oracle.make_case((1, 8, 3, 5), 2))
+    monkeypatch.setattr(launch.whole_tile, "forward_tile", Failing())
+    said = str(raised)
+    with pytest.raises(kind) as caught:
+        launch.forward(case.x, fold(case.weights), 2, save=True)
+    assert str(caught.value).startswith(said)
+    assert "(1, 8, 3, 5)" in str(caught.value)
+    assert "2 groups" in str(caught.value)
+
+
+def test_set_implementation_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="impl must be 'auto' or one of"):
+        set_implementation(EmaAttn(8, 2), "quick")
+    with pytest.raises(ValueError, match="Linear holds no EMA attention layer"):
+        set_implementation(torch.nn.Linear(2, 2), "fused")
+    ablation = EmaAttn(8, 2, cross_spatial=False)
+    with pytest.raises(ValueError, match="without cross-spatial learning"):
+        set_implementation(ablation, "fused")
+    assert set_implementation(ablation, "auto") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
+    """Types, layouts and resources, which the interpreter does not look at."""
+    code = (
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(Path(oracle.__file__).parents[1])!r})\n"
+        "from support import offline, oracle\n"
+        "names = set()\n"
+        "for shape, dtype, layout in [((1, 12, 9, 8), torch.bfloat16, 'contiguous'),\n"
+        "                             ((1, 80, 7, 7), torch.float16, 'channels_last')]:\n"
+        "    case = oracle.make_case(shape, 2, dtype, layout)\n"
+        "    weights = type(case.weights)(*[w.float() for w in case.weights])\n"
+        "    for k in offline.compile_call(case.x, weights, 2, case.grad, int(sys.argv[1])):\n"
+        "        assert k.shared <= 48 << 10 and 0 < k.registers <= 255, k\n"
+        "        names.add(k.name)\n"
+        "print(*sorted(names))"
+    )
+    names = python(code, args=[capability], env={"TRITON_INTERPRET": "0"}).split()
+    assert names == [
+        "apply_gate",
+        "backward_tile",
+        "block_gate_gradients",
+        "block_gradient_sums",
+        "block_statistics",
+        "forward_tile",
+        "gate_gradient",
+        "input_gradient",
+        "merge_statistics",
+        "pool_blocks",
+    ]

@@ -1,0 +1,270 @@
+"""Exported files: verified before they are named, and the same network where they are used."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from support.networks import shake
+from timm.utils import reparameterize_model
+
+import ema_timm
+from ema_timm.attention import EmaAttn
+from ema_timm.cli import main
+from ema_timm.errors import UserError, VerificationError
+from ema_timm.publishing import export as export_module
+from ema_timm.publishing.export import FORMATS, export, load, open_onnx, quantize_int8, write_onnx
+
+REPO = os.environ.get("TIMM_REPO")
+# PyTorch's exporters warn about their own future.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = [(1, 3, 64, 64), (4, 3, 41, 96), (2, 3, 80, 33)]
+TOLERANCE = 1e-4  # relative to the largest output
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint folder as a run leaves it: a tiny network with EMA in its last stage."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = network("test_resnet_ema", ema_stages=(4,), num_classes=4)
+    arguments = {"ema_stages": [4]}
+    timm.models.save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def network(name, **kwargs):
+    model = shake(timm.create_model(name, **kwargs)).eval()
+    for layer in model.modules():
+        if isinstance(layer, EmaAttn):
+            for parameter in layer.parameters():
+                torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def assert_same(run, model, sizes=SIZES):
+    with torch.no_grad():
+        for size in sizes:
+            x = torch.randn(size)
+            want = model(x)
+            assert (run(x) - want).abs().max() < TOLERANCE * want.abs().max(), size
+
+
+WAYS = {
+    "dynamo, reparam": ("onnx", True, "dynamo"),
+    "legacy": ("onnx", False, "legacy"),
+    "legacy, reparam": ("onnx", True, "legacy"),
+    "torchscript": ("torchscript", False, "dynamo"),
+    "torchscript, reparam": ("torchscript", True, "dynamo"),
+    "pt2": ("pt2", False, "dynamo"),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(saved, tmp_path_factory):
+    """Export a copy of the folder in one of the ways, once."""
+
+    @functools.cache
+    def run(way):
+        folder = Path(shutil.copytree(saved, tmp_path_factory.mktemp("exported") / "run"))
+        return export(folder, *WAYS[way])
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_file_computes_what_the_network_computes_at_any_size(exported, way):
+    done, name = exported(way), FORMATS[WAYS[way][0]].file
+    assert len({size[0] for size in done.sizes}) == 3
+    assert 0 <= done.difference < TOLERANCE
+    assert_same(FORMATS[WAYS[way][0]].open(done.path), load(done.path.parent))
+    assert {p.name for p in done.path.parent.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        name,
+    }
+
+
+@pytest.mark.parametrize(
+    ("format", "opened"),
+    [("torchscript", "torch.jit.load(f)"), ("pt2", "torch.export.load(f).module()")],
+)
+def test_the_file_runs_where_this_package_is_not(exported, python, format, opened):
+    path = exported(format).path
+    code = (
+        f"import sys, torch\nf = sys.argv[1]\nout = {opened}(torch.ones(2, 3, 50, 70))\n"
+        "assert not [m for m in sys.modules if m.startswith('ema_timm.')]\nprint(out.tolist())"
+    )
+    out = python(code, args=[path], env={"EMA_TIMM_AUTOLOAD": "0"})
+    with torch.no_grad():
+        want = load(path.parent)(torch.ones(2, 3, 50, 70))
+    torch.testing.assert_close(torch.tensor(json.loads(out)), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ablation", [False, True], ids=["", "no cross-spatial"])
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("test_resnet", "random"),
+        ("test_resnet", "random, reparam"),
+        ("test_resnet", "fresh"),
+        ("test_resnet", "warm"),
+        ("mobilenetv2_035", "random, reparam"),
+    ],
+)
+def test_whole_networks_in_onnx_runtime(name, start, ablation, tmp_path):
+    if start.startswith("random"):
+        model = network(f"{name}_ema", num_classes=5, ema_cross_spatial=not ablation)
+    else:  # weights that are alike in every layer are merged by the exporter
+        plain = shake(timm.create_model(name, num_classes=5))
+        warm = start == "warm"
+        model = ema_timm.inject(plain, preserve=warm, cross_spatial=not ablation).eval()
+    exported = reparameterize_model(model) if start.endswith("reparam") else model
+    write_onnx(exported, torch.randn(2, 3, 40, 48), tmp_path / "m.onnx", "legacy")
+    assert_same(open_onnx(tmp_path / "m.onnx"), model)
+
+
+def test_int8_runs_and_reports_its_agreement(folder):
+    done = export(folder, "onnx", exporter="legacy")
+    report = quantize_int8(folder)
+    assert report.path.stat().st_size < 0.6 * done.path.stat().st_size
+    exact, small = open_onnx(done.path), open_onnx(report.path)
+    x = torch.randn(SIZES[1])
+    assert 0 < (exact(x) - small(x)).abs().max() < 0.2 * exact(x).abs().max()
+    assert 0 < report.difference < 0.2
+    assert report.same_class <= report.images == 32
+
+
+def test_int8_of_the_dynamo_file(exported, folder):
+    shutil.copy(exported("dynamo, reparam").path, folder)
+    assert quantize_int8(folder).difference < 0.2
+
+
+def altered(change):
+    """TorchScript whose file, once read back, computes something else."""
+    way = FORMATS["torchscript"]
+
+    def open_altered(path):
+        run = way.open(path)
+        return lambda x: change(x, run(x))
+
+    return {**FORMATS, "torchscript": way._replace(open=open_altered)}
+
+
+def fails(x, out):
+    if x.shape[0] == 3:
+        raise RuntimeError("shape '[1, 2]' is invalid\nmore")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, out: out * 1.001, "differs from the network by"),
+        (lambda x, out: out * float("nan"), "differs from the network by nan"),
+        (lambda x, out: out if x.shape[0] != 2 else out + 1, "differs from the network by"),
+        (fails, "not take another size"),
+    ],
+    ids=["off", "NaN", "off at one size", "fails at one size"],
+)
+def test_a_file_that_differs_is_not_kept(folder, monkeypatch, capsys, change, said):
+    (folder / "model.torchscript").write_text("the one before")
+    monkeypatch.setattr(export_module, "FORMATS", altered(change))
+    with pytest.raises(VerificationError, match=said):
+        export(folder, "torchscript")
+    assert main(["export", str(folder), "--format", "torchscript"]) == 1
+    assert "was not written" in capsys.readouterr().err
+    assert (folder / "model.torchscript").read_text() == "the one before"
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_file_of_one_size_is_not_kept(folder, monkeypatch):
+    def write(model, example, path, exporter):
+        torch.onnx.export(model, (example,), str(path), dynamo=False, input_names=["x"])
+
+    onnx = FORMATS["onnx"]._replace(write=write)
+    monkeypatch.setattr(export_module, "FORMATS", {**FORMATS, "onnx": onnx})
+    with pytest.raises(VerificationError, match="not take another size"):
+        export(folder, "onnx", exporter="legacy")
+    assert not (folder / "model.onnx").exists()
+
+
+def test_command(folder, capsys):
+    assert main(["export", str(folder), "--format", "onnx", "--exporter", "legacy", "--int8"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{folder}/model.onnx: agrees with the network at 1x3x")
+    assert second.startswith(f"{folder}/model.int8.onnx: differs by")
+    assert "of 32 random images" in second
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "config.json").unlink(), "no checkpoint in timm's format: config.json"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), "cannot load"),
+        (lambda f: shutil.rmtree(f), "config.json, model.safetensors is missing"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(folder, damage, said, capsys):
+    damage(folder)
+    assert main(["export", str(folder), "--format", "pt2"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_any_work(folder, monkeypatch):
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs onnx, onnxruntime, onnxscript: pip install 'ema-"):
+        export(folder, "onnx")
+    assert export(folder, "torchscript").path.exists()
+
+
+def test_a_network_of_one_size_is_refused(tmp_path, capsys):
+    model = timm.create_model("test_vit", num_classes=4)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert main(["export", str(tmp_path), "--format", "pt2"]) == 2
+    assert "leaves the image size free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--int8"], ["--exporter", "legacy"]])
+def test_options_of_onnx_go_with_onnx(option, capsys):
+    assert main(["export", "anywhere", "--format", "pt2", *option]) == 2
+    assert "go with --format onnx" in capsys.readouterr().err
+
+
+# timm's own onnx_export.py.
+
+
+@pytest.mark.skipif(not REPO, reason="set TIMM_REPO to a clone of timm to run this")
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--dynamic-size"],
+        ["--dynamic-size", "--reparam"],
+        ["--dynamic-size", "--reparam", "--dynamo"],
+    ],
+    ids=" ".join,
+)
+def test_timms_script(options, tmp_path):
+    shutil.copy(Path(REPO) / "onnx_export.py", tmp_path)
+    model = network("test_resnet_ema", num_classes=5)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    command = ["onnx_export.py", "m.onnx", "--model", "test_resnet_ema", "--num-classes", "5"]
+    command += ["--checkpoint", "weights.pt", "--img-size", "64", "--check-forward", *options]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = SIZES if options else [(1, 3, 64, 64), (5, 3, 64, 64)]
+    assert_same(open_onnx(tmp_path / "m.onnx"), model, sizes)

@@ -1,0 +1,149 @@
+"""Compile the Triton kernels for GPUs that are not here, from the launches of real calls.
+
+`python tests/support/offline.py` prints, for ResNet-50's stages, what each kernel takes on
+chip. The interpreter checks numbers; this checks types, layouts and resources.
+"""
+
+import inspect
+import re
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ema_timm.ops.closed_form.formula import fold
+from ema_timm.ops.fused import launch, split_tile, whole_tile
+
+if __name__ == "__main__":
+    pass
+
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+class Compiled(NamedTuple):
+    """One kernel on one GPU.
+
+    Attributes:
+        name: Of the kernel.
+        registers: For each thread.
+        spilled: Bytes a thread keeps in memory for want of registers.
+        shared: Bytes of shared memory a program.
+        warps: Warps a program.
+    """
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+
+
+class Recorder:
+    """Stands in for a kernel: compiles each launch instead of running it."""
+
+    def __init__(self, kernel, capability: int, found: list[Compiled]):
+        self.kernel, self.capability, self.found = kernel, capability, found
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **kwargs):
+        options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
+        bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        signature, constexprs, attrs = {}, {}, {}
+        for index, (name, value) in enumerate(bound.items()):
+            if name in constants or (isinstance(value, int) and value == 1):
+                signature[name], constexprs[(index,)] = "constexpr", value
+                continue
+            signature[name] = _TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            if isinstance(value, Tensor) or value % 16 == 0:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constexprs=constexprs, attrs=attrs)
+        done = triton.compile(source, GPUTarget("cuda", self.capability, 32), options=options)
+        registers, spilled = _assemble(done.asm["ptx"], self.capability)
+        name = self.kernel.fn.__name__
+        warps = options["num_warps"]
+        self.found.append(Compiled(name, registers, spilled, done.metadata.shared, warps))
+
+
+class _Recorders:
+    """Stands in for a module of kernels."""
+
+    def __init__(self, module, capability: int, found: list[Compiled]):
+        self._all = module, capability, found
+
+    def __getattr__(self, name):
+        module, capability, found = self._all
+        return Recorder(getattr(module, name), capability, found)
+
+
+def compile_call(x: Tensor, weights, groups: int, grad: Tensor, capability: int) -> list[Compiled]:
+    """Every kernel of one forward and one backward; computes nothing."""
+    found: list[Compiled] = []
+    modules = {"whole_tile": whole_tile, "split_tile": split_tile}
+    try:
+        for name, module in modules.items():
+            setattr(launch, name, _Recorders(module, capability, found))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Triton 3.9 announces a default that will change
+            _, saved = launch.forward(x, fold(weights), groups, save=True)
+            launch.backward(grad, x, saved, weights, groups)
+    finally:
+        for name, module in modules.items():
+            setattr(launch, name, module)
+    return found
+
+
+def _assemble(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers and spilled bytes, as ptxas counts them."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    version = tuple(map(int, re.search(r"^\.version (\d+)\.(\d+)", ptx, re.M).groups()))
+    target = re.search(r"^\.target (\S+)", ptx, re.M).group(1).rstrip(",")
+    for ptxas in sorted(folder.glob("ptxas*")):
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "kernel.ptx"
+            file.write_text(ptx)
+            done = subprocess.run(
+                [ptxas, "-v", f"--gpu-name={target}", file, "-o", file.with_suffix(".cubin")],
+                capture_output=True,
+                text=True,
+            )
+        if done.returncode == 0:
+            registers = int(re.search(r"Used (\d+) registers", done.stderr).group(1))
+            return registers, int(re.search(r"(\d+) bytes spill stores", done.stderr).group(1))
+    raise RuntimeError(f"no ptxas in {folder} takes PTX {version} for {target}: {done.stderr}")
+
+
+def main() -> None:
+    from oracle import make_case  # beside this script
+
+    print("| stage | layout | kernel | warps | registers | spilled | shared | warps an SM |")
+    print("|---|---|---|---|---|---|---|---|")
+    for channels, size in ((256, 56), (512, 28), (1024, 14), (2048, 7)):
+        for layout in ("contiguous", "channels_last"):
+            case = make_case((2, channels, size, size), 32, torch.bfloat16, layout)
+            weights = type(case.weights)(*[w.float() for w in case.weights])
+            grad = case.grad.contiguous(
+                memory_format=torch.channels_last
+                if layout == "channels_last"
+                else torch.contiguous_format
+            )
+            for k in compile_call(case.x, weights, 32, grad, 90):
+                resident = min(64, 65536 // (k.registers * 32 * k.warps) * k.warps)
+                print(
+                    f"| {channels}×{size}×{size} | {layout} | {k.name} | {k.warps} | "
+                    f"{k.registers} | {k.spilled} | {k.shared} | {resident} |"
+                )
+
+
+if __name__ == "__main__":
+    main()

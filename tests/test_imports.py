@@ -1,0 +1,104 @@
+"""Whatever of the package is imported first, timm knows all the names afterwards."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import ema_timm
+
+PACKAGE = Path(ema_timm.__file__).parent
+MODULES = sorted(
+    ".".join(("ema_timm", *path.relative_to(PACKAGE).with_suffix("").parts))
+    for path in PACKAGE.rglob("*.py")
+    # What runs when it is imported, and what is only ever copied into a checkpoint.
+    if path.name != "__main__.py" and path.parent.name != "stub"
+)
+FIRST = [f"import {name.removesuffix('.__init__')}" for name in MODULES]
+PUBLIC = [f"from ema_timm import {name}" for name in ema_timm.__all__]
+STATEMENTS = [*FIRST, *PUBLIC]
+
+# Each statement in a process of its own. They are forked from one that has imported what timm
+# imports, which takes longer than all the rest; timm and this package are not among that.
+SERVER = """
+import json, os, sys, warnings
+import torch, torchvision, huggingface_hub, safetensors.torch
+assert not [name for name in sys.modules if name.partition(".")[0] in ("timm", "ema_timm")]
+
+def outcome(statement):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        exec(statement, {})
+        import timm
+        names = timm.list_models("*_ema")
+    return {"names": names, "warnings": [str(w.message) for w in seen if "ema" in str(w.message)]}
+
+found = {}
+for statement in sys.argv[1:]:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            answer = outcome(statement)
+        except BaseException as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        found[statement] = json.load(pipe)
+    os.waitpid(child, 0)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(python):
+    if not hasattr(os, "fork"):
+        pytest.skip("processes cannot be forked here")
+    return json.loads(python(SERVER, args=STATEMENTS, env={"OMP_NUM_THREADS": "1"}))
+
+
+@pytest.fixture(scope="module")
+def names(python):
+    return json.loads(python("import json, timm; print(json.dumps(timm.list_models('*_ema')))"))
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_every_module_and_public_name_may_come_first(outcomes, names, statement):
+    assert len(names) > 50
+    assert outcomes[statement] == {"names": names, "warnings": []}
+
+
+@pytest.mark.parametrize(
+    "statement", ["from ema_timm import inject", "import ema_timm.backbones.warm_start"]
+)
+def test_before_torch_too(python, names, statement):
+    code = f"{statement}\nimport json, timm; print(json.dumps(timm.list_models('*_ema')))"
+    assert json.loads(python(code, "-W", "error::RuntimeWarning")) == names
+
+
+def test_threads_that_import_either_side_meet_a_whole_package(python):
+    """Half of them load timm, half the wing that registers: each waits for the other's locks."""
+    code = """
+import sys, threading, torchvision  # whose own modules threads must not import first
+sys.setswitchinterval(1e-6)
+failed = []
+
+def load(statement):
+    try:
+        exec(statement, {})
+    except BaseException as error:
+        failed.append((statement, repr(error)))
+
+statements = ["import timm", "from ema_timm.backbones.inject import inject"] * 3
+threads = [threading.Thread(target=load, args=(s,)) for s in statements]
+[t.start() for t in threads], [t.join() for t in threads]
+import timm
+assert not failed, failed
+print(len(timm.list_models("*_ema")))
+"""
+    for _ in range(3):
+        assert int(python(code, "-W", "error::RuntimeWarning")) > 50

@@ -1,0 +1,396 @@
+"""Fine-tuning: real learning, exact continuation, clear refusals."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
+
+import ema_timm.training.finetune as finetune_module
+from ema_timm.backbones.registry import TIMM
+from ema_timm.checkpoints import folder
+from ema_timm.checkpoints.config import STUB
+from ema_timm.cli import main
+from ema_timm.errors import UserError
+from ema_timm.files import sha256, write_whole
+from ema_timm.training import state
+from ema_timm.training.finetune import InterruptedRunError, finetune
+from ema_timm.training.quickstart import validate
+from ema_timm.training.settings import FinetuneConfig
+from ema_timm.training.state import RunState
+
+
+@pytest.fixture
+def config(digits, tmp_path):
+    return FinetuneConfig(
+        model="test_resnet_ema",
+        data_dir=str(digits),
+        output=str(tmp_path / "run"),
+        pretrained=False,
+        img_size=32,
+        epochs=3,
+        batch_size=12,
+        lr=4e-3,
+        hflip=0.0,
+        device="cpu",
+        workers=0,
+    )
+
+
+def run(config, **changes):
+    resume = changes.pop("resume", False)
+    return finetune(dataclasses.replace(config, **changes), resume=resume, progress=False)
+
+
+def cli(config, *more, resume=False):
+    """Arguments of the command line that say what ``config`` says."""
+    args = ["finetune"]
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if value == field.default or field.name == "model_kwargs" or resume:
+            continue
+        if isinstance(value, bool):
+            args.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            args += [f"--{name}", str(value)]
+    return [*args, *map(str, more)]
+
+
+def test_learns_and_writes_a_checkpoint_that_reloads(config, digits, tmp_path):
+    results = run(config, epochs=8)
+    folder = tmp_path / "run"
+    written = {p.name for p in folder.iterdir()}
+    assert written == {
+        "model.safetensors", "config.json", STUB, "results.json", "README.md", "curves.png",
+        "training",
+    }  # fmt: skip
+    on_disk = json.loads((folder / "results.json").read_text())
+    assert on_disk == json.loads(json.dumps(results))
+    metrics = results["metrics"]
+    assert metrics["top1"] > 60  # four classes: chance is 25
+    assert metrics["images"] == 23
+    assert metrics["top1"] == pytest.approx(100 * metrics["correct"] / 23)
+    assert len(results["history"]) == 8
+    assert metrics["top1"] == max(entry["top1"] for entry in results["history"])
+    assert results["weights_sha256"] == sha256(folder / "model.safetensors")
+    assert results["classes"] == ["digit_0", "digit_1", "digit_2", "digit_3"]
+    assert results["data"]["train"]["images"] == 60
+    assert set(results["versions"]) == {"ema_timm", "timm", "torch", "python"}
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.format == "PNG"
+    card = (folder / "README.md").read_text()
+    assert f"({metrics['correct']} of 23)" in card
+    assert "not an exponential moving average" in card
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert validate(model, digits) == {"correct": metrics["correct"], "images": 23}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_interrupted_run_continues_exactly(config, monkeypatch, tmp_path, at, workers):
+    """Ctrl-C at the first step, at the end of an epoch and in the middle of one."""
+    config = dataclasses.replace(config, workers=workers, drop_path=0.1, mixup=0.2, reprob=0.2)
+    whole = run(config, output=str(tmp_path / "whole"))
+    step, steps = finetune_module._Run.train_step, []
+
+    def interrupted(self, *batch):
+        steps.append(1)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
+
+    monkeypatch.setattr(finetune_module._Run, "train_step", interrupted)
+    with pytest.raises(InterruptedRunError):
+        run(config)
+    assert len(steps) == at
+    continued = run(config, resume=True)
+    assert len(steps) == 3 * 5
+    assert_same_outcome(continued, whole, tmp_path)
+
+
+def assert_same_outcome(continued, whole, tmp_path):
+    def timeless(results):
+        return [{k: v for k, v in e.items() if k != "seconds"} for e in results["history"]]
+
+    assert timeless(continued) == timeless(whole)
+    assert continued["weights_sha256"] == whole["weights_sha256"]
+    states = [RunState(tmp_path / name).load() for name in ("run", "whole")]
+    for key, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][key]), key
+
+
+@pytest.mark.parametrize("lost", ["results.json", "README.md", "training/state.pt"])
+def test_killed_between_two_files_the_epoch_is_repeated(config, monkeypatch, tmp_path, lost):
+    whole = run(config, output=str(tmp_path / "whole"))
+    calls = []
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(final, write):
+        name = final.relative_to(config.output).as_posix()
+        calls.append(name)
+        if name == lost and calls.count(name) == 2:
+            raise KilledError
+        return write_whole(final, write)
+
+    for module in (folder, state):
+        monkeypatch.setattr(module, "write_whole", killed)
+    with pytest.raises(KilledError):
+        run(config)
+    monkeypatch.undo()
+    assert_same_outcome(run(config, resume=True), whole, tmp_path)
+
+
+def test_finished_run_resumes_to_its_results(config):
+    first = run(config, epochs=1)
+    assert run(config, epochs=1, resume=True) == first
+
+
+def test_termination_of_the_command_and_resume_by_output_alone(config, tmp_path):
+    args = [sys.executable, "-m", "ema_timm", *cli(config, "--epochs", 200)]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    seen = []
+    for line in process.stderr:  # wait for training to be under way
+        seen.append(line)
+        if line.startswith("epoch 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, "".join(seen) + rest
+    assert f"--resume --output {config.output}" in rest
+    saved = RunState(config.output).load()
+    assert saved["epoch"] >= 2
+    assert saved["config"]["epochs"] == 200
+
+
+def test_control_c_reaches_loader_processes_too_and_is_one_message(config):
+    """A terminal sends SIGINT to the whole group; the loaders go on until the step is done."""
+    args = [sys.executable, "-m", "ema_timm", *cli(config, "--epochs", 200, "--workers", 2)]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if line.startswith("epoch 1/"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, rest
+    assert rest.count("stopping after this step") == 1, rest
+    assert "Traceback" not in rest, rest
+    assert RunState(config.output).load()["epoch"] >= 1
+
+
+def test_resume_needs_only_the_output(config, capsys):
+    whole = run(config, epochs=1)
+    assert main(["finetune", "--resume", "--output", config.output]) == 0
+    assert f"top-1 {whole['metrics']['top1']:.2f}% of 23 images" in capsys.readouterr().out
+
+
+def test_full_disk_leaves_whole_files(config, tmp_path):
+    """A file size limit cuts the weights short, as a full disk does."""
+    code = (
+        "import resource, sys; from ema_timm.cli import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *cli(config)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ema-timm: ") and "File too large" in last
+    assert [p.name for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
+
+
+def drop(folder, pattern):
+    for path in folder.glob(pattern):
+        shutil.rmtree(path)
+
+
+BAD_DATA = {
+    "no folder": (lambda d: shutil.rmtree(d), "has no folder train/"),
+    "no images": (lambda d: drop(d, "train/*"), "no images in class folders"),
+    "one class": (lambda d: drop(d, "train/digit_[123]"), "has one class (digit_0)"),
+    "unknown class": (lambda d: drop(d, "train/digit_3"), "lack: digit_3"),
+    "unreadable": (
+        lambda d: next(d.glob("val/digit_1/*.png")).write_bytes(b"?"),
+        "not an image. Repair or remove it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_gets_one_line_and_exit_code_2(config, digits, tmp_path, capsys, case):
+    damage, said = BAD_DATA[case]
+    data = shutil.copytree(digits, tmp_path / "data")
+    damage(data)
+    assert_refused(cli(config, "--data-dir", data), said, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_breaks_off_is_named_while_training(config, digits, tmp_path, capsys, workers):
+    data = shutil.copytree(digits, tmp_path / "data")
+    bad = next(data.glob("train/digit_2/*.png"))
+    bad.write_bytes(bad.read_bytes()[:-30])
+    assert_refused(cli(config, "--data-dir", data, "--workers", workers), f"read {bad}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--model", "resnet50_emma"], "no model of that name. Did you mean resnet50_ema"),
+        (["--model", "some/where"], "cannot build some/where"),
+        (["--model", "local-dir:nowhere"], "Config file not found: nowhere/config.json"),
+        (["--model-kwargs", "ema_stages=[9]"], "ema_stages must name stages"),
+        (["--model-kwargs", "ema_gruops=8"], "ema_gruops"),
+        (["--batch-size", "61"], "more than the 60 training images"),
+        (["--epochs", "0"], "at least 1"),
+        (["--mixup", "0.2", "--batch-size", "7"], "must be even"),
+        (["--device", "cuda:99"], "--device cuda:99 is not usable here"),
+        (["--weights", "gone.safetensors"], "there is no file gone.safetensors"),
+        (["--lr", "1e30"], "the loss became"),
+        (["--opt", "adamwx"], "adamwx"),
+        (["--sched", "cosinus"], "cosinus"),
+        (["--model", "mobilenetv2_035_ema", "--pretrained"], "No pretrained weights exist"),
+    ],
+)
+def test_bad_settings_get_one_line_and_exit_code_2(config, capsys, changes, said):
+    assert_refused(cli(config, *changes), said, capsys)
+
+
+def test_missing_options_are_named(capsys):
+    assert_refused(["finetune", "--model", "x"], "finetune needs --data-dir, --output", capsys)
+    assert_refused(["finetune", "--resume"], "finetune needs --output", capsys)
+
+
+def assert_refused(args, said, capsys):
+    assert main([str(arg) for arg in args]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("ema-timm: ")]
+    assert len(lines) == 1 and said in lines[0], captured.err
+    assert lines[0] == captured.err.splitlines()[-1]
+    assert captured.out == ""
+
+
+def test_resume_refuses_what_would_change_the_outcome(config, digits, tmp_path, capsys):
+    with pytest.raises(UserError, match="holds no interrupted run"):
+        run(config, resume=True)
+    run(config, epochs=1)
+    resume = ["finetune", "--resume", "--output", config.output]
+    assert_refused([*resume, "--lr", "0.1"], "--lr is 0.1 and the run was started with", capsys)
+    assert_refused(cli(config, "--epochs", "1"), "holds a run already", capsys)
+    data = shutil.copytree(digits, tmp_path / "data")
+    next(data.glob("train/*/*.png")).unlink()
+    assert_refused([*resume, "--data-dir", data], "are not those the run was started on", capsys)
+    saved = RunState(config.output)
+    content = saved.load()
+    content["model"]["fc.weight"] = torch.zeros(7, 96)
+    saved.save(content)
+    assert_refused(resume, "cannot resume: the saved weights are of another network (size", capsys)
+
+
+def test_starts_from_a_weights_file_without_network(config, tmp_path):
+    plain = timm.create_model("test_resnet")
+    for block in (plain.layer1[0].bn2, plain.layer3[0].bn3):
+        torch.nn.init.ones_(block.weight)
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    results = run(
+        config, weights=str(tmp_path / "plain.safetensors"), pretrained=True, lr=1e-12, epochs=1
+    )
+    assert results["base"]["weights"] == "plain.safetensors"
+    trained = load_file(tmp_path / "run" / "model.safetensors")
+    expected = plain.layer1[0].bn2.weight * 2  # the warm start, hardly moved
+    torch.testing.assert_close(trained["layer1.0.bn2.weight"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_continues_from_a_checkpoint_folder_with_other_classes(config, digits, tmp_path):
+    run(config, model_kwargs={"ema_stages": [3, 4], "in_chans": 1}, epochs=1)
+    data = shutil.copytree(digits, tmp_path / "data")
+    drop(data, "*/digit_3")
+    second = str(tmp_path / "second")
+    results = run(
+        config,
+        model=f"local-dir:{config.output}",
+        pretrained=True,
+        data_dir=str(data),
+        output=second,
+        model_kwargs={"in_chans": 1},
+        epochs=1,
+    )
+    assert len(results["classes"]) == 3
+    model = timm.create_model(f"local-dir:{second}", pretrained=True)
+    assert model.layer1[0].se is None and model.layer3[0].se is not None
+    assert model.conv1[0].in_channels == 1
+    first = load_file(tmp_path / "run" / "model.safetensors")
+    assert results["base"] == {
+        "model": "local-dir:run",  # not where it was on this machine
+        "weights": "run",
+        "hub_repository": None,
+        "license": None,
+    }
+    assert first["fc.weight"].shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"amp": True, "channels_last": True},
+        {"model": "mobilenetv2_035_ema", "img_size": 64, "layer_decay": 0.8, "opt": "sgd"},
+        {"model": "test_efficientnet", "cutmix": 0.5, "smoothing": 0.0, "clip_grad": 1.0},
+        {"model": "cifar_resnet18_ema", "img_size": 0, "aa": "rand-m5", "grad_checkpointing": True},
+        {"sched": "step", "smoothing": 0.0, "warmup_epochs": 0},
+    ],
+    ids=lambda c: c.get("model", "-".join(c)),
+)
+def test_settings_train(config, changes):
+    results = run(config, epochs=1, **changes)
+    assert results["metrics"]["images"] == 23
+    # timm before 1.0.26 cannot read safetensors from a folder; for our names we see to it.
+    readable = results["architecture"].endswith("_ema") or TIMM >= (1, 0, 26)
+    model = timm.create_model(f"local-dir:{config.output}", pretrained=readable)
+    size = resolve_data_config(model=model)["input_size"]
+    assert tuple(results["input"]["input_size"]) == tuple(size)
+
+
+def torchrun(*args, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--nproc-per-node", "2", "-m", "ema_timm", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+        **options,
+    )
+
+
+def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_path):
+    done = torchrun(*cli(config, "--epochs", 2, "--batch-size", 6))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["processes"] == 2
+    assert results["metrics"]["images"] == 23  # odd: one shard is padded, and not counted so
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert validate(model, digits)["correct"] == results["metrics"]["correct"]
+    assert done.stderr.count("epoch 2/2") == 1  # one process speaks
+    assert done.stdout.count("top-1") == 1
+    again = torchrun("finetune", "--resume", "--output", config.output)
+    assert again.returncode == 0, again.stderr
+    refused = subprocess.run(
+        [sys.executable, "-m", "ema_timm", "finetune", "--resume", "--output", config.output],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2
+    assert "the run was started on 2" in refused.stderr
