@@ -26,6 +26,7 @@ from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.measure.device import pick_device
 from ema_timm.measure.metrics import Metrics, autocast, measure, sum_over_processes
 from ema_timm.measure.versions import versions
+from ema_timm.training.network import create_model, describe_base, known_descriptions
 from ema_timm.training.parts import (
     check_same_run,
     check_settings,
@@ -38,7 +39,6 @@ from ema_timm.training.parts import (
 )
 from ema_timm.training.seeds import get_rng_state, seed_everything, set_rng_state
 from ema_timm.training.settings import FinetuneConfig
-from ema_timm.training.start import create_model, describe_base, known_descriptions
 from ema_timm.training.state import RunState
 from ema_timm.training.stop import Stop, stop_on_signal
 

@@ -14,8 +14,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from ema_timm.training.network import create_model
 from ema_timm.training.settings import FinetuneConfig
-from ema_timm.training.start import create_model
 
 TIMM_REPO = os.environ.get("TIMM_REPO")
 NEW = (5, 6, 7)  # digits that the published model has never seen

@@ -1,4 +1,4 @@
-"""The network that a run starts from: any timm name, its weights, and clear refusals."""
+"""The network of a run: any timm name, the weights it starts from, and clear refusals."""
 
 from difflib import get_close_matches
 from pathlib import Path
