@@ -1,10 +1,12 @@
 """The network of a run: any timm name, the weights it starts from, and clear refusals."""
 
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 
 import timm
+import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from timm.models import is_model_pretrained, load_model_config_from_hf
@@ -12,6 +14,8 @@ from timm.models._factory import parse_model_name
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from ema_timm.backbones.complexity import count_macs
+from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.errors import HubError, UserError
 from ema_timm.hub.fetch import WEIGHTS, fetch
 from ema_timm.training.settings import FinetuneConfig
@@ -19,6 +23,64 @@ from ema_timm.training.settings import FinetuneConfig
 _WITHOUT_NETWORK = (
     " Without network give the weights as --weights FILE, or start from none with --no-pretrained."
 )
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network of a run, and what its checkpoint says of it.
+
+    Args:
+        model: A timm classifier.
+        args: Arguments that rebuild it, beside name and classes.
+        classes: Class names in the order of its outputs.
+        descriptions: What the classes mean, by name, where that is known.
+        base: Where its first weights came from, as results.json has it.
+        preprocessing: How images are prepared for it, as timm resolves it.
+        macs: Multiply-accumulates of one image, as results.json has them.
+    """
+
+    model: nn.Module
+    args: dict
+    classes: list[str]
+    descriptions: dict[str, str] | None
+    base: dict
+    preprocessing: dict
+    macs: dict
+
+
+def build_network(
+    config: FinetuneConfig, classes: list[str], device: torch.device, base: dict | None = None
+) -> Network:
+    """The network of a run, on its device and ready to train.
+
+    Args:
+        config: The run's settings.
+        classes: Names of the classes that it will tell apart.
+        device: Where it will train.
+        base: Where the first weights came from, of a run that continues: it gets all its weights
+            from its state, and none are fetched.
+
+    Raises:
+        UserError: If it cannot be built as the settings say.
+        HubError: If the Hub does not give the weights, or gives them damaged.
+    """
+    model, args = create_model(config, len(classes), fetch_weights=base is None)
+    prepared = preprocessing(model, args, {"img_size": config.img_size or None})
+    network = Network(
+        model=model,
+        args=args,
+        classes=classes,
+        descriptions=known_descriptions(model, classes),
+        base=base or describe_base(model, config),
+        preprocessing=prepared,
+        macs=count_macs(model, prepared["input_size"]),
+    )
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return network
 
 
 def create_model(

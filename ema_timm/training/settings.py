@@ -1,8 +1,10 @@
 """What a fine-tuning run can be told. No torch here, so that ``--help`` is instant."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ema_timm.errors import UserError
 from ema_timm.options import option
 
 
@@ -56,3 +58,15 @@ class FinetuneConfig:
 
     ANYTIME = ("data_dir", "output", "device", "workers")
     """Fields that may differ when a run resumes; every other one is part of what it computes."""
+
+
+def check_settings(config: FinetuneConfig) -> None:
+    """Raise UserError for settings that cannot work together."""
+    if config.epochs < 1 or config.batch_size < 1:
+        raise UserError("--epochs and --batch-size must be at least 1.")
+    if (config.mixup or config.cutmix) and config.batch_size % 2:
+        raise UserError(
+            "--mixup and --cutmix pair the images of a batch: --batch-size must be even."
+        )
+    if config.weights and not Path(config.weights).is_file():
+        raise UserError(f"--weights: there is no file {config.weights}.")

@@ -42,6 +42,15 @@ class RunState:
         """Save tensors, numbers, strings and containers of them."""
         write_whole(self.file, lambda path: torch.save(state, path))
 
+    def reopen(self) -> dict:
+        """Read the state of a run that continues.
+
+        Raises:
+            UserError: If the folder holds none, or cannot be written, or the file is damaged.
+        """
+        self.prepare(resume=True)
+        return self.load()
+
     def load(self) -> dict:
         """Read what `save` wrote.
 

@@ -15,18 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
-import ema_timm.training.finetune as finetune_module
 from ema_timm.backbones.registry import TIMM
 from ema_timm.checkpoints import folder
 from ema_timm.checkpoints.config import STUB
 from ema_timm.cli import main
-from ema_timm.errors import UserError
+from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.files import sha256, write_whole
 from ema_timm.training import state
-from ema_timm.training.finetune import InterruptedRunError, finetune
+from ema_timm.training.finetune import finetune
 from ema_timm.training.quickstart import validate
 from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.state import RunState
+from ema_timm.training.step import TrainStep
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_interrupted_run_continues_exactly(config, monkeypatch, tmp_path, at, wo
     """Ctrl-C at the first step, at the end of an epoch and in the middle of one."""
     config = dataclasses.replace(config, workers=workers, drop_path=0.1, mixup=0.2, reprob=0.2)
     whole = run(config, output=str(tmp_path / "whole"))
-    step, steps = finetune_module._Run.train_step, []
+    step, steps = TrainStep.__call__, []
 
     def interrupted(self, *batch):
         steps.append(1)
@@ -108,7 +108,7 @@ def test_interrupted_run_continues_exactly(config, monkeypatch, tmp_path, at, wo
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *batch)
 
-    monkeypatch.setattr(finetune_module._Run, "train_step", interrupted)
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
     with pytest.raises(InterruptedRunError):
         run(config)
     assert len(steps) == at

@@ -1,0 +1,89 @@
+"""The checkpoint folder of a run: the weights of its best epoch, and what is known of them."""
+
+import dataclasses
+from pathlib import Path
+
+from ema_timm.backbones.complexity import count_parameters
+from ema_timm.checkpoints.card import card_text
+from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.results import FORMAT, PREPROCESSING
+from ema_timm.measure.metrics import Metrics
+from ema_timm.measure.versions import versions
+from ema_timm.training.history import History
+from ema_timm.training.network import Network
+from ema_timm.training.processes import Process
+from ema_timm.training.settings import FinetuneConfig
+
+try:
+    from ema_timm.training.curves import save_curves
+except ImportError:  # matplotlib is an extra; the run says so when it starts
+    save_curves = None
+
+PLOTS = [] if save_curves is None else ["curves.png"]
+"""The pictures that a run draws."""
+
+
+class RunCheckpoint:
+    """The checkpoint that a run writes.
+
+    Args:
+        config: The run's settings.
+        network: Its network.
+        data: What identifies its images.
+        process: This process.
+    """
+
+    def __init__(self, config: FinetuneConfig, network: Network, data: dict, process: Process):
+        self.config, self.network, self.data, self.process = config, network, data, process
+        self.folder = CheckpointWriter(config.output)
+
+    def save(self, history: History, improved: bool) -> None:
+        """Write the folder after an epoch; its weights where the epoch was the best so far."""
+        if improved:
+            network = self.network
+            history.best["weights_sha256"] = self.folder.save_model(
+                network.model,
+                network.args,
+                network.preprocessing,
+                network.classes,
+                network.descriptions,
+            )
+        results = self.results(history)
+        self.folder.write_json("results.json", results)
+        self.folder.write_text("README.md", card_text(results))
+        if save_curves is not None:
+            self.folder.write("curves.png", lambda path: save_curves(history.entries, path))
+
+    def results(self, history: History) -> dict:
+        """The content of results.json; the digest of the weights in the main process alone."""
+        network, best = self.network, history.best
+        return {
+            "format": FORMAT,
+            "architecture": network.model.pretrained_cfg["architecture"],
+            "base": network.base,
+            "task": "image-classification",
+            "metrics": {key: best[key] for key in Metrics._fields},
+            "best_epoch": best["epoch"],
+            "weights_sha256": best["weights_sha256"] if self.process.main else None,
+            "parameters": count_parameters(network.model),
+            "macs": network.macs,
+            "classes": network.classes,
+            "input": {key: network.preprocessing[key] for key in PREPROCESSING},
+            "data": self.data,
+            "arguments": public_arguments(self.config),
+            "history": history.entries,
+            "plots": PLOTS,
+            "device": str(self.process.device.type),
+            "processes": self.process.count,
+            "versions": versions(),
+        }
+
+
+def public_arguments(config: FinetuneConfig) -> dict:
+    """All settings, for results that are published: names of folders, not where they are."""
+    arguments = dataclasses.asdict(config)
+    for key in ("data_dir", "output", "weights"):
+        arguments[key] = Path(arguments[key]).name
+    if config.model.startswith("local-dir:"):
+        arguments["model"] = f"local-dir:{Path(config.model.removeprefix('local-dir:')).name}"
+    return arguments

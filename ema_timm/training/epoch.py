@@ -1,0 +1,127 @@
+"""The loop over an epoch, which can be left between two steps and taken up again there."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ema_timm.measure.metrics import sum_over_processes
+from ema_timm.training.processes import Process
+from ema_timm.training.seeds import get_rng_state, seed_everything, set_rng_state
+from ema_timm.training.settings import FinetuneConfig
+from ema_timm.training.step import TrainStep
+from ema_timm.training.stop import Stop
+
+
+@dataclass
+class Position:
+    """Where a run stands.
+
+    Args:
+        epoch: Epochs done.
+        step: Steps done of the epoch under way.
+        loss_sum: Sum of their losses.
+        seconds: Time that they took.
+        rng: The generators' states after them, where the epoch was left there; else None.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    rng: dict | None = None
+
+    def end_epoch(self) -> None:
+        """Stand before the first step of the next epoch."""
+        self.epoch += 1
+        self.step, self.loss_sum, self.seconds, self.rng = 0, 0.0, 0.0, None
+
+
+class EpochLoop:
+    """The training part of an epoch.
+
+    Args:
+        config: The run's settings.
+        train_step: What learns from a batch.
+        loader: Batches of an epoch.
+        process: This process.
+        progress: Show a bar (on a terminal).
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        train_step: TrainStep,
+        loader: DataLoader,
+        process: Process,
+        progress: bool,
+    ):
+        self.seed, self.epochs = config.seed, config.epochs
+        self.train_step, self.loader, self.steps = train_step, loader, len(loader)
+        self.process, self.progress = process, progress
+
+    def run(self, position: Position, stop: Stop) -> bool:
+        """Train the rest of an epoch, moving ``position`` along.
+
+        Returns:
+            Whether the epoch is done; if not, a stop was requested, and ``position`` is what the
+            next call has to start from.
+        """
+        seed_everything(self.seed, position.epoch + 1, self.process.rank)
+        if self.process.count > 1:
+            self.loader.sampler.set_epoch(position.epoch)
+        self.train_step.parallel.train()
+        started = time.perf_counter() - position.seconds
+        with self._bar(position.epoch) as bar:
+            self._steps(position, stop, bar)
+        if position.step < self.steps:
+            position.rng = get_rng_state()
+        position.seconds = time.perf_counter() - started
+        return position.step == self.steps
+
+    def _steps(self, position: Position, stop: Stop, bar: tqdm) -> None:
+        """Make the steps that are left, until there are none or one is the last for now."""
+        batches = iter(self.loader)
+        for _ in range(position.step):  # the images that an interrupted epoch has seen
+            next(batches)
+            bar.update()
+        if position.rng is not None:
+            set_rng_state(position.rng)
+        while position.step < self.steps:
+            batch = self._next(batches, stop)
+            if batch is None:
+                return
+            done = position.epoch * self.steps + position.step
+            position.loss_sum += self.train_step(*batch, done)
+            position.step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{position.loss_sum / position.step:.3f}", refresh=False)
+            if stop.requested:
+                return
+
+    def _next(self, batches: Iterator, stop: Stop):
+        """The next batch, or None if a requested stop has kept it from coming."""
+        try:
+            return next(batches)
+        except RuntimeError:
+            # Ctrl-C reaches the loader's processes too, and ends them.
+            if stop.requested:
+                return None
+            raise
+
+    def mean_loss(self, position: Position) -> float:
+        """Mean of the losses of this epoch's steps, over all processes."""
+        total = torch.tensor([position.loss_sum, position.step], dtype=torch.float64)
+        total = sum_over_processes(total, self.process.device)
+        return float(total[0] / total[1])
+
+    def _bar(self, epoch: int) -> tqdm:
+        return tqdm(
+            total=self.steps,
+            desc=f"epoch {epoch + 1}/{self.epochs}",
+            disable=None if self.progress else True,
+            leave=False,
+        )

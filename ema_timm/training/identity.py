@@ -1,0 +1,48 @@
+"""What makes a run this run, and no other: all that its outcome depends on."""
+
+import dataclasses
+
+from ema_timm.errors import UserError
+from ema_timm.training.settings import FinetuneConfig
+
+
+def identify(config: FinetuneConfig, processes: int, data: dict) -> dict:
+    """The identity of a run.
+
+    Args:
+        config: Its settings.
+        processes: How many it runs on.
+        data: What identifies its images.
+    """
+    arguments = dataclasses.asdict(config)
+    return {
+        "arguments": {k: v for k, v in arguments.items() if k not in FinetuneConfig.ANYTIME},
+        "processes": processes,
+        "data": data,
+    }
+
+
+def check_same_run(saved: dict, identity: dict) -> None:
+    """Refuse to continue a run of identity ``saved`` as one of another outcome.
+
+    Raises:
+        UserError: With the first difference.
+    """
+    for name, value in identity["arguments"].items():
+        if saved["arguments"].get(name) != value:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"cannot resume: {option} is {value!r} and the run was started with "
+                f"{saved['arguments'].get(name)!r}. Leave it out, or start anew with another "
+                "--output."
+            )
+    if saved["processes"] != identity["processes"]:
+        raise UserError(
+            f"cannot resume on {identity['processes']} process(es): the run was started on "
+            f"{saved['processes']}."
+        )
+    if saved["data"] != identity["data"]:
+        raise UserError(
+            "cannot resume: the images in --data-dir are not those the run was started on. "
+            "Restore them, or start anew with another --output."
+        )

@@ -1,0 +1,55 @@
+"""What a run tells on stderr while it goes on."""
+
+import sys
+
+import torch
+from tqdm import tqdm
+
+from ema_timm.training.checkpoint import PLOTS
+from ema_timm.training.data import Images
+from ema_timm.training.epoch import Position
+from ema_timm.training.history import History
+from ema_timm.training.network import Network
+from ema_timm.training.settings import FinetuneConfig
+
+
+class Log:
+    """A line when the run starts, and one an epoch.
+
+    Args:
+        config: The run's settings.
+        resumed: Whether the run continues.
+        shown: Tell at all.
+    """
+
+    def __init__(self, config: FinetuneConfig, resumed: bool, shown: bool):
+        self.config, self.resumed, self.shown = config, resumed, shown
+
+    def start(
+        self, network: Network, images: Images, device: torch.device, position: Position
+    ) -> None:
+        """Tell what is trained, on what, and from where on."""
+        done = ""
+        if self.resumed:
+            done = f", from epoch {position.epoch + 1}, step {position.step + 1}"
+        size = "×".join(map(str, network.preprocessing["input_size"][1:]))
+        self._tell(
+            f"{self.config.model} ({network.base['weights']}), {len(network.classes)} classes, "
+            f"{len(images.train)} training and {len(images.val)} validation images at "
+            f"{size}, on {device}{done}"
+        )
+        if not PLOTS:
+            self._tell("no curves.png: matplotlib is missing (pip install 'ema-timm[train]')")
+
+    def epoch(self, history: History) -> None:
+        """Tell of the last epoch."""
+        last = history.entries[-1]
+        self._tell(
+            f"epoch {last['epoch']}/{self.config.epochs}  train loss {last['train_loss']:.4f}  "
+            f"top-1 {last['top1']:.2f}% of {last['images']} images  "
+            f"(best {history.best['top1']:.2f}%)  {last['seconds']:.1f} s"
+        )
+
+    def _tell(self, line: str) -> None:
+        if self.shown:
+            tqdm.write(line, file=sys.stderr)

@@ -1,0 +1,118 @@
+"""A run from its first epoch to its last: train, measure, note, save."""
+
+import math
+
+from timm.utils import distribute_bn
+
+from ema_timm.errors import InterruptedRunError
+from ema_timm.measure.metrics import Metrics, measure
+from ema_timm.training.checkpoint import RunCheckpoint
+from ema_timm.training.data import open_images
+from ema_timm.training.epoch import EpochLoop, Position
+from ema_timm.training.history import History
+from ema_timm.training.identity import check_same_run, identify
+from ema_timm.training.log import Log
+from ema_timm.training.parts import assemble
+from ema_timm.training.processes import Process
+from ema_timm.training.settings import FinetuneConfig, check_settings
+from ema_timm.training.snapshot import restore, snapshot
+from ema_timm.training.state import RunState
+from ema_timm.training.stop import Stop
+
+
+class Run:
+    """A run in one of its processes.
+
+    Args:
+        config: Its settings.
+        state: What it continues from; without one it starts, and takes the folder.
+        process: This process.
+        progress: Show bars (on a terminal) and lines on stderr.
+
+    Raises:
+        UserError: For bad input; nothing was written that was not there.
+        HubError: If the Hub does not give the weights, or gives them damaged.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, state: dict | None, process: Process, progress: bool
+    ):
+        check_settings(config)
+        self.config, self.process, self.progress = config, process, progress
+        self.images = open_images(config, progress)
+        # Once: the fingerprints in it look at every image file.
+        self.identity = identify(config, process.count, self.images.describe())
+        self.saved = RunState(config.output)
+        if state:
+            check_same_run(state["identity"], self.identity)
+        elif process.main:
+            self.saved.prepare(resume=False)
+        process.wait()
+        self.parts = assemble(config, self.images, process, state["base"] if state else None)
+        self.position, self.history = Position(), History()
+        if state:
+            self.position, self.history = restore(state, self.parts)
+        network, train_step = self.parts.network, self.parts.train_step
+        self.loop = EpochLoop(config, train_step, self.parts.train_loader, process, progress)
+        self.checkpoint = RunCheckpoint(config, network, self.identity["data"], process)
+        self.log = Log(config, resumed=state is not None, shown=progress)
+
+    def train(self, stop: Stop) -> dict:
+        """Train the epochs that are left, saving after each.
+
+        Returns:
+            The content of results.json.
+
+        Raises:
+            InterruptedRunError: When ``stop`` was requested.
+        """
+        self.log.start(self.parts.network, self.images, self.process.device, self.position)
+        while self.position.epoch < self.config.epochs:
+            if not self.loop.run(self.position, stop):
+                # Several processes get the signal at different steps: they leave without saving,
+                # and the epoch is repeated from its start, with the same outcome.
+                if self.process.count == 1:
+                    self._save_state()
+                raise self._interrupted()
+            self._end_epoch()
+            if stop.requested and self.position.epoch < self.config.epochs:
+                raise self._interrupted()
+        return self.checkpoint.results(self.history)
+
+    def _end_epoch(self) -> None:
+        """Measure, note and save.
+
+        The checkpoint comes before the state that the next epoch starts from: a run that is
+        killed in between repeats the epoch and writes the same.
+        """
+        loss, seconds = self.loop.mean_loss(self.position), self.position.seconds
+        if self.process.count > 1:
+            distribute_bn(self.parts.network.model, self.process.count, reduce=True)
+        metrics = self._measure()
+        self.position.end_epoch()
+        improved = self.history.add(self.position.epoch, loss, seconds, metrics)
+        self.log.epoch(self.history)
+        if self.process.main:
+            self.checkpoint.save(self.history, improved)
+            self._save_state()
+
+    def _measure(self) -> Metrics:
+        count = len(self.images.val)
+        return measure(
+            self.parts.network.model,
+            self.parts.val_loader,
+            self.process.device,
+            amp_dtype=self.parts.train_step.amp_dtype,
+            channels_last=self.config.channels_last,
+            images_here=math.ceil((count - self.process.rank) / self.process.count),
+            progress=self.progress,
+        )
+
+    def _save_state(self) -> None:
+        state = snapshot(self.config, self.identity, self.parts, self.position, self.history)
+        self.saved.save(state)
+
+    def _interrupted(self) -> InterruptedRunError:
+        return InterruptedRunError(
+            f"stopped; continue with: ema-timm finetune --resume --output {self.config.output}"
+        )
