@@ -36,23 +36,21 @@ def _add_finetune(commands) -> None:
 
 def _finetune(args: argparse.Namespace) -> int:
     given = given_options(args, FinetuneConfig)
-    required = ["output"] if args.resume else ["model", "data_dir", "output"]
-    missing = [f"--{name.replace('_', '-')}" for name in required if not given.get(name)]
-    if missing:
-        raise UserError(f"finetune needs {', '.join(missing)}; see ema-timm finetune --help.")
+    _check_given(given, ["output"] if args.resume else ["model", "data_dir", "output"])
 
-    from ema_timm.training.finetune import finetune
-    from ema_timm.training.state import RunState
+    from ema_timm.training.finetune import continue_run, finetune
 
-    if args.resume:
-        state = RunState(given["output"])
-        state.prepare(resume=True)
-        given = {**state.load()["config"], **given}
-    results = finetune(FinetuneConfig(**given), resume=args.resume)
+    results = continue_run(given) if args.resume else finetune(FinetuneConfig(**given))
     metrics = results["metrics"]
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(f"{given['output']}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
     return 0
+
+
+def _check_given(given: dict, required: list[str]) -> None:
+    missing = [f"--{name.replace('_', '-')}" for name in required if not given.get(name)]
+    if missing:
+        raise UserError(f"finetune needs {', '.join(missing)}; see ema-timm finetune --help.")
 
 
 def _add_quickstart(commands) -> None:

@@ -31,6 +31,17 @@ def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True
     return _train(config, state, progress)
 
 
+def continue_run(given: dict, progress: bool = True) -> dict:
+    """Continue an interrupted run with its own settings; returns and raises as `finetune` does.
+
+    Args:
+        given: Settings by name: ``output``, and those that are to be said again or may differ.
+        progress: As in `finetune`.
+    """
+    state = RunState(given["output"]).reopen()
+    return _train(FinetuneConfig(**{**state["config"], **given}), state, progress)
+
+
 def _train(config: FinetuneConfig, state: dict | None, progress: bool) -> dict:
     with join_processes(config.device) as process:
         run = Run(config, state, process, progress and process.main)

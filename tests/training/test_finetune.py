@@ -194,6 +194,17 @@ def test_resume_needs_only_the_output(config, capsys):
     assert f"top-1 {whole['metrics']['top1']:.2f}% of 23 images" in capsys.readouterr().out
 
 
+def test_resume_reads_the_state_once(config, monkeypatch):
+    run(config, epochs=1)
+    file, read = RunState(config.output).file, []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda f, **how: read.append(f) or load(f, **how))
+    assert main(["finetune", "--resume", "--output", config.output]) == 0
+    assert read == [file]
+    run(config, epochs=1, resume=True)
+    assert read == [file, file]
+
+
 def test_full_disk_leaves_whole_files(config, tmp_path):
     """A file size limit cuts the weights short, as a full disk does."""
     code = (
