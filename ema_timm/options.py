@@ -6,24 +6,34 @@ from dataclasses import field, fields
 from typing import Any
 
 
-def option(default: Any, help: str, **extra: Any) -> Any:
-    """A setting that the command line offers."""
-    return field(default=default, metadata={"help": help, **extra})
+def option(
+    default: Any, help: str, *, flag: bool = False, choices: tuple[str, ...] | None = None
+) -> Any:
+    """A setting that the command line offers.
+
+    Args:
+        default: Its value where none is given; also says its type.
+        help: What ``--help`` says of it.
+        flag: Offer it as ``--name`` and ``--no-name``.
+        choices: The values that it takes; None takes any.
+
+    Returns:
+        The field of a dataclass.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
 
 
 def add_options(command: argparse.ArgumentParser, config: type) -> None:
-    """One option for each setting of ``config``."""
+    """Add one option for each setting of the dataclass ``config``."""
     for setting in fields(config):
         if setting.metadata:
             _add_option(command, setting)
 
 
 def given_options(args: argparse.Namespace, config: type) -> dict:
-    """The settings that were given on the command line, by name."""
-    given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
-    if "model_kwargs" in given:
-        given["model_kwargs"] = dict(given["model_kwargs"])
-    return given
+    """The settings of ``config`` that were given on the command line, by name."""
+    given = [(f, getattr(args, f.name)) for f in fields(config) if hasattr(args, f.name)]
+    return {f.name: dict(value) if f.metadata.get("pairs") else value for f, value in given}
 
 
 def _add_option(command: argparse.ArgumentParser, setting) -> None:
@@ -45,7 +55,7 @@ def _add_option(command: argparse.ArgumentParser, setting) -> None:
 
 
 def pair(text: str) -> tuple[str, object]:
-    """KEY=VALUE; the value as Python reads it, or as text."""
+    """Read KEY=VALUE; the value as Python reads it, or as text."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")

@@ -6,9 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from PIL import Image
+from timm.data import create_loader, resolve_data_config
+from torch import nn
 
 from ema_timm.errors import UserError
+from ema_timm.measure.data import VAL, open_folder
+from ema_timm.measure.metrics import measure
 from ema_timm.training.finetune import finetune
 from ema_timm.training.settings import FinetuneConfig
 
@@ -105,14 +110,8 @@ def write_image(digit, path: Path) -> None:
     Image.fromarray((digit * (255 / 16)).round().astype("uint8")).save(path)
 
 
-def validate(model, data_dir: str | Path) -> dict:
-    """Counts of ``model`` on the validation images, through the settings in its own config."""
-    import torch
-    from timm.data import create_loader, resolve_data_config
-
-    from ema_timm.measure.data import VAL, open_folder
-    from ema_timm.measure.metrics import measure
-
+def validate(model: nn.Module, data_dir: str | Path) -> dict:
+    """Count ``model``'s hits on the validation images, through the settings in its own config."""
     data = resolve_data_config(model=model)
     classes = model.pretrained_cfg["label_names"]
     class_map = {name: index for index, name in enumerate(classes)}
