@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ema_timm.bench.report import layer, model, resolution
 from ema_timm.bench.report.markdown import caption
+from ema_timm.bench.report.panel import Panel
 
 
 class Kind(NamedTuple):
@@ -14,16 +15,18 @@ class Kind(NamedTuple):
         table: ``table(result)`` gives the whole table in Markdown.
         plot: ``plot(result, figure)`` draws all of it.
         brief: A table of the medians alone, where there is one.
+        glance: What of it goes into the picture of what EMA attention costs, if anything.
     """
 
     table: Callable[[dict], str]
     plot: Callable[[dict, Any], None]
     brief: Callable[[dict], str] | None = None
+    glance: Callable[[dict], Panel] | None = None
 
 
 KINDS = {
-    "layer": Kind(layer.table, layer.plot, layer.brief),
-    "model": Kind(model.table, model.plot),
+    "layer": Kind(layer.table, layer.plot, layer.brief, layer.glance),
+    "model": Kind(model.table, model.plot, glance=model.glance),
     "resolution": Kind(resolution.table, resolution.plot),
 }
 

@@ -1,7 +1,21 @@
 """How ``ema-timm bench layer`` is shown."""
 
+from ema_timm.bench.authors_form import AUTHORS
 from ema_timm.bench.layer import FLOOR
 from ema_timm.bench.report.markdown import grid, number, time
+from ema_timm.bench.report.panel import Bar, Panel
+from ema_timm.errors import UserError
+
+GLANCE_NETWORK = "resnet50 "
+"""Places of whose name the picture shows."""
+
+BASE = "se"
+GLANCE = {
+    AUTHORS: ("EMA, authors' form", "authors"),
+    "closed_form": ("EMA, ema-timm", "ours"),
+    BASE: ("SE, timm", "base"),
+}
+"""Name and role of the variants that the picture shows."""
 
 
 def table(result: dict) -> str:
@@ -74,3 +88,36 @@ def plot(result: dict, figure) -> None:
     axes.tick_params(axis="x", rotation=20)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def glance(result: dict) -> Panel:
+    """Forward + backward in the stages of ResNet-50, relative to SE's.
+
+    Raises:
+        UserError: If a variant has no time, because it failed parity.
+    """
+    rows = {(row["place"], row["variant"]): row for row in result["rows"]}
+    groups = {}
+    for place in dict.fromkeys(place for place, _ in rows):
+        if place.startswith(GLANCE_NETWORK):
+            here = {variant: rows[place, variant] for variant in GLANCE}
+            shape = "×".join(map(str, here[BASE]["shape"][1:]))
+            stage = place.removeprefix(GLANCE_NETWORK)
+            groups[f"{stage}, {shape}"] = _bars(here)
+    title = (
+        "One layer of ResNet-50: time of forward + backward,\nrelative to SE (shorter is better)"
+    )
+    return Panel(title, "×", 1, groups)
+
+
+def _bars(rows: dict[str, dict]) -> list[Bar]:
+    failed = [name for name, row in rows.items() if "both_ms" not in row]
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed parity: correct that, and measure again.")
+    base = rows[BASE]["both_ms"]["median"]
+    bars = []
+    for variant, (name, role) in GLANCE.items():
+        times = rows[variant]["both_ms"]
+        value, low, high = (times[key] / base for key in ("median", "min", "max"))
+        bars.append(Bar(name, role, value, low, high, f"{value:.1f}× · {times['median']:.1f} ms"))
+    return bars

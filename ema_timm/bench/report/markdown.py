@@ -7,13 +7,26 @@ from ema_timm.errors import UserError
 
 def caption(result: dict) -> str:
     """What was measured on what, in one line."""
-    machine, settings = result["machine"], result["settings"]
-    versions = machine["versions"]
-    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     return (
-        f"Measured on {machine['name']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"torch {versions['torch']}, timm {versions['timm']}, ema-timm {versions['ema_timm']}: "
-        f"{told}. Times are medians in ms (smallest to largest)."
+        f"Measured on {machine_line(result)}: {settings_line(result)}. "
+        "Times are medians in ms (smallest to largest)."
+    )
+
+
+def machine_line(result: dict) -> str:
+    """The machine and the versions."""
+    machine = result["machine"]
+    versions = machine["versions"]
+    return (
+        f"{machine['name']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"torch {versions['torch']}, timm {versions['timm']}, ema-timm {versions['ema_timm']}"
+    )
+
+
+def settings_line(result: dict) -> str:
+    """Every setting with its name."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in result["settings"].items()
     )
 
 

@@ -1,6 +1,9 @@
 """How ``ema-timm bench model`` is shown."""
 
+from ema_timm.bench.authors_form import AUTHORS
 from ema_timm.bench.report.markdown import grid, number, time
+from ema_timm.bench.report.panel import Bar, Panel
+from ema_timm.errors import UserError
 
 
 def table(result: dict) -> str:
@@ -28,3 +31,37 @@ def plot(result: dict, figure) -> None:
         axes.barh([r["network"] for r in rows], [r[f"{kind}_images_per_s"] for r in rows])
         axes.invert_yaxis()
         axes.set_xlabel(f"{kind}, images/s")
+
+
+def glance(result: dict) -> Panel:
+    """Training images a second of every network, relative to the plain network's.
+
+    The plain network of a row is the one whose name is the shortest within the row's name.
+
+    Raises:
+        UserError: If a network has no time, because it failed parity.
+    """
+    rows = {row["network"]: row for row in result["rows"]}
+    failed = [name for name, row in rows.items() if "training_ms" not in row]
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed parity: correct that, and measure again.")
+    groups = {}
+    for name, row in rows.items():
+        plain = min((other for other in rows if other in name), key=len)
+        groups.setdefault(plain, []).append(_bar(row, rows[plain]))
+    title = (
+        "Whole networks: images/s in training,\nrelative to the plain network (longer is better)"
+    )
+    return Panel(title, "%", 100, groups)
+
+
+def _bar(row: dict, plain: dict) -> Bar:
+    times, base = row["training_ms"], plain["training_ms"]["median"]
+    value, low, high = (100 * base / times[key] for key in ("median", "max", "min"))
+    text = f"{value:.0f}% · {row['training_images_per_s']:.1f}/s"
+    if row is plain:
+        return Bar("plain", "base", value, low, high, text)
+    name = row["network"].removeprefix(f"{plain['network']}, ")
+    # A network without EMA attention has nothing to agree with.
+    role = "authors" if name == AUTHORS else "ours" if "error" in row else "other"
+    return Bar(name, role, value, low, high, text)
