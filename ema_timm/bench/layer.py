@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import create_attn
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn, largest_group_count
+from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
 from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
+from ema_timm.bench.parity import TOLERANCE, layer_errors
 from ema_timm.bench.timing import Timing, machine, round_robin
 from ema_timm.ops import IMPLEMENTATIONS
 from ema_timm.ops.dispatch import fused_unavailable
@@ -28,33 +30,6 @@ SHAPES = {
 
 PEERS = ("se", "eca", "cbam", "coord", "gc", "ela")
 FLOOR = "clone"
-AUTHORS = "authors' form"
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest relative error against the float64 reference: output and gradients, in norm."""
-
-
-class AuthorsForm(EmaAttn):
-    """The paper's module as its authors arranged it, of library layers: what people paste.
-
-    Pools with AdaptiveAvgPool2d, folds groups into the batch, convolves all channels, normalises
-    with GroupNorm, and weighs maps by batched products. For comparison only.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate ``x``, (B, C, H, W)."""
-        batch, channels, height, width = x.shape
-        n = channels // self.groups
-        g = x.reshape(batch * self.groups, n, height, width)
-        rows = F.adaptive_avg_pool2d(g, (None, 1))
-        cols = F.adaptive_avg_pool2d(g, (1, None)).permute(0, 1, 3, 2)
-        gate_h, gate_w = self.conv1x1(torch.cat([rows, cols], 2)).split([height, width], 2)
-        x1 = self.gn(g * gate_h.sigmoid() * gate_w.permute(0, 1, 3, 2).sigmoid())
-        x2 = self.conv3x3(g)
-        v, u = (F.adaptive_avg_pool2d(t, 1).reshape(-1, 1, n).softmax(-1) for t in (x1, x2))
-        flat = (t.reshape(-1, n, height * width) for t in (x2, x1))
-        logits = sum(a @ t for a, t in zip((v, u), flat, strict=True))
-        gate = logits.reshape(-1, 1, height, width).sigmoid()
-        return (g * gate).reshape(batch, channels, height, width)
 
 
 def bench_layer(
@@ -107,7 +82,7 @@ def bench_layer(
 def _bench_shape(place: str, x: Tensor, rounds: int, compiled: bool, progress: bool) -> list[dict]:
     variants = _variants(x, compiled)
     upstream = torch.randn_like(x)
-    errors = _parity({n: v for n, v in variants.items() if v.ema}, x, upstream)
+    errors = layer_errors({n: v.layer for n, v in variants.items() if v.ema}, x, upstream)
     sound = {n: v for n, v in variants.items() if errors.get(n, 0) <= TOLERANCE[x.dtype]}
     device = x.device
 
@@ -115,40 +90,47 @@ def _bench_shape(place: str, x: Tensor, rounds: int, compiled: bool, progress: b
     both = {n: _forward_backward(v.layer, x, upstream) for n, v in sound.items()}
     forward[FLOOR] = both[FLOOR] = x.detach().clone
     label = f"{place} {tuple(x.shape)}"
-    times = {
-        "forward": round_robin(forward, rounds, device, f"{label} forward", progress),
-        "both": round_robin(both, rounds, device, f"{label} forward + backward", progress),
-    }
+    forward_ms = round_robin(forward, rounds, device, f"{label} forward", progress)
+    both_ms = round_robin(both, rounds, device, f"{label} forward + backward", progress)
     rows = []
     for name in [*variants, FLOOR]:
         row = {"place": place, "shape": list(x.shape), "variant": name}
         if name in errors:
-            row["error"] = errors[name]
-            row["parity"] = name in sound
+            row |= {"error": errors[name], "parity": name in sound}
         if name in forward:
-            row["forward_ms"] = times["forward"][name]._asdict()
-            row["both_ms"] = times["both"][name]._asdict()
+            row["forward_ms"] = forward_ms[name]._asdict()
+            row["both_ms"] = both_ms[name]._asdict()
         if name in sound:
-            layer = variants[name].layer
-            parameters = list(layer.parameters())
-            row["parameters"] = sum(p.numel() for p in parameters)
-            row["forward_peak_bytes"] = peak_extra_bytes(forward[name], device)
-            row["both_peak_bytes"] = peak_extra_bytes(both[name], device)
-            row["saved_bytes"] = saved_bytes(lambda f=layer: f(x), [x, *parameters])
-        rows.append(row)
-    # A clone reads and writes once: two units. The forward needs two, the backward three more.
-    clone: Timing = times["forward"][FLOOR]
-    for row in rows:
-        row["forward_floor_ms"] = clone.median
-        row["both_floor_ms"] = clone.median * 5 / 2
-        row["input_bytes"] = x.numel() * x.element_size()
+            row |= _memory(variants[name].layer, x, forward[name], both[name])
+        rows.append(row | _floor(x, forward_ms[FLOOR]))
     return rows
 
 
-class _Variant:
-    def __init__(self, layer: nn.Module, ema: bool):
-        self.layer = layer
-        self.ema = ema
+def _memory(layer: nn.Module, x: Tensor, forward: Callable, both: Callable) -> dict:
+    parameters = list(layer.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "forward_peak_bytes": peak_extra_bytes(forward, x.device),
+        "both_peak_bytes": peak_extra_bytes(both, x.device),
+        "saved_bytes": saved_bytes(lambda: layer(x), [x, *parameters]),
+    }
+
+
+def _floor(x: Tensor, clone: Timing) -> dict:
+    """The least that any layer takes: the traffic of its maps at the speed of a copy.
+
+    A clone reads and writes once: two units. The forward needs two, the backward three more.
+    """
+    return {
+        "forward_floor_ms": clone.median,
+        "both_floor_ms": clone.median * 5 / 2,
+        "input_bytes": x.numel() * x.element_size(),
+    }
+
+
+class _Variant(NamedTuple):
+    layer: nn.Module
+    ema: bool
 
 
 def _variants(x: Tensor, compiled: bool) -> dict[str, _Variant]:
@@ -178,31 +160,9 @@ def _variants(x: Tensor, compiled: bool) -> dict[str, _Variant]:
     return variants
 
 
-def _parity(variants: dict[str, _Variant], x: Tensor, upstream: Tensor) -> dict[str, float]:
-    """Largest relative error of output and gradients against the float64 reference."""
-    oracle = EmaAttn(x.shape[1], largest_group_count(x.shape[1])).double().to(x.device)
-    first = next(iter(variants.values())).layer
-    oracle.load_state_dict(first.state_dict())
-    oracle.impl = "reference"
-    exact = x.detach().double().requires_grad_()
-    out = oracle(exact)
-    parameters = list(oracle.parameters())
-    wanted = [out.detach(), *torch.autograd.grad(out, [exact, *parameters], upstream.double())]
-    errors = {}
-    for name, variant in variants.items():
-        out = variant.layer(x)
-        inputs = [x, *variant.layer.parameters()]
-        gradients = torch.autograd.grad(out, inputs, upstream, materialize_grads=True)
-        found = [out.detach(), *gradients]
-        errors[name] = max(
-            float((got.double() - want).norm() / want.norm())
-            for got, want in zip(found, wanted, strict=True)
-        )
-    return errors
-
-
 def _forward(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     def call() -> Tensor:
+        """One forward, without gradients."""
         with torch.inference_mode():
             return layer(x)
 

@@ -44,6 +44,7 @@ def saved_bytes(call: Callable[[], object], known: Iterable[Tensor]) -> int:
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        """Note what is kept, and keep it as it is."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: its address stays its

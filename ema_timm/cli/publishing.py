@@ -47,7 +47,8 @@ def _publish(args: argparse.Namespace) -> int:
     # Read when the client is imported. Without xet every step is under the time limit.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from ema_timm.checkpoints.card_file import EditedCardError
-    from ema_timm.publishing.publish import Destination, publish, rehearse
+    from ema_timm.hub.commit import Destination
+    from ema_timm.publishing.publish import publish, rehearse
 
     to = Destination(args.repo_id, args.revision, args.private, args.create_pr)
     if args.dry_run:

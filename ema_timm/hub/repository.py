@@ -7,9 +7,7 @@ is found again instead of being made twice.
 """
 
 import functools
-import hashlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -17,68 +15,12 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from ema_timm import __version__
 from ema_timm.errors import UserError
-from ema_timm.files import sha256
-from ema_timm.hub.git_oid import git_oid
+from ema_timm.hub.commit import Destination, File, Landed, digest
 from ema_timm.hub.steps import AGAIN, ATTEMPTS, StepError, Steps
 from ema_timm.hub.time_limit import TimeLimit
 
 ANSWER_SECONDS = 90
 """For a step of small requests; the client itself tries one again for up to half a minute."""
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where to publish.
-
-    Attributes:
-        repo: USER/NAME.
-        revision: Branch; made where it is missing.
-        private: Make a new repository private.
-        create_pr: Open a pull request instead of committing to the branch.
-    """
-
-    repo: str
-    revision: str = "main"
-    private: bool = False
-    create_pr: bool = False
-
-
-class File:
-    """One file to publish, with the names that the Hub gives to its content."""
-
-    def __init__(self, path: Path):
-        self.path, self.name, self.size = path, path.name, path.stat().st_size
-        self.sha256 = sha256(path)
-
-    @functools.cached_property
-    def git_oid(self) -> str:
-        """Git's name of the content, where it is not in large-file storage."""
-        return git_oid(self.path)
-
-
-@dataclass(frozen=True)
-class Landed:
-    """A commit that is on the Hub.
-
-    Attributes:
-        commit: Its full hash.
-        url: Page of the commit or of the pull request.
-        new: Whether this run made it.
-    """
-
-    commit: str
-    url: str
-    new: bool
-
-    def load_line(self, repo: str) -> str:
-        """The line of Python that loads it."""
-        return f'timm.create_model("hf-hub:{repo}@{self.commit}", pretrained=True)'
-
-
-def digest(files: list[File]) -> str:
-    """One name for all the files together."""
-    lines = sorted(f"{file.name} {file.sha256}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class Repository:
@@ -88,6 +30,7 @@ class Repository:
         self.api, self.to, self.limit = api, destination, limit
         self.head: str | None = None
         self._steps = Steps(destination.repo, limit, api.token)
+        self._branch = {"revision": destination.revision, "create_pr": destination.create_pr}
 
     def open(self) -> None:
         """Find the repository and its branch, or make them; notes the head that they are at.
@@ -142,38 +85,37 @@ class Repository:
         if found:
             return found
         operations = [CommitOperationAdd(file.name, file.path) for file in files]
-        options = {"revision": self.to.revision, "create_pr": self.to.create_pr}
         for file, operation in zip(files, operations, strict=True):
-            self._upload(file, operation, options)
-        description = f"ema-timm {__version__}, files {digest(files)}"
-
-        def commit() -> Landed:
-            with self._steps.step("committing", seconds=ANSWER_SECONDS):
-                made = self.api.create_commit(
-                    self.to.repo,
-                    operations,
-                    commit_message=title,
-                    commit_description=description,
-                    parent_commit=None if self.to.create_pr else self.head,
-                    **options,
-                )
-            return Landed(made.oid, made.pr_url or made.commit_url, new=True)
-
+            self._upload(file, operation)
+        mark = f"ema-timm {__version__}, files {digest(files)}"
+        commit = functools.partial(self._commit, operations, title, mark)
         look = functools.partial(self._look_after, files)
         # A pull request has no parent that would refuse a second one.
         return self._steps.patiently(commit, 1 if self.to.create_pr else ATTEMPTS, look)
 
-    def _upload(self, file: File, operation: CommitOperationAdd, options: dict) -> None:
+    def _upload(self, file: File, operation: CommitOperationAdd) -> None:
         """Upload a large file; a small one goes with the commit.
 
         One at a time: the client would give several to threads, which no limit can stop.
         """
         try:
             with self._steps.step(f"uploading {file.name}"):
-                self.api.preupload_lfs_files(self.to.repo, [operation], **options)
+                self.api.preupload_lfs_files(self.to.repo, [operation], **self._branch)
         except StepError:
             print(file=sys.stderr)  # the client leaves its bar in the middle of a line
             raise
+
+    def _commit(self, operations: list[CommitOperationAdd], title: str, mark: str) -> Landed:
+        with self._steps.step("committing", seconds=ANSWER_SECONDS):
+            made = self.api.create_commit(
+                self.to.repo,
+                operations,
+                commit_message=title,
+                commit_description=mark,
+                parent_commit=None if self.to.create_pr else self.head,
+                **self._branch,
+            )
+        return Landed(made.oid, made.pr_url or made.commit_url, new=True)
 
     def _look_after(self, files: list[File], failure: StepError) -> Landed | None:
         try:
@@ -213,16 +155,15 @@ class Repository:
 
     def fetch(self, file: str, commit: str, cache: Path, anew: bool = False) -> Path:
         """Download one file of a commit into ``cache``; ``anew`` also where it is there."""
+        return self._steps.patiently(functools.partial(self._download, file, commit, cache, anew))
 
-        def download() -> Path:
-            with self._steps.step(f"fetching {file} back"):
-                return Path(
-                    self.api.hf_hub_download(
-                        self.to.repo, file, revision=commit, cache_dir=cache, force_download=anew
-                    )
+    def _download(self, file: str, commit: str, cache: Path, anew: bool) -> Path:
+        with self._steps.step(f"fetching {file} back"):
+            return Path(
+                self.api.hf_hub_download(
+                    self.to.repo, file, revision=commit, cache_dir=cache, force_download=anew
                 )
-
-        return self._steps.patiently(download)
+            )
 
     def url(self, commit: str) -> str:
         """Page of a commit."""

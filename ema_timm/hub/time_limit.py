@@ -59,6 +59,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         return
 
     def ring(signum, frame):
+        """End whatever runs."""
         raise _Alarm
 
     before = signal.signal(signal.SIGALRM, ring)

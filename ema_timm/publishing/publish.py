@@ -7,56 +7,31 @@ the model is loaded from there in a fresh process and compared again.
 
 import difflib
 import re
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file
 
 from ema_timm import __version__
 from ema_timm.checkpoints.card import is_generated
 from ema_timm.checkpoints.card_file import EditedCardError
-from ema_timm.checkpoints.check import (
-    CARD,
-    WEIGHTS,
-    CheckpointFolder,
-    build_network,
-    check_folder,
-)
+from ema_timm.checkpoints.check import CARD, WEIGHTS, build_network
 from ema_timm.errors import HubError, UserError
 from ema_timm.files import sha256
-from ema_timm.hub.repository import Destination, File, Landed, Repository
+from ema_timm.hub.commit import Destination, File, Landed
+from ema_timm.hub.repository import Repository
 from ema_timm.hub.steps import AGAIN
 from ema_timm.hub.time_limit import TimeLimit
+from ema_timm.publishing.plan import Plan, check_space, make_plan
 from ema_timm.publishing.reload import Outputs, outputs, reload_elsewhere, same
 
 TIME_LIMIT = 3600.0
 _PICKLES = re.compile(r"\.(bin|pth|pt|pth\.tar|pkl)$")
 
 Reload = Callable[[str, dict[str, str]], Outputs]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is published where."""
-
-    folder: CheckpointFolder
-    files: list[File]
-    to: Destination
-
-    def __str__(self) -> str:
-        to = self.to
-        where = f"a pull request on {to.repo}" if to.create_pr else f"{to.repo}, {to.revision}"
-        lines = [f"{where}{' (private, if it is new)' if to.private else ''}:"]
-        width = max(len(file.name) for file in self.files)
-        lines += [f"  {f.name:{width}} {f.size:>13,} bytes  sha256 {f.sha256}" for f in self.files]
-        total = sum(file.size for file in self.files)
-        return "\n".join([*lines, f"  {'together':{width}} {total:>13,} bytes in one commit"])
 
 
 def publish(
@@ -88,15 +63,9 @@ def publish(
         HubError: If the Hub failed. It holds the whole commit or nothing of it.
     """
     plan = make_plan(folder, to)
-    token = api.token if api and isinstance(api.token, str) else get_token()
-    if not token:
-        raise UserError(
-            "publishing needs a token with write access, and there is none. Log in with "
-            "hf auth login, or set HF_TOKEN (https://huggingface.co/settings/tokens)."
-        )
-    api = HfApi(api.endpoint if api else None, token, "ema-timm", __version__)
+    api = _client(api)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
-        _check_space(plan, Path(scratch))
+        check_space(plan, Path(scratch))
         expected = check_loads_back(plan, reload, Path(scratch))
         repository = Repository(api, to, TimeLimit(time_limit))
         landed = _push(plan, repository, Path(scratch), force)
@@ -115,22 +84,6 @@ def rehearse(folder: str | Path, to: Destination, *, reload: Reload = reload_els
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         check_loads_back(plan, reload, Path(scratch))
     return plan
-
-
-def make_plan(folder: str | Path, to: Destination) -> Plan:
-    """Check the folder and the destination's name; no network."""
-    try:
-        validate_repo_id(to.repo)
-    except HFValidationError as error:
-        raise UserError(f"--repo-id {to.repo!r}: {error} Give USER/NAME.") from error
-    if to.repo.count("/") != 1:
-        raise UserError(f"--repo-id must be USER/NAME, got {to.repo!r}.")
-    if re.fullmatch(r"[0-9a-f]{40}", to.revision):
-        raise UserError(f"--revision must name a branch, and {to.revision} is a commit.")
-    if to.create_pr and to.revision != "main":
-        raise UserError("--create-pr is for the branch main: leave out --revision.")
-    checked = check_folder(folder)
-    return Plan(checked, [File(checked.path / name) for name in checked.files], to)
 
 
 def check_loads_back(plan: Plan, reload: Reload, scratch: Path) -> Outputs:
@@ -153,13 +106,14 @@ def check_loads_back(plan: Plan, reload: Reload, scratch: Path) -> Outputs:
     return expected
 
 
-def _check_space(plan: Plan, scratch: Path) -> None:
-    needed, free = sum(file.size for file in plan.files), shutil.disk_usage(scratch).free
-    if free < needed:
+def _client(api: HfApi | None) -> HfApi:
+    token = api.token if api and isinstance(api.token, str) else get_token()
+    if not token:
         raise UserError(
-            f"{scratch.parent} has {free:,} bytes free, and fetching the files back takes "
-            f"{needed:,}. Free space, or set TMPDIR to another disk."
+            "publishing needs a token with write access, and there is none. Log in with "
+            "hf auth login, or set HF_TOKEN (https://huggingface.co/settings/tokens)."
         )
+    return HfApi(api.endpoint if api else None, token, "ema-timm", __version__)
 
 
 def _push(plan: Plan, repository: Repository, scratch: Path, force: bool) -> Landed:
@@ -171,13 +125,17 @@ def _push(plan: Plan, repository: Repository, scratch: Path, force: bool) -> Lan
         return Landed(repository.head, repository.url(repository.head), new=False)
     if CARD in there and not force:
         _keep_edited_card(plan, repository, scratch)
+    _mention_pickles(there)
+    return repository.push(plan.files, _title(plan.folder.results))
+
+
+def _mention_pickles(there: Iterable[str]) -> None:
     pickles = ", ".join(name for name in there if _PICKLES.search(name))
     if pickles:
         _say(
             f"note: the repository also holds {pickles}. timm reads a pickle where "
             f"{WEIGHTS} cannot be had; remove it if it is not of these weights"
         )
-    return repository.push(plan.files, _title(plan.folder.results))
 
 
 def _keep_edited_card(plan: Plan, repository: Repository, scratch: Path) -> None:
@@ -216,19 +174,23 @@ def _verify(
     _say(f"fetching commit {landed.commit[:8]} back")
     cache = scratch / "fetched"
     for file in plan.files:
-        got = sha256(repository.fetch(file.name, landed.commit, cache))
-        if got != file.sha256:
-            _say(f"{file.name} came back damaged; fetching it anew")
-            got = sha256(repository.fetch(file.name, landed.commit, cache, anew=True))
-        if got != file.sha256:
-            raise HubError(
-                f"fetching {file.name} back gave sha256 {got}, not {file.sha256}, twice. {AGAIN}"
-            )
+        _fetch_back(file, landed, repository, cache)
     name = f"hf-hub:{plan.to.repo}@{landed.commit}"
     _say(f"loading {name} in a fresh process")
     loaded = reload(name, {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": repository.api.endpoint})
     if not same(expected, loaded):
         raise HubError(f"{name} does not answer as the published model does. {AGAIN}")
+
+
+def _fetch_back(file: File, landed: Landed, repository: Repository, cache: Path) -> None:
+    got = sha256(repository.fetch(file.name, landed.commit, cache))
+    if got != file.sha256:
+        _say(f"{file.name} came back damaged; fetching it anew")
+        got = sha256(repository.fetch(file.name, landed.commit, cache, anew=True))
+    if got != file.sha256:
+        raise HubError(
+            f"fetching {file.name} back gave sha256 {got}, not {file.sha256}, twice. {AGAIN}"
+        )
 
 
 def _say(text: str) -> None:

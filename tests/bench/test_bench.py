@@ -9,10 +9,16 @@ import torch
 from PIL import Image
 
 from ema_timm.bench import layer as layer_bench
-from ema_timm.bench.layer import AUTHORS, FLOOR, PEERS, AuthorsForm, bench_layer
+from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
+from ema_timm.bench.layer import FLOOR, PEERS, bench_layer
 from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
-from ema_timm.bench.model import bench_model, bench_resolution, parity
-from ema_timm.bench.report import plot, put_into, table
+from ema_timm.bench.model import bench_model
+from ema_timm.bench.networks import build
+from ema_timm.bench.parity import network_error
+from ema_timm.bench.report.kinds import table
+from ema_timm.bench.report.markdown import put_into
+from ema_timm.bench.report.picture import plot
+from ema_timm.bench.resolution import bench_resolution
 from ema_timm.bench.timing import round_robin
 from ema_timm.cli import main
 from ema_timm.errors import UserError
@@ -115,13 +121,12 @@ def test_networks_and_their_growth():
 
 def test_whole_network_parity_sees_a_wrong_layer(monkeypatch):
     from ema_timm import EmaAttn
-    from ema_timm.bench.model import _build
 
-    model = _build("test_resnet_ema", {}, torch.device("cpu"), False)
+    model = build("test_resnet_ema", {}, torch.device("cpu"))
     images = torch.randn(2, 3, 64, 64)
-    assert parity(model, images) < 1e-5
+    assert network_error(model, images) < 1e-5
     monkeypatch.setattr(EmaAttn, "forward", lambda self, x: x * 0.6)
-    assert parity(model, images) > 1e-3
+    assert network_error(model, images) > 1e-3
 
 
 def test_table_from_the_json_file_and_into_a_document(measured, tmp_path, capsys):

@@ -18,8 +18,13 @@ import ema_timm
 from ema_timm.attention import EmaAttn
 from ema_timm.cli import main
 from ema_timm.errors import UserError, VerificationError
-from ema_timm.publishing import export as export_module
-from ema_timm.publishing.export import FORMATS, export, load, open_onnx, quantize_int8, write_onnx
+from ema_timm.publishing.export import packages
+from ema_timm.publishing.export import write as export_module
+from ema_timm.publishing.export.formats import FORMATS
+from ema_timm.publishing.export.int8 import quantize_int8
+from ema_timm.publishing.export.network import load
+from ema_timm.publishing.export.onnx import open_onnx, write_onnx
+from ema_timm.publishing.export.write import export
 
 REPO = os.environ.get("TIMM_REPO")
 # PyTorch's exporters warn about their own future.
@@ -223,7 +228,7 @@ def test_what_is_no_checkpoint_is_refused(folder, damage, said, capsys):
 
 
 def test_a_missing_package_is_named_before_any_work(folder, monkeypatch):
-    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs onnx, onnxruntime, onnxscript: pip install 'ema-"):
         export(folder, "onnx")
     assert export(folder, "torchscript").path.exists()
@@ -234,6 +239,14 @@ def test_a_network_of_one_size_is_refused(tmp_path, capsys):
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     assert main(["export", str(tmp_path), "--format", "pt2"]) == 2
     assert "leaves the image size free" in capsys.readouterr().err
+
+
+def test_the_command_offers_every_format_and_exporter(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    text = capsys.readouterr().out
+    for choices in (FORMATS, FORMATS["onnx"].exporters):
+        assert f"{{{','.join(choices)}}}" in text
 
 
 @pytest.mark.parametrize("option", [["--int8"], ["--exporter", "legacy"]])

@@ -19,9 +19,10 @@ from ema_timm.checkpoints.card_file import write_card
 from ema_timm.cli import main
 from ema_timm.errors import HubError, UserError
 from ema_timm.files import sha256
+from ema_timm.hub.commit import Destination
 from ema_timm.hub.steps import scrub
 from ema_timm.hub.time_limit import TimeLimit, TimeUpError
-from ema_timm.publishing.publish import Destination, publish
+from ema_timm.publishing.publish import publish
 from ema_timm.publishing.reload import outputs, reload_elsewhere, same
 
 PUBLISHED = {

@@ -1,0 +1,63 @@
+"""Parity with the definition, before anything is timed: who does not agree gets no time."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ema_timm.attention import EmaAttn, largest_group_count
+from ema_timm.ops import ema_attention
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Largest relative error against the float64 reference: output and gradients, in norm."""
+
+
+def layer_errors(layers: Mapping[str, EmaAttn], x: Tensor, upstream: Tensor) -> dict[str, float]:
+    """Largest relative error of output and gradients against the float64 reference.
+
+    Args:
+        layers: Variants of one EMA layer with the same weights, by name.
+        x: Feature map, (B, C, H, W), with a gradient.
+        upstream: Gradient of the output.
+    """
+    oracle = EmaAttn(x.shape[1], largest_group_count(x.shape[1])).double().to(x.device)
+    first = next(iter(layers.values()))
+    oracle.load_state_dict(first.state_dict())
+    oracle.impl = "reference"
+    exact = x.detach().double().requires_grad_()
+    out = oracle(exact)
+    parameters = list(oracle.parameters())
+    wanted = [out.detach(), *torch.autograd.grad(out, [exact, *parameters], upstream.double())]
+    errors = {}
+    for name, layer in layers.items():
+        out = layer(x)
+        inputs = [x, *layer.parameters()]
+        gradients = torch.autograd.grad(out, inputs, upstream, materialize_grads=True)
+        found = [out.detach(), *gradients]
+        errors[name] = max(
+            float((got.double() - want).norm() / want.norm())
+            for got, want in zip(found, wanted, strict=True)
+        )
+    return errors
+
+
+@torch.no_grad()
+def network_error(model: nn.Module, images: Tensor) -> float | None:
+    """Relative difference of the logits with every EMA layer by definition; None without any."""
+    layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
+    if not layers:
+        return None
+    model.eval()
+    out = model(images)
+    # AuthorsForm is an EmaAttn that computes otherwise: the definition is forced on it as well.
+    for layer in layers:
+        layer.forward = partial(_by_definition, layer)
+    want = model(images)
+    for layer in layers:
+        del layer.forward
+    return float((out - want).norm() / want.norm())
+
+
+def _by_definition(layer: EmaAttn, x: Tensor) -> Tensor:
+    return ema_attention(x, layer.weights(), layer.groups, impl="reference")

@@ -1,0 +1,70 @@
+"""Markdown of measurements: a table, its caption, its place in a document."""
+
+from pathlib import Path
+
+from ema_timm.errors import UserError
+
+
+def caption(result: dict) -> str:
+    """What was measured on what, in one line."""
+    return (
+        f"Measured on {machine_line(result)}: {settings_line(result)}. "
+        "Times are medians in ms (smallest to largest)."
+    )
+
+
+def machine_line(result: dict) -> str:
+    """The machine and the versions."""
+    machine = result["machine"]
+    versions = machine["versions"]
+    return (
+        f"{machine['name']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"torch {versions['torch']}, timm {versions['timm']}, ema-timm {versions['ema_timm']}"
+    )
+
+
+def settings_line(result: dict) -> str:
+    """Every setting with its name."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in result["settings"].items()
+    )
+
+
+def grid(header: list[str], rows: list[list[str]]) -> str:
+    """A table: the first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def time(timing: dict | None) -> str:
+    """A cell: median (smallest to largest), or that there is none."""
+    if timing is None:
+        return "failed parity"
+    return f"{timing['median']:.2f} ({timing['min']:.2f} to {timing['max']:.2f})"
+
+
+def number(row: dict, key: str, unit: float, form: str) -> str:
+    """A cell: what the row holds, in units of ``unit``; empty where it holds nothing."""
+    return format(row[key] / unit, form) if key in row else ""
+
+
+def put_into(file: str | Path, name: str, text: str) -> bool:
+    """Replace the part of a Markdown file between ``<!-- bench: name -->`` and ``<!-- /bench -->``.
+
+    Returns:
+        Whether the file changed.
+
+    Raises:
+        UserError: If the file has no such part.
+    """
+    path = Path(file)
+    old = path.read_text(encoding="utf-8")
+    start, end = f"<!-- bench: {name} -->\n", "<!-- /bench -->"
+    before, found, rest = old.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{file} has no part between {start.strip()} and {end}. Add both lines.")
+    new = f"{before}{start}{text}{end}{after}"
+    if new != old:
+        path.write_text(new, encoding="utf-8")
+    return new != old

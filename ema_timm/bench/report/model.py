@@ -1,0 +1,67 @@
+"""How ``ema-timm bench model`` is shown."""
+
+from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.report.markdown import grid, number, time
+from ema_timm.bench.report.panel import Bar, Panel
+from ema_timm.errors import UserError
+
+
+def table(result: dict) -> str:
+    """One row a network; the peak memory of a step where it was measured."""
+    header = ["network", "parameters", "inference, images/s", "training, images/s", "step, ms"]
+    memory = any("training_peak_bytes" in row for row in result["rows"])
+    if memory:
+        header.append("step, peak MiB")
+    lines = []
+    for row in result["rows"]:
+        times = [
+            f"{row[key]:.1f}" if key in row else "failed parity"
+            for key in ("inference_images_per_s", "training_images_per_s")
+        ]
+        step = time(row.get("training_ms"))
+        peak = [number(row, "training_peak_bytes", 2**20, ".0f")] if memory else []
+        lines.append([row["network"], f"{row['parameters']:,}", *times, step, *peak])
+    return grid(header, lines)
+
+
+def plot(result: dict, figure) -> None:
+    """Images a second: inference beside training."""
+    rows = [row for row in result["rows"] if "training_images_per_s" in row]
+    for axes, kind in zip(figure.subplots(1, 2), ("inference", "training"), strict=True):
+        axes.barh([r["network"] for r in rows], [r[f"{kind}_images_per_s"] for r in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{kind}, images/s")
+
+
+def glance(result: dict) -> Panel:
+    """Training images a second of every network, relative to the plain network's.
+
+    The plain network of a row is the one whose name is the shortest within the row's name.
+
+    Raises:
+        UserError: If a network has no time, because it failed parity.
+    """
+    rows = {row["network"]: row for row in result["rows"]}
+    failed = [name for name, row in rows.items() if "training_ms" not in row]
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed parity: correct that, and measure again.")
+    groups = {}
+    for name, row in rows.items():
+        plain = min((other for other in rows if other in name), key=len)
+        groups.setdefault(plain, []).append(_bar(row, rows[plain]))
+    title = (
+        "Whole networks: images/s in training,\nrelative to the plain network (longer is better)"
+    )
+    return Panel(title, "%", 100, groups)
+
+
+def _bar(row: dict, plain: dict) -> Bar:
+    times, base = row["training_ms"], plain["training_ms"]["median"]
+    value, low, high = (100 * base / times[key] for key in ("median", "max", "min"))
+    text = f"{value:.0f}% · {row['training_images_per_s']:.1f}/s"
+    if row is plain:
+        return Bar("plain", "base", value, low, high, text)
+    name = row["network"].removeprefix(f"{plain['network']}, ")
+    # A network without EMA attention has nothing to agree with.
+    role = "authors" if name == AUTHORS else "ours" if "error" in row else "other"
+    return Bar(name, role, value, low, high, text)

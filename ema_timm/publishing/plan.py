@@ -1,0 +1,68 @@
+"""What is published where, settled before anything is sent."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ema_timm.checkpoints.check import CheckpointFolder, check_folder
+from ema_timm.errors import UserError
+from ema_timm.hub.commit import Destination, File
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is published where."""
+
+    folder: CheckpointFolder
+    files: list[File]
+    to: Destination
+
+    def __str__(self) -> str:
+        to = self.to
+        where = f"a pull request on {to.repo}" if to.create_pr else f"{to.repo}, {to.revision}"
+        lines = [f"{where}{' (private, if it is new)' if to.private else ''}:"]
+        width = max(len(file.name) for file in self.files)
+        lines += [f"  {f.name:{width}} {f.size:>13,} bytes  sha256 {f.sha256}" for f in self.files]
+        total = sum(file.size for file in self.files)
+        return "\n".join([*lines, f"  {'together':{width}} {total:>13,} bytes in one commit"])
+
+
+def make_plan(folder: str | Path, to: Destination) -> Plan:
+    """Check the folder and the destination's name; no network.
+
+    Raises:
+        UserError: For a folder or a name that cannot be published.
+    """
+    _check_destination(to)
+    checked = check_folder(folder)
+    return Plan(checked, [File(checked.path / name) for name in checked.files], to)
+
+
+def _check_destination(to: Destination) -> None:
+    try:
+        validate_repo_id(to.repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo-id {to.repo!r}: {error} Give USER/NAME.") from error
+    if to.repo.count("/") != 1:
+        raise UserError(f"--repo-id must be USER/NAME, got {to.repo!r}.")
+    if re.fullmatch(r"[0-9a-f]{40}", to.revision):
+        raise UserError(f"--revision must name a branch, and {to.revision} is a commit.")
+    if to.create_pr and to.revision != "main":
+        raise UserError("--create-pr is for the branch main: leave out --revision.")
+
+
+def check_space(plan: Plan, scratch: Path) -> None:
+    """See that the files fit into the folder that they are fetched back into.
+
+    Raises:
+        UserError: If not.
+    """
+    needed, free = sum(file.size for file in plan.files), shutil.disk_usage(scratch).free
+    if free < needed:
+        raise UserError(
+            f"{scratch.parent} has {free:,} bytes free, and fetching the files back takes "
+            f"{needed:,}. Free space, or set TMPDIR to another disk."
+        )
