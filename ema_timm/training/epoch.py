@@ -83,7 +83,7 @@ class EpochLoop:
         return position.step == self.steps
 
     def _steps(self, position: Position, stop: Stop, bar: tqdm) -> None:
-        """Make the steps that are left, until there are none or one is the last for now."""
+        """Make the steps that are left, until there are none or a stop is requested."""
         batches = iter(self.loader)
         for _ in range(position.step):  # the images that an interrupted epoch has seen
             next(batches)

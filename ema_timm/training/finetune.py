@@ -25,6 +25,7 @@ def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True
 
     Raises:
         UserError: For bad input; nothing was written that was not there.
+        HubError: If the Hub does not give the weights to start from, or gives them damaged.
         InterruptedRunError: After Ctrl-C or SIGTERM; ``resume`` continues.
     """
     state = RunState(config.output).reopen() if resume else None

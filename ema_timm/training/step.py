@@ -62,7 +62,7 @@ class TrainStep:
             done: Steps that the run has made before.
 
         Returns:
-            The loss, of the weights before.
+            The loss that the batch had before the step.
 
         Raises:
             UserError: If the loss is no number any more.

@@ -160,10 +160,12 @@ def test_brief_table_has_one_row_a_variant(measured):
 
 @pytest.mark.parametrize(("name", "brief"), [("layer", True), ("model", False)])
 def test_readme_tables_are_those_of_the_measurements(name, brief):
-    result = json.loads((RESULTS / f"{name}-cpu.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    _, _, rest = readme.partition(f"<!-- bench: {name} -->\n")
-    assert rest.partition("<!-- /bench -->")[0] == table(result, brief)
+    wanted = table(json.loads((RESULTS / f"{name}-cpu.json").read_text()), brief)
+    guide = RESULTS.parent / "README.md"
+    for document in (guide, ROOT / "README.md"):
+        _, marker, rest = document.read_text().partition(f"<!-- bench: {name} -->\n")
+        assert marker or document != guide
+        assert not marker or rest.partition("<!-- /bench -->")[0] == wanted, document
 
 
 @pytest.mark.parametrize("kind", ["layer", "model", "resolution"])
