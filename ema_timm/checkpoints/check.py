@@ -17,7 +17,7 @@ from torch import nn
 from ema_timm.checkpoints.card import card_text, is_generated
 from ema_timm.checkpoints.config import STUB, completed, needs_auto_map, stub_text
 from ema_timm.checkpoints.results import read_json, read_results
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, first_line, some
 from ema_timm.files import sha256
 
 WEIGHTS = "model.safetensors"
@@ -112,10 +112,9 @@ def build_network(path: Path, config: dict) -> nn.Module:
     try:
         return timm.create_model(f"local-dir:{path}", pretrained=False)
     except (RuntimeError, TypeError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{path / CONFIG}: timm {timm.__version__} cannot build {config['architecture']}: "
-            f"{lines[0]} Correct the name and model_args, or install what registers it."
+            f"{first_line(error)} Correct the name and model_args, or install what registers it."
         ) from error
 
 
@@ -142,17 +141,12 @@ def check_names(file: Path, found: set[str], expected: dict[str, torch.Tensor]) 
     """Refuse weights whose names are not those of the network."""
     missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
     if missing or unknown:
-        said = [f"lacks {_some(missing)}"] if missing else []
-        said += [f"has {_some(unknown)}"] if unknown else []
+        said = [f"lacks {some(missing, 3)}"] if missing else []
+        said += [f"has {some(unknown, 3)}"] if unknown else []
         raise UserError(
             f"{file} is not of the network that config.json names: it {' and '.join(said)}. "
             "Put the config.json and the weights of one checkpoint together."
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def check_tensor(file: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ema_timm.attention import DEFAULT_GROUPS, largest_group_count
 from ema_timm.backbones.slots import Slot, find_slots
 from ema_timm.checkpoints.read import Checkpoint, resolve_architecture, unwrap
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, some
 
 _FIRST, _PARTS = "conv1x1.weight", ("conv3x3.weight", "gn.weight")
 
@@ -67,8 +67,8 @@ def convert(
     }
     if len(groups) < len(layers):
         raise UserError(
-            f"two EMA layers of the checkpoint belong in one place: {_some(sorted(layers))}. Name "
-            "the place of each with --rename OLD=NEW."
+            f"two EMA layers of the checkpoint belong in one place: {some(sorted(layers))}. "
+            "Name the place of each with --rename OLD=NEW."
         )
     mapped = _mapped(state, {name: f"{slot.path}.se" for name, slot in places.items()})
     args = _model_args(list(places.values()), groups, list(slots.values()))
@@ -120,7 +120,7 @@ def _renamed(state: dict[str, Tensor], rename: Mapping[str, str]) -> dict[str, T
     if unknown:
         raise UserError(
             f"--rename: the checkpoint has no module {unknown[0]}. Its names begin with "
-            f"{_some(sorted({name.rsplit('.', 1)[0] for name in state}))}."
+            f"{some(sorted({name.rsplit('.', 1)[0] for name in state}))}."
         )
     renamed = {}
     for name, tensor in state.items():
@@ -153,7 +153,7 @@ def _place(name: str, state: dict, slots: dict[str, Slot], architecture: str) ->
     if slot is None:
         raise UserError(
             f"{architecture} has no place for the EMA layer {name}; it has some in "
-            f"{_some(sorted(slots))}. Name its place with --rename {name}=BLOCK.se, or another "
+            f"{some(sorted(slots))}. Name its place with --rename {name}=BLOCK.se, or another "
             "--model."
         )
     shapes = [tuple(state[f"{name}.{part}"].shape) for part in (_FIRST, *_PARTS)]
@@ -193,14 +193,9 @@ def _model_args(filled: list[Slot], groups: dict[str, int], slots: list[Slot]) -
     lacking = [s.path for s in slots if s.stage in stages and f"{s.path}.se" not in groups]
     if lacking:
         raise UserError(
-            f"the checkpoint has EMA layers in some blocks of a stage alone: {_some(lacking)} "
+            f"the checkpoint has EMA layers in some blocks of a stage alone: {some(lacking)} "
             "lack one. Build the network by hand with ema_timm.EmaAttn(channels, groups)."
         )
     if len(filled) < len(slots):
         args["ema_stages"] = sorted(stages)
     return args
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

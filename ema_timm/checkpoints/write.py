@@ -16,7 +16,7 @@ from ema_timm.checkpoints.labels import Labels, check_count, read_labels
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.read import Checkpoint, read_checkpoint, resolve_architecture
 from ema_timm.checkpoints.results import FORMAT, PREPROCESSING
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, first_line
 
 _PATHS = ("data", "data_dir", "output", "resume", "initial_checkpoint", "pretrained_path", "config")
 
@@ -46,7 +46,7 @@ def build_for(
         classes = _classes(probe, checkpoint)
         network = timm.create_model(name, num_classes=classes, **args)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"cannot build {name} with {args}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot build {name} with {args}: {first_line(error)}") from error
     load(network, checkpoint.state, checkpoint.file)
     return network, args
 
