@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ema_timm.backbones.complexity import count_macs, count_parameters
-from ema_timm.checkpoints.card import card_text
+from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.results import FORMAT, PREPROCESSING

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from timm.data import resolve_data_config
 
-from ema_timm.checkpoints.card import card_text, is_generated
-from ema_timm.checkpoints.card_file import EditedCardError, write_card
+from ema_timm.checkpoints.cards.file import EditedCardError, write_card
+from ema_timm.checkpoints.cards.seal import is_generated
+from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.cli import main
 

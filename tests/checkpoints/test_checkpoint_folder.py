@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
-from ema_timm.checkpoints.card_file import write_card
+from ema_timm.checkpoints.cards.file import write_card
 from ema_timm.checkpoints.check import check_folder
 from ema_timm.checkpoints.config import STUB
 from ema_timm.checkpoints.folder import CheckpointWriter

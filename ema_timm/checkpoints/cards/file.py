@@ -4,13 +4,14 @@ import difflib
 from pathlib import Path
 from typing import NamedTuple
 
-from ema_timm.checkpoints.card import card_text, is_generated
-from ema_timm.checkpoints.check import CARD, RESULTS, WEIGHTS, check_belongs, check_network
+from ema_timm.checkpoints.cards.seal import is_generated
+from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.config import completed
 from ema_timm.checkpoints.folder import CheckpointWriter
-from ema_timm.checkpoints.results import read_results
+from ema_timm.checkpoints.layout import CARD, RESULTS
+from ema_timm.checkpoints.network import check_network
+from ema_timm.checkpoints.results import read_own_results
 from ema_timm.errors import UserError
-from ema_timm.files import sha256
 
 
 class EditedCardError(UserError):
@@ -48,40 +49,59 @@ def write_card(path: str | Path, told: dict | None = None, force: bool = False) 
     """
     path = Path(path)
     config = check_network(path)
-    results = read_results(path / RESULTS)
-    check_belongs(path, config, results, sha256(path / WEIGHTS))
-    updated = dict(results)
-    if told:
-        updated["card"] = {**results.get("card", {}), **told}
-    text, old = card_text(updated), _read(path / CARD)
-    if old not in (None, text) and not is_generated(old) and not force:
-        raise EditedCardError(
+    results = read_own_results(path, config)
+    updated = {**results, "card": {**results.get("card", {}), **told}} if told else results
+    text, old = card_text(updated), read_card(path)
+    if old is not None and not force:
+        kept = (
             f"{path / CARD} was edited by hand and is kept; the difference is above. Replace it "
-            "with --force.",
-            "".join(
-                difflib.unified_diff(
-                    old.splitlines(keepends=True),
-                    text.splitlines(keepends=True),
-                    str(path / CARD),
-                    "as it would be written",
-                )
-            ),
+            "with --force."
         )
+        require_unedited(old, text, (str(path / CARD), "as it would be written"), kept)
     folder = CheckpointWriter(path)
     folder.save_config(completed(config))
     if updated != results:
         folder.write_json(RESULTS, updated)
     if text != old:
         folder.write_text(CARD, text)
-    told, base = updated.get("card", {}), updated.get("base") or {}
-    known = {"license": base.get("license"), "datasets": None, **told}
-    return WrittenCard(text != old, [name for name, value in known.items() if not value])
+    return WrittenCard(text != old, _unknown(updated))
 
 
-def _read(file: Path) -> str | None:
+def read_card(path: Path) -> str | None:
+    """The README.md of a folder, or None where there is none.
+
+    Raises:
+        UserError: If it cannot be read as text.
+    """
+    file = path / CARD
     try:
         return file.read_text("utf-8")
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"{file} is not UTF-8: {error}. Rename or remove it.") from error
+
+
+def require_unedited(old: str, new: str, names: tuple[str, str], kept: str) -> None:
+    """Refuse to replace a card that somebody has written or edited.
+
+    Args:
+        old: The card that is there.
+        new: The card that would replace it.
+        names: What the two are called in the difference.
+        kept: The message that goes with it.
+
+    Raises:
+        EditedCardError: If ``old`` is not as it was generated, and says something else.
+    """
+    if old == new or is_generated(old):
+        return
+    lines = (text.splitlines(keepends=True) for text in (old, new))
+    raise EditedCardError(kept, "".join(difflib.unified_diff(*lines, *names)))
+
+
+def _unknown(results: dict) -> list[str]:
+    """Facts that readers look for and nobody has told; the licence may be the base's."""
+    base, told = results.get("base") or {}, results.get("card", {})
+    known = {"license": base.get("license"), "datasets": None, **told}
+    return [name for name, value in known.items() if not value]
