@@ -215,6 +215,15 @@ def test_an_edited_card_is_kept_unless_forced_and_the_difference_shown(folder, c
     assert card.read_text() == generated
 
 
+def test_a_card_that_is_no_text_is_kept_also_where_forced(folder, capsys):
+    (folder / "README.md").write_bytes(b"\xff")
+    assert main(["card", str(folder), "--force"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert (folder / "README.md").read_bytes() == b"\xff"
+    (folder / "README.md").unlink()  # the remedy
+    assert main(["card", str(folder)]) == 0
+
+
 def test_results_of_other_weights_get_no_card(folder, capsys):
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())

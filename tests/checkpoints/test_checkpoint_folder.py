@@ -185,6 +185,10 @@ DAMAGE = {
         edit("results.json", lambda r: r["metrics"].update(correct=8, top1=100.0)),
         "not of these results",
     ),
+    "a card that is no text": (
+        lambda f: (f / "README.md").write_bytes(b"\xff"),
+        r"README\.md cannot be read.*Rename or remove it, then write it with: ema-timm card",
+    ),
     "a picture gone": (
         lambda f: (f / "README.md").write_text("# Mine\n![shown](gone.png)\n"),
         r"shows gone\.png, which is missing",

@@ -78,8 +78,11 @@ def read_card(path: Path) -> str | None:
         return file.read_text("utf-8")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise UserError(f"{file} is not UTF-8: {error}. Rename or remove it.") from error
+    except (ValueError, OSError) as error:  # ValueError: not UTF-8
+        raise UserError(
+            f"{file} cannot be read: {error}. Rename or remove it, then write it with: "
+            f"ema-timm card {path}"
+        ) from error
 
 
 def require_unedited(old: str, new: str, names: tuple[str, str], kept: str) -> None:
