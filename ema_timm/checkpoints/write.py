@@ -109,6 +109,8 @@ def _public(arguments: dict) -> dict:
     for key in _PATHS:
         if isinstance(public.get(key), str):
             public[key] = Path(public[key]).name
+    if isinstance(public.get("model"), str):
+        public["model"] = public_name(public["model"])
     return public
 
 
