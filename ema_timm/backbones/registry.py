@@ -94,6 +94,7 @@ def ema_entrypoint(plain_name: str, build: Callable | None = None) -> Callable:
     plain = model_entrypoint(plain_name)
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        """Build the network; readers see the text below."""
         return build(plain, f"{plain_name}_ema", pretrained, **kwargs)
 
     entrypoint.__doc__ = (
