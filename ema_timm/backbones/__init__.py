@@ -9,12 +9,15 @@ def register() -> None:
     """Register every name with timm. Safe to call again and from several threads.
 
     Raises:
-        RuntimeError: If the installed timm is older than the package supports.
+        OldTimmError: If the installed timm is older than the package supports.
     """
-    # Imported before the lock is taken: a lock held across imports can deadlock with theirs.
-    from ema_timm.backbones import cifar_resnet, mobilenetv2_ema, registry, resnet_ema
+    # Before the families, which import names that older versions lack.
+    from ema_timm.backbones.timm_version import require_supported_timm
 
-    registry.require_supported_timm()
+    require_supported_timm()
+    # Imported before the lock is taken: a lock held across imports can deadlock with theirs.
+    from ema_timm.backbones import cifar_resnet, mobilenetv2_ema, resnet_ema
+
     with _lock:
         for family in (resnet_ema, mobilenetv2_ema, cifar_resnet):
             family.register()
