@@ -112,6 +112,8 @@ def _register():
 
         register()
     except Exception as error:  # timm must import as before, whatever is wrong with us
+        if type(error).__name__ == "_DeadlockError":
+            return  # another thread is importing that wing, waits for timm, and registers then
         _warn(error)
 
 
