@@ -29,9 +29,11 @@ class _RegisteringLoader:
         return getattr(self._loader, name)
 
     def create_module(self, spec):
+        """Leave it to the real loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module):
+        """Run ``timm.models`` as if this loader were not there, then register."""
         # The module must look as if nothing had been there: inspect, importlib.resources and
         # reload all read these two.
         module.__spec__.loader = self._loader
@@ -52,6 +54,7 @@ class _TimmModelsFinder:
         self._asking = threading.local()
 
     def find_spec(self, fullname, path=None, target=None):
+        """The spec that the other finders have for ``timm.models``, with our loader in it."""
         if fullname != _TARGET or getattr(self._asking, "now", False):
             return None
         self._asking.now = True
@@ -109,6 +112,8 @@ def _register():
 
         register()
     except Exception as error:  # timm must import as before, whatever is wrong with us
+        if type(error).__name__ == "_DeadlockError":
+            return  # another thread is importing that wing, waits for timm, and registers then
         _warn(error)
 
 
@@ -117,10 +122,15 @@ def _warn(error):
     if _warned:
         return
     _warned = True
+    remedy = ""
+    if not getattr(error, "has_remedy", False):  # a second one would contradict the first
+        remedy = (
+            "; reinstall or remove the package: pip install --force-reinstall --no-deps ema-timm, "
+            "or pip uninstall ema-timm"
+        )
     text = (
         f"ema-timm could not register its models ({type(error).__name__}: {error}). "
-        "torch and timm work as before; reinstall or remove the package: "
-        "pip install --force-reinstall --no-deps ema-timm, or pip uninstall ema-timm."
+        f"torch and timm work as before{remedy}."
     )
     try:
         import warnings

@@ -1,5 +1,7 @@
 """Ends of a command that are not bugs: each message is one clear line, each has an exit code."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Bad input (exit code 2). The message is one line: the rule, what came, the remedy."""
@@ -19,3 +21,15 @@ class HubError(Exception):
 
 class VerificationError(Exception):
     """What was made does not do what it must, and was not kept (exit code 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its type, where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first ``most`` names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -236,6 +236,29 @@ print(len(ours), *ours)
 
 
 @pytest.mark.parametrize(
+    ("version", "models"),
+    [("1.0.23", "def get_arch_pretrained_cfgs(): ..."), ("0.9.16", "")],
+    ids=["a little", "lacks what we use"],
+)
+def test_a_timm_that_is_too_old_is_told_one_remedy(python, tmp_path, version, models):
+    (tmp_path / "timm" / "models").mkdir(parents=True)
+    (tmp_path / "timm" / "models" / "__init__.py").write_text(models)
+    (tmp_path / "timm" / "__init__.py").write_text(
+        f"__version__ = {version!r}\nfrom . import models\n"
+    )
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import torch, timm
+print(*[str(w.message) for w in seen if "ema-timm" in str(w.message)], sep="|")
+"""
+    (said,) = python(code, env={"PYTHONPATH": str(tmp_path)}).strip().split("|")
+    assert f"found {version}: pip install -U 'timm>=1.0.24')" in said
+    assert said.count("pip ") == 1 and "reinstall" not in said
+
+
+@pytest.mark.parametrize(
     "damage",
     [
         lambda p: (p / "ema_timm/backbones/__init__.py").write_text("def register(:"),

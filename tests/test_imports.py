@@ -80,6 +80,35 @@ def test_before_torch_too(python, names, statement):
     assert json.loads(python(code, "-W", "error::RuntimeWarning")) == names
 
 
+def test_a_thread_inside_the_wing_and_one_inside_timm_both_get_through(python):
+    """The one holds what registering needs, and waits for what the other holds."""
+    code = """
+import sys, threading, time, torchvision
+inside, failed = threading.Event(), []
+
+class Pause:
+    def find_spec(self, name, path=None, target=None):
+        if name == "timm.layers":  # in the middle of timm
+            inside.set()
+            time.sleep(2)
+
+def load(statement):
+    try:
+        exec(statement, {"inside": inside})
+    except BaseException as error:
+        failed.append((statement, repr(error)))
+
+sys.meta_path.insert(0, Pause())
+wing = "inside.wait(); from ema_timm.backbones.inject import inject"
+threads = [threading.Thread(target=load, args=(s,)) for s in ("import timm", wing)]
+[t.start() for t in threads], [t.join() for t in threads]
+import timm
+assert not failed, failed
+print(len(timm.list_models("*_ema")))
+"""
+    assert int(python(code, "-W", "error::RuntimeWarning")) > 50
+
+
 def test_threads_that_import_either_side_meet_a_whole_package(python):
     """Half of them load timm, half the wing that registers: each waits for the other's locks."""
     code = """

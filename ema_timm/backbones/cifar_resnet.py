@@ -38,6 +38,7 @@ def _plain_entrypoint(name: str) -> Callable:
     block, layers = _LAYERS[name]
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        """Build the network; readers see the text below."""
         network = partial(cifar_resnet, block, layers)
         return build_model_with_cfg(network, name, pretrained, **kwargs)
 

@@ -68,6 +68,7 @@ class _Recorder(nn.Module):
         self.maps = maps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Note the shape of ``x``, (1, C, H, W), and return it as it is."""
         _, channels, height, width = x.shape
         n = channels // self.groups
         self.maps.append((n, self.groups, height, width, self.cross_spatial))

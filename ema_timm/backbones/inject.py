@@ -31,33 +31,8 @@ def add_ema(
         TypeError: If the network has no block of a kind that EMA attention has a place in.
         ValueError: If a slot is taken, or ``stages`` names a stage that has no place.
     """
-    slots = find_slots(model)
-    if not slots:
-        raise TypeError(
-            "EMA attention goes into timm's ResNets (BasicBlock, Bottleneck) and MobileNetV2s "
-            f"(InvertedResidual wider than {MIN_EXPANDED_WIDTH - 1}), and "
-            f"{type(model).__name__} has no such block. For other networks place "
-            "ema_timm.EmaAttn(channels) by hand."
-        )
-    if stages is not None:
-        wanted = _stage_numbers(stages)
-        have = sorted({slot.stage for slot in slots})
-        if not wanted or not wanted <= set(have):
-            raise ValueError(
-                f"ema_stages must name stages that have a place for EMA attention, {have} in "
-                f"this network, got {sorted(wanted)}."
-            )
-        slots = [slot for slot in slots if slot.stage in wanted]
-    for slot in slots:
-        if isinstance(slot.block.se, EmaAttn):
-            raise ValueError(
-                f"Block {slot.path} has EMA attention already. Inject into the plain network."
-            )
-        if not (slot.block.se is None or isinstance(slot.block.se, nn.Identity)):
-            raise ValueError(
-                f"Block {slot.path} has an attention layer of its own "
-                f"({type(slot.block.se).__name__}). Start from a network without one."
-            )
+    slots = _wanted(find_slots(model), model, stages)
+    _require_free(slots)
     for slot in slots:
         like = next(slot.block.parameters())
         slot.block.se = EmaAttn(
@@ -105,6 +80,41 @@ def inject(
         start_neutral(slots)
     _rename(model, groups, stages, cross_spatial)
     return model
+
+
+def _wanted(slots: list[Slot], model: nn.Module, stages: Iterable[int] | None) -> list[Slot]:
+    """The slots of these stages; there must be some, in every stage that is named."""
+    if not slots:
+        raise TypeError(
+            "EMA attention goes into timm's ResNets (BasicBlock, Bottleneck) and MobileNetV2s "
+            f"(InvertedResidual wider than {MIN_EXPANDED_WIDTH - 1}), and "
+            f"{type(model).__name__} has no such block. For other networks place "
+            "ema_timm.EmaAttn(channels) by hand."
+        )
+    if stages is None:
+        return slots
+    wanted = _stage_numbers(stages)
+    have = sorted({slot.stage for slot in slots})
+    if not wanted or not wanted <= set(have):
+        raise ValueError(
+            f"ema_stages must name stages that have a place for EMA attention, {have} in "
+            f"this network, got {sorted(wanted)}."
+        )
+    return [slot for slot in slots if slot.stage in wanted]
+
+
+def _require_free(slots: list[Slot]) -> None:
+    """Raise ValueError for a slot that is taken."""
+    for slot in slots:
+        if isinstance(slot.block.se, EmaAttn):
+            raise ValueError(
+                f"Block {slot.path} has EMA attention already. Inject into the plain network."
+            )
+        if not (slot.block.se is None or isinstance(slot.block.se, nn.Identity)):
+            raise ValueError(
+                f"Block {slot.path} has an attention layer of its own "
+                f"({type(slot.block.se).__name__}). Start from a network without one."
+            )
 
 
 def _rename(

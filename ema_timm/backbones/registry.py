@@ -1,7 +1,6 @@
 """How a name enters timm's registry, and how its network is built from timm's own."""
 
 import dataclasses
-import re
 import sys
 import warnings
 from collections import deque
@@ -19,24 +18,12 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.version import __version__ as timm_version
 from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS
 from ema_timm.backbones.inject import add_ema
+from ema_timm.backbones.timm_version import TIMM
 from ema_timm.backbones.warm_start import warm_start_filter
-
-OLDEST_TIMM = (1, 0, 24)
-TIMM = tuple(int(part) for part in re.findall(r"\d+", timm_version)[:3])
-
-
-def require_supported_timm() -> None:
-    """Raise RuntimeError, with the remedy, where timm is older than `OLDEST_TIMM`."""
-    if TIMM < OLDEST_TIMM:
-        oldest = ".".join(map(str, OLDEST_TIMM))
-        raise RuntimeError(
-            f"needs timm >= {oldest}, found {timm_version}: pip install -U 'timm>={oldest}'"
-        )
 
 
 def register(module_name: str, name: str, entrypoint: Callable, cfgs: DefaultCfg) -> None:
@@ -94,6 +81,7 @@ def ema_entrypoint(plain_name: str, build: Callable | None = None) -> Callable:
     plain = model_entrypoint(plain_name)
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        """Build the network; readers see the text below."""
         return build(plain, f"{plain_name}_ema", pretrained, **kwargs)
 
     entrypoint.__doc__ = (

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import timm
 import torch
 from timm.models import is_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_timm.attention import DEFAULT_GROUPS, largest_group_count
 from ema_timm.backbones.slots import Slot, find_slots
 from ema_timm.checkpoints.read import Checkpoint, resolve_architecture, unwrap
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, some
 
 _FIRST, _PARTS = "conv1x1.weight", ("conv3x3.weight", "gn.weight")
 
@@ -56,30 +56,21 @@ def convert(
     """
     architecture = ema_name(architecture)
     state = _renamed(unwrap(content), rename or {})
-    with torch.device("meta"):
-        network = timm.create_model(architecture)
-    slots = {slot.path: slot for slot in find_slots(network)}
-    layers = _find_layers(state)
-    places = {name: _place(name, state, slots, architecture) for name in layers}
+    slots = find_slots(_shapes(architecture))
+    places = _places(state, slots, architecture)
     groups = {
         f"{slot.path}.se": slot.channels // state[f"{name}.{_FIRST}"].shape[0]
         for name, slot in places.items()
     }
-    if len(groups) < len(layers):
-        raise UserError(
-            f"two EMA layers of the checkpoint belong in one place: {_some(sorted(layers))}. Name "
-            "the place of each with --rename OLD=NEW."
-        )
-    mapped = _mapped(state, {name: f"{slot.path}.se" for name, slot in places.items()})
-    args = _model_args(list(places.values()), groups, list(slots.values()))
-    with torch.device("meta"):
-        expected = timm.create_model(architecture, **args).state_dict()
+    moved = _moved(state, {name: f"{slot.path}.se" for name, slot in places.items()})
+    args = _model_args(list(places.values()), groups, slots)
+    expected = _shapes(architecture, **args).state_dict()
     return Conversion(
         architecture=architecture,
-        state={name: tensor for name, tensor in mapped.items() if name in expected},
+        state={name: tensor for name, tensor in moved.items() if name in expected},
         model_args=args,
         groups=groups,
-        unused=tuple(sorted(name for name in mapped if name not in expected)),
+        unused=tuple(sorted(name for name in moved if name not in expected)),
     )
 
 
@@ -115,18 +106,30 @@ def ema_name(architecture: str) -> str:
     )
 
 
+def _shapes(architecture: str, **model_args) -> nn.Module:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return timm.create_model(architecture, **model_args)
+
+
 def _renamed(state: dict[str, Tensor], rename: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights under the names that they were told."""
     unknown = [old for old in rename if not any(_inside(name, old) for name in state)]
     if unknown:
         raise UserError(
             f"--rename: the checkpoint has no module {unknown[0]}. Its names begin with "
-            f"{_some(sorted({name.rsplit('.', 1)[0] for name in state}))}."
+            f"{some(sorted({name.rsplit('.', 1)[0] for name in state}))}."
         )
-    renamed = {}
+    return _moved(state, rename)
+
+
+def _moved(state: dict[str, Tensor], moves: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights with modules under new names; of nested modules the inner one decides."""
+    moved = {}
     for name, tensor in state.items():
-        old = max((o for o in rename if _inside(name, o)), key=len, default=None)
-        renamed[name if old is None else rename[old] + name[len(old) :]] = tensor
-    return renamed
+        old = max((o for o in moves if _inside(name, o)), key=len, default=None)
+        moved[name if old is None else moves[old] + name[len(old) :]] = tensor
+    return moved
 
 
 def _inside(name: str, module: str) -> bool:
@@ -147,13 +150,26 @@ def _find_layers(state: dict[str, Tensor]) -> list[str]:
     return layers
 
 
+def _places(state: dict, slots: list[Slot], architecture: str) -> dict[str, Slot]:
+    """The slot of each EMA layer of the checkpoint, by the layer's name there."""
+    layers = _find_layers(state)
+    by_path = {slot.path: slot for slot in slots}
+    places = {name: _place(name, state, by_path, architecture) for name in layers}
+    if len({slot.path for slot in places.values()}) < len(layers):
+        raise UserError(
+            f"two EMA layers of the checkpoint belong in one place: {some(sorted(layers))}. "
+            "Name the place of each with --rename OLD=NEW."
+        )
+    return places
+
+
 def _place(name: str, state: dict, slots: dict[str, Slot], architecture: str) -> Slot:
     """The slot of the EMA layer ``name``: that of the block it is in."""
     slot = slots.get(name.rpartition(".")[0])
     if slot is None:
         raise UserError(
             f"{architecture} has no place for the EMA layer {name}; it has some in "
-            f"{_some(sorted(slots))}. Name its place with --rename {name}=BLOCK.se, or another "
+            f"{some(sorted(slots))}. Name its place with --rename {name}=BLOCK.se, or another "
             "--model."
         )
     shapes = [tuple(state[f"{name}.{part}"].shape) for part in (_FIRST, *_PARTS)]
@@ -166,34 +182,21 @@ def _place(name: str, state: dict, slots: dict[str, Slot], architecture: str) ->
     return slot
 
 
-def _mapped(state: dict[str, Tensor], moves: dict[str, str]) -> dict[str, Tensor]:
-    mapped = {}
-    for name, tensor in state.items():
-        layer = next((old for old in moves if _inside(name, old)), None)
-        mapped[name if layer is None else moves[layer] + name[len(layer) :]] = tensor
-    return mapped
-
-
 def _model_args(filled: list[Slot], groups: dict[str, int], slots: list[Slot]) -> dict:
-    """The arguments with which the network has these layers."""
-    # If any bound gives these groups, the largest of them does.
-    for bound in (DEFAULT_GROUPS, max(groups.values())):
-        if all(
-            largest_group_count(slot.channels, bound) == groups[f"{slot.path}.se"]
-            for slot in filled
-        ):
-            break
-    else:
-        raise UserError(
-            f"the EMA layers have {sorted(set(groups.values()))} groups, which no single "
-            "ema_groups= gives. Build the network by hand with ema_timm.EmaAttn(channels, groups)."
-        )
+    """The arguments with which the network has these layers.
+
+    Args:
+        filled: Slots that have a layer in the checkpoint.
+        groups: The number of groups of each layer, by its new name.
+        slots: All slots of the network.
+    """
+    bound = _bound(filled, groups)
     args = {} if bound == DEFAULT_GROUPS else {"ema_groups": bound}
     stages = {slot.stage for slot in filled}
     lacking = [s.path for s in slots if s.stage in stages and f"{s.path}.se" not in groups]
     if lacking:
         raise UserError(
-            f"the checkpoint has EMA layers in some blocks of a stage alone: {_some(lacking)} "
+            f"the checkpoint has EMA layers in some blocks of a stage alone: {some(lacking)} "
             "lack one. Build the network by hand with ema_timm.EmaAttn(channels, groups)."
         )
     if len(filled) < len(slots):
@@ -201,6 +204,16 @@ def _model_args(filled: list[Slot], groups: dict[str, int], slots: list[Slot]) -
     return args
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
+def _bound(filled: list[Slot], groups: dict[str, int]) -> int:
+    """The ``ema_groups=`` that gives these numbers of groups."""
+    # If any bound gives these groups, the largest of them does.
+    for bound in (DEFAULT_GROUPS, max(groups.values())):
+        if all(
+            largest_group_count(slot.channels, bound) == groups[f"{slot.path}.se"]
+            for slot in filled
+        ):
+            return bound
+    raise UserError(
+        f"the EMA layers have {sorted(set(groups.values()))} groups, which no single "
+        "ema_groups= gives. Build the network by hand with ema_timm.EmaAttn(channels, groups)."
+    )

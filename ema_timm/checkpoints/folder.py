@@ -9,6 +9,7 @@ import safetensors.torch
 from torch import nn
 
 from ema_timm.checkpoints.config import AUTO_MAP, STUB, hub_config, stub_text
+from ema_timm.checkpoints.layout import CONFIG, WEIGHTS
 from ema_timm.files import make_writable, sha256, write_whole
 
 
@@ -64,18 +65,18 @@ class CheckpointWriter:
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         # save_file would leave the file readable to its owner alone.
         content = safetensors.torch.save(weights, metadata={"format": "pt"})
-        self.write("model.safetensors", lambda path: path.write_bytes(content))
+        self.write(WEIGHTS, lambda path: path.write_bytes(content))
         config = hub_config(model, model_args, data_config, class_names, self.path, descriptions)
         self.save_config(config)
-        return sha256(self.path / "model.safetensors")
+        return sha256(self.path / WEIGHTS)
 
     def save_config(self, config: dict) -> None:
         """Write ``config.json``, and the stub where ``auto_map`` names it.
 
         A config.json that says the same already is left as it is, whoever wrote it.
         """
-        file = self.path / "config.json"
+        file = self.path / CONFIG
         if not file.is_file() or json.loads(file.read_text("utf-8")) != config:
-            self.write_json("config.json", config)
+            self.write_json(CONFIG, config)
         if config.get("auto_map") == AUTO_MAP:
             self.write_text(STUB, stub_text())

@@ -3,6 +3,9 @@
 from timm.data import resolve_data_config
 from torch import nn
 
+PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+"""What `preprocessing` says that config.json and results.json keep."""
+
 
 def preprocessing(
     model: nn.Module, model_args: dict, told: dict, use_test_size: bool = False

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm.models import is_model
 from torch import Tensor
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, first_line
 
 # As timm itself looks for them.
 _WEIGHTS = ("state_dict", "model")
@@ -87,9 +87,9 @@ def _load(file: Path) -> dict:
     except UnpicklingError as error:
         raise UserError(_refusal(file, str(error))) from error
     except Exception as error:  # a damaged pickle or archive can end in any
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"{file} cannot be read: {reason}. Copy it again, or take another checkpoint."
+            f"{file} cannot be read: {first_line(error).rstrip('.')}. Copy it again, or take "
+            "another checkpoint."
         ) from error
     return content if isinstance(content, dict) else {}
 
@@ -147,8 +147,9 @@ def _arguments(file: Path, content: dict) -> dict:
     try:
         arguments = yaml.safe_load(beside.read_text("utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{beside} cannot be read: {first}. Repair or remove it.") from error
+        raise UserError(
+            f"{beside} cannot be read: {first_line(error)}. Repair or remove it."
+        ) from error
     return arguments if isinstance(arguments, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""results.json: what was measured, of which weights, how. Read here; written by what measures.
+"""results.json: what was measured, of which weights, how. Filled by whoever measures or trains.
 
 One JSON object. Times in s, accuracies in %, sizes in pixels. A key whose fact is unknown is left
 out or null; unknown keys are kept by everything that rewrites the file.
@@ -43,13 +43,17 @@ Told, not measured (options of ``ema-timm card``):
   ``base_model``, ``repo_id``.
 """
 
-import json
 from pathlib import Path
 
+from torch import nn
+
+from ema_timm.backbones.complexity import count_macs, count_parameters
+from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json
+from ema_timm.checkpoints.preprocessing import PREPROCESSING
 from ema_timm.errors import UserError
+from ema_timm.files import sha256
 
 FORMAT = 1
-PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 _REQUIRED = {
     "architecture": str,
@@ -82,18 +86,54 @@ def read_results(file: Path) -> dict:
     return results
 
 
-def read_json(file: Path, remedy: str) -> dict:
-    """Read a JSON object.
+def read_own_results(path: Path, config: dict) -> dict:
+    """Read a folder's results.json, which must be of the weights and the network beside it.
+
+    Args:
+        path: The folder.
+        config: Content of its config.json.
 
     Raises:
-        UserError: With ``remedy``, if there is none.
+        UserError: If it is of others, or `read_results` refuses it.
     """
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing. {remedy}") from error
-    except (ValueError, OSError) as error:  # ValueError: not JSON, or not UTF-8
-        raise UserError(f"{file} cannot be read: {error}. {remedy}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, got {type(content).__name__}. {remedy}")
-    return content
+    results, digest = read_results(path / RESULTS), sha256(path / WEIGHTS)
+    measure = f"Measure these weights: ema-timm evaluate {path} --data-dir DIR"
+    if results["weights_sha256"] != digest:
+        raise UserError(
+            f"{path / RESULTS} does not belong to {WEIGHTS}: it was measured on weights of sha256 "
+            f"{results['weights_sha256'][:12]}…, and these are {digest[:12]}…. {measure}"
+        )
+    named = (results["architecture"], len(results["classes"]))
+    if named != (config["architecture"], config["num_classes"]):
+        raise UserError(
+            f"{path / RESULTS} is of {named[0]} with {named[1]} classes, and config.json of "
+            f"{config['architecture']} with {config['num_classes']}. {measure}"
+        )
+    return results
+
+
+def public_name(model: str) -> str:
+    """A timm name for results that are published: of a local folder its name, not its place."""
+    source, _, folder = model.partition(":")
+    return f"local-dir:{Path(folder).name}" if source == "local-dir" else model
+
+
+def describe(network: nn.Module, digest: str, classes: list[str], data_config: dict) -> dict:
+    """What results.json says of a network before anything is measured.
+
+    Args:
+        network: The network.
+        digest: sha256 of its weights file.
+        classes: Names of the classes, in order.
+        data_config: Preprocessing of the evaluation, as timm resolves it.
+    """
+    return {
+        "format": FORMAT,
+        "architecture": network.pretrained_cfg["architecture"],
+        "task": "image-classification",
+        "weights_sha256": digest,
+        "parameters": count_parameters(network),
+        "macs": count_macs(network, tuple(data_config["input_size"])),
+        "classes": classes,
+        "input": {key: data_config[key] for key in PREPROCESSING},
+    }

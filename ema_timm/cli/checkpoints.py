@@ -79,7 +79,7 @@ def _add_card(commands) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from ema_timm.checkpoints.card_file import EditedCardError, write_card
+    from ema_timm.checkpoints.cards.file import EditedCardError, write_card
 
     told = {name: value for name, *_ in _TOLD if (value := getattr(args, name))}
     try:

@@ -46,7 +46,7 @@ def _add_publish(commands) -> None:
 def _publish(args: argparse.Namespace) -> int:
     # Read when the client is imported. Without xet every step is under the time limit.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    from ema_timm.checkpoints.card_file import EditedCardError
+    from ema_timm.checkpoints.cards.file import EditedCardError
     from ema_timm.hub.commit import Destination
     from ema_timm.publishing.publish import publish, rehearse
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, first_line
 
 
 def pick_device(name: str) -> str:
@@ -19,7 +19,6 @@ def pick_device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device {name} is not usable here: {str(error).splitlines()[0]} "
-            "Use --device auto or cpu."
+            f"--device {name} is not usable here: {first_line(error)} Use --device auto or cpu."
         ) from error
     return name

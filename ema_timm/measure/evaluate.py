@@ -9,24 +9,21 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from timm.data import create_loader
 from torch import nn
 
-from ema_timm.checkpoints.check import RESULTS, WEIGHTS, build_network, check_network
 from ema_timm.checkpoints.config import completed
 from ema_timm.checkpoints.folder import CheckpointWriter
-from ema_timm.checkpoints.labels import Labels, check_count, read_labels
+from ema_timm.checkpoints.layout import RESULTS, WEIGHTS
+from ema_timm.checkpoints.network import check_network, load_network
 from ema_timm.checkpoints.preprocessing import preprocessing
-from ema_timm.checkpoints.read import read_checkpoint
-from ema_timm.checkpoints.results import read_results
-from ema_timm.checkpoints.write import build_for, describe, write_folder
-from ema_timm.errors import UserError
+from ema_timm.checkpoints.results import describe, read_results
 from ema_timm.files import sha256
-from ema_timm.measure.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
+from ema_timm.measure.data import FolderDataset, check_readable, open_folder
 from ema_timm.measure.device import pick_device
 from ema_timm.measure.metrics import Tally, tally
 from ema_timm.measure.settings import EvaluateConfig
+from ema_timm.measure.source import folder_to_measure, split_names, with_class_names
 from ema_timm.measure.versions import versions
 
 try:
@@ -54,109 +51,42 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
     Raises:
         UserError: For bad input.
     """
-    source = Path(config.source)
-    if not source.exists():
-        raise UserError(f"there is no checkpoint {source}. Give a checkpoint folder or file.")
-    if source.is_dir():
-        _check_folder_options(config)
-        return _measure_folder(source, config, progress)
-    if not config.output:
-        raise UserError(
-            f"{source} is a file: --output FOLDER says where to write its checkpoint folder."
-        )
-    return _measure_folder(_write_folder(source, config), config, progress)
-
-
-def _check_folder_options(config: EvaluateConfig) -> None:
-    given = [name for name in EvaluateConfig.OF_A_FILE if getattr(config, name)]
-    if given:
-        option = "--" + given[0].replace("_", "-")
-        raise UserError(
-            f"{option} is for checkpoint files: {config.source} is a folder, and its config.json "
-            f"decides. Leave {option} out."
-        )
-
-
-def _write_folder(source: Path, config: EvaluateConfig) -> Path:
-    """The checkpoint folder of a checkpoint file."""
-    checkpoint = read_checkpoint(source, config.use_averaged)
-    network, model_args = build_for(checkpoint, config.model, config.model_kwargs)
-    if checkpoint.arguments.get("class_map") and not config.labels:
-        raise UserError(
-            f"{source} was trained with --class-map {checkpoint.arguments['class_map']}, which "
-            "orders the classes. Give their names in that order with --labels FILE."
-        )
-    labels = _labels(config)
-    check_count(labels, network.num_classes, config.labels or config.data_dir)
-    told = {key: getattr(config, key) for key in ("img_size", "crop_pct", "interpolation")}
-    told = {**checkpoint.arguments, **{key: value for key, value in told.items() if value}}
-    data = preprocessing(network, model_args, told, use_test_size=True)
-    return write_folder(checkpoint, network, model_args, config.output, labels, data)
-
-
-def _labels(config: EvaluateConfig) -> Labels:
-    """Class names of a checkpoint file, which has none: as told, else the class folders."""
-    if config.labels:
-        return read_labels(config.labels)
-    names = _split(config)
-    if any((Path(config.data_dir) / name).is_dir() for name in TRAIN):
-        names = TRAIN
-    return Labels(open_folder(config.data_dir, names).class_names)
-
-
-def _split(config: EvaluateConfig) -> tuple[str, ...]:
-    if not config.data_dir:
-        raise UserError("evaluate needs --data-dir; see ema-timm evaluate --help.")
-    return (config.split,) if config.split else VAL
-
-
-def _measure_folder(path: Path, config: EvaluateConfig, progress: bool) -> dict:
-    hub = check_network(path)
-    names = _class_names(path, hub, config)
-    dataset = open_folder(
-        config.data_dir, _split(config), {name: index for index, name in enumerate(names)}
-    )
-    network = build_network(path, hub)
-    network.load_state_dict(load_file(path / WEIGHTS))
-    data = preprocessing(network, hub.get("model_args", {}), {}, use_test_size=True)
+    path = folder_to_measure(config)
+    saved = with_class_names(check_network(path), path, config)
+    names = saved["label_names"]
+    indices = {name: index for index, name in enumerate(names)}
+    dataset = open_folder(config.data_dir, split_names(config), indices)
+    network = load_network(path, saved)
+    data = preprocessing(network, saved.get("model_args", {}), {}, use_test_size=True)
     dataset.read_channels(data["input_size"][0])
     check_readable(dataset, progress)
-    CheckpointWriter(path).make()  # said before the measurement, not after it
+    folder = CheckpointWriter(path)
+    folder.make()  # said before the measurement, not after it
     device = torch.device(pick_device(config.device))
-    counts = tally(
-        network.to(device),
-        _loader(dataset, data, config, device),
-        device,
-        amp_dtype=getattr(torch, config.amp_dtype) if config.amp_dtype else None,
-        progress=progress,
-    )
+    counts = _count(network, dataset, data, config, device, progress)
     digest = sha256(path / WEIGHTS)
     results = _carried(path, digest, progress) | describe(network, digest, names, data)
-    results |= _measured(counts, names, device)
-    results["evaluation"] |= _conditions(config, dataset, network, device)
-    _write(path, hub, results, counts, progress)
+    results["metrics"] = counts.metrics(device)._asdict()
+    results["evaluation"] = {
+        "per_class": _per_class(counts, names),
+        **_conditions(config, dataset, network, device),
+    }
+    results["plots"] = _draw(folder, counts, results, progress)
+    folder.save_config(completed(saved))
+    folder.write_json(RESULTS, results)
     return results
 
 
-def _class_names(path: Path, hub: dict, config: EvaluateConfig) -> list[str]:
-    if hub.get("label_names"):
-        if config.labels and read_labels(config.labels).names != hub["label_names"]:
-            raise UserError(
-                f"--labels {config.labels} differs from the label_names in {path}/config.json. "
-                "Leave it out."
-            )
-        return hub["label_names"]
-    labels = _labels(config)
-    check_count(labels, hub["num_classes"], config.labels or config.data_dir)
-    hub["label_names"] = labels.names
-    if labels.descriptions:
-        hub["label_descriptions"] = labels.descriptions
-    return labels.names
-
-
-def _loader(dataset: FolderDataset, data: dict, config: EvaluateConfig, device: torch.device):
-    """The loader as timm's validation script sets it up."""
-    return create_loader(
+def _count(
+    network: nn.Module,
+    dataset: FolderDataset,
+    data: dict,
+    config: EvaluateConfig,
+    device: torch.device,
+    progress: bool,
+) -> Tally:
+    """Run the network over the images, loaded as timm's validation script loads them."""
+    loader = create_loader(
         dataset,
         batch_size=config.batch_size,
         use_prefetcher=True,
@@ -166,6 +96,8 @@ def _loader(dataset: FolderDataset, data: dict, config: EvaluateConfig, device: 
         device=device,
         **data,
     )
+    amp_dtype = getattr(torch, config.amp_dtype) if config.amp_dtype else None
+    return tally(network.to(device), loader, device, amp_dtype=amp_dtype, progress=progress)
 
 
 def _carried(path: Path, digest: str, progress: bool) -> dict:
@@ -182,15 +114,12 @@ def _carried(path: Path, digest: str, progress: bool) -> dict:
     return {"card": old["card"]} if "card" in old else {}
 
 
-def _measured(counts: Tally, names: list[str], device: torch.device) -> dict:
+def _per_class(counts: Tally, names: list[str]) -> dict:
+    """Images of each class, and how many of them were told right."""
     images, correct = (each.tolist() for each in counts.per_class(len(names)))
-    per_class = {
+    return {
         name: {"images": total, "correct": right}
         for name, total, right in zip(names, images, correct, strict=True)
-    }
-    return {
-        "metrics": counts.metrics(device)._asdict(),
-        "evaluation": {"per_class": per_class},
     }
 
 
@@ -214,20 +143,20 @@ def _conditions(
     }
 
 
-def _write(path: Path, hub: dict, results: dict, counts: Tally, progress: bool) -> None:
-    folder = CheckpointWriter(path)
+def _draw(folder: CheckpointWriter, counts: Tally, results: dict, progress: bool) -> list[str]:
+    """Draw the confusion matrix, where that is possible; the names of all pictures."""
     names = results["classes"]
-    missing = "matplotlib is missing (pip install 'ema-timm[train]')"
+    others = [name for name in results.get("plots", ()) if name != CONFUSION]
+    missing = ""
     if len(names) > MOST_CLASSES:
         missing = f"{len(names)} classes are more than a picture shows"
-    if save_confusion is None or len(names) > MOST_CLASSES:
-        (path / CONFUSION).unlink(missing_ok=True)  # it would be of an earlier measurement
-        results["plots"] = [name for name in results.get("plots", ()) if name != CONFUSION]
+    elif save_confusion is None:
+        missing = "matplotlib is missing (pip install 'ema-timm[train]')"
+    if missing:
+        (folder.path / CONFUSION).unlink(missing_ok=True)  # it would be of an earlier measurement
         if progress:
             print(f"no {CONFUSION}: {missing}", file=sys.stderr)
-    else:
-        confusion = counts.confusion(len(names))
-        folder.write(CONFUSION, lambda file: save_confusion(confusion, names, file))
-        results["plots"] = sorted({*results.get("plots", ()), CONFUSION})
-    folder.save_config(completed(hub))
-    folder.write_json(RESULTS, results)
+        return others
+    confusion = counts.confusion(len(names))
+    folder.write(CONFUSION, lambda file: save_confusion(confusion, names, file))
+    return sorted({*others, CONFUSION})

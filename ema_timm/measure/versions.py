@@ -1,4 +1,4 @@
-"""The versions that a result depends on."""
+"""The versions that a result depends on, and what can run here."""
 
 import platform
 
@@ -6,6 +6,8 @@ import timm
 import torch
 
 from ema_timm import __version__
+from ema_timm.ops.closed_form import native
+from ema_timm.ops.dispatch import fused_unavailable
 
 
 def versions() -> dict[str, str]:
@@ -15,4 +17,19 @@ def versions() -> dict[str, str]:
         "timm": timm.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """`versions`, and for each implementation what it runs on here."""
+    cuda = torch.cuda.is_available()
+    probe = torch.empty(1, 1, 1, 1, device="cuda" if cuda else "cpu")
+    reason = fused_unavailable(probe, probe[0, 0, 0])
+    return {
+        **versions(),
+        "CUDA": torch.cuda.get_device_name() if cuda else "not available",
+        "reference": "runs anywhere",
+        "closed_form": f"runs anywhere; on the CPU {native.status()}, "
+        f"{torch.get_num_threads()} threads",
+        "fused": f"cannot run here: {reason}" if reason else "runs",
     }

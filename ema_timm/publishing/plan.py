@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ema_timm.checkpoints.check import CheckpointFolder, check_folder
+from ema_timm.checkpoints.check import CheckedFolder, check_folder
 from ema_timm.errors import UserError
 from ema_timm.hub.commit import Destination, File
 
@@ -16,7 +16,7 @@ from ema_timm.hub.commit import Destination, File
 class Plan:
     """What is published where."""
 
-    folder: CheckpointFolder
+    folder: CheckedFolder
     files: list[File]
     to: Destination
 

@@ -5,7 +5,6 @@ the source model. After: every file is fetched at the returned commit and compar
 the model is loaded from there in a fresh process and compared again.
 """
 
-import difflib
 import re
 import sys
 import tempfile
@@ -13,12 +12,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from safetensors.torch import load_file
 
 from ema_timm import __version__
-from ema_timm.checkpoints.card import is_generated
-from ema_timm.checkpoints.card_file import EditedCardError
-from ema_timm.checkpoints.check import CARD, WEIGHTS, build_network
+from ema_timm.checkpoints.cards.file import require_unedited
+from ema_timm.checkpoints.layout import CARD, WEIGHTS
+from ema_timm.checkpoints.network import load_network
 from ema_timm.errors import HubError, UserError
 from ema_timm.files import sha256
 from ema_timm.hub.commit import Destination, File, Landed
@@ -93,9 +91,7 @@ def check_loads_back(plan: Plan, reload: Reload, scratch: Path) -> Outputs:
         UserError: If it answers differently, or with numbers that are not finite.
     """
     folder = plan.folder
-    source = build_network(folder.path, folder.config)
-    source.load_state_dict(load_file(folder.path / WEIGHTS))
-    expected = outputs(source)
+    expected = outputs(load_network(folder.path, folder.config))
     _say("loading the folder in a fresh process")
     loaded = reload(f"local-dir:{folder.path.resolve()}", {"TMPDIR": str(scratch)})
     if not same(expected, loaded):
@@ -141,18 +137,14 @@ def _mention_pickles(there: Iterable[str]) -> None:
 def _keep_edited_card(plan: Plan, repository: Repository, scratch: Path) -> None:
     """Refuse to write over a card on the Hub that is not as ema-timm generated it."""
     file = repository.fetch(CARD, repository.head, scratch / "card")
-    theirs = file.read_text("utf-8", errors="replace")
-    ours = plan.folder.card
-    if theirs == ours or is_generated(theirs):
-        return
-    lines = (text.splitlines(keepends=True) for text in (theirs, ours))
-    raise EditedCardError(
+    ours = plan.folder.path / CARD
+    require_unedited(
+        file.read_text("utf-8", errors="replace"),
+        plan.folder.card,
+        (f"{plan.to.repo}/{CARD}", str(ours)),
         f"{CARD} of {plan.to.repo} was not written by ema-timm, or was edited, and is kept; the "
-        f"difference is above. Take the edits over into {plan.folder.path / CARD} and publish "
-        "with --force, which replaces it.",
-        "".join(
-            difflib.unified_diff(*lines, f"{plan.to.repo}/{CARD}", str(plan.folder.path / CARD))
-        ),
+        f"difference is above. Take the edits over into {ours} and publish with --force, which "
+        "replaces it.",
     )
 
 

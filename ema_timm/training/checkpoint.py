@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from ema_timm.backbones.complexity import count_parameters
-from ema_timm.checkpoints.card import card_text
+from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
-from ema_timm.checkpoints.results import FORMAT, PREPROCESSING
+from ema_timm.checkpoints.preprocessing import PREPROCESSING
+from ema_timm.checkpoints.results import FORMAT
 from ema_timm.measure.metrics import Metrics
 from ema_timm.measure.versions import versions
 from ema_timm.training.history import History

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from timm.data import resolve_data_config
 
-from ema_timm.checkpoints.card import card_text, is_generated
-from ema_timm.checkpoints.card_file import EditedCardError, write_card
+from ema_timm.checkpoints.cards.file import EditedCardError, write_card
+from ema_timm.checkpoints.cards.seal import is_generated
+from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.cli import main
 
@@ -212,6 +213,15 @@ def test_an_edited_card_is_kept_unless_forced_and_the_difference_shown(folder, c
     assert "My limits" in card.read_text()
     assert main(["card", str(folder), "--force"]) == 0
     assert card.read_text() == generated
+
+
+def test_a_card_that_is_no_text_is_kept_also_where_forced(folder, capsys):
+    (folder / "README.md").write_bytes(b"\xff")
+    assert main(["card", str(folder), "--force"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert (folder / "README.md").read_bytes() == b"\xff"
+    (folder / "README.md").unlink()  # the remedy
+    assert main(["card", str(folder)]) == 0
 
 
 def test_results_of_other_weights_get_no_card(folder, capsys):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
-from ema_timm.checkpoints.card_file import write_card
+from ema_timm.checkpoints.cards.file import write_card
 from ema_timm.checkpoints.check import check_folder
 from ema_timm.checkpoints.config import STUB
 from ema_timm.checkpoints.folder import CheckpointWriter
@@ -184,6 +184,10 @@ DAMAGE = {
     "an old card": (
         edit("results.json", lambda r: r["metrics"].update(correct=8, top1=100.0)),
         "not of these results",
+    ),
+    "a card that is no text": (
+        lambda f: (f / "README.md").write_bytes(b"\xff"),
+        r"README\.md cannot be read.*Rename or remove it, then write it with: ema-timm card",
     ),
     "a picture gone": (
         lambda f: (f / "README.md").write_text("# Mine\n![shown](gone.png)\n"),

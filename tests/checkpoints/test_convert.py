@@ -8,8 +8,8 @@ import torch
 from support.networks import shake
 
 from ema_timm import EmaAttn
-from ema_timm.checkpoints.check import check_network
 from ema_timm.checkpoints.convert import convert
+from ema_timm.checkpoints.network import check_network
 from ema_timm.cli import main
 from ema_timm.errors import UserError
 

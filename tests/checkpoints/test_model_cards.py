@@ -9,8 +9,13 @@ import timm
 from huggingface_hub import ModelCard
 from timm.models import get_pretrained_cfg
 
-from ema_timm.checkpoints.card import card_text
-from ema_timm.checkpoints.warm_start_card import BASES, counts, published, warm_start_card_text
+from ema_timm.checkpoints.cards.text import card_text
+from ema_timm.checkpoints.cards.warm_start import (
+    BASES,
+    counts,
+    published,
+    warm_start_card_text,
+)
 from ema_timm.training.quickstart import MODEL
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"

@@ -16,7 +16,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy
 
 import ema_timm.measure.evaluate as evaluate_module
-from ema_timm.checkpoints.card_file import write_card
+from ema_timm.checkpoints.cards.file import write_card
 from ema_timm.checkpoints.check import check_folder
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.cli import main

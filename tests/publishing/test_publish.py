@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from support.stand_in_hub import ADA, ADA_READS, BOB
 
-from ema_timm.checkpoints.card_file import write_card
+from ema_timm.checkpoints.cards.file import write_card
 from ema_timm.cli import main
 from ema_timm.errors import HubError, UserError
 from ema_timm.files import sha256
@@ -173,7 +173,8 @@ def publish_here(folder, repo, hub, token=ADA):
     """Publish from this process; the loading back is taken for granted."""
 
     def reload(name, env):
-        from ema_timm.checkpoints.check import build_network, read_config
+        from ema_timm.checkpoints.config import read_config
+        from ema_timm.checkpoints.network import build_network
 
         network = build_network(folder, read_config(folder))
         network.load_state_dict(load_file(folder / "model.safetensors"))

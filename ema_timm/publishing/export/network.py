@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, first_line
 
 
 def load(folder: str | Path, **options) -> nn.Module:
@@ -30,7 +30,7 @@ def load(folder: str | Path, **options) -> nn.Module:
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
     except (RuntimeError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"cannot load {folder}: {first_line(error)}") from error
 
 
 def check_inputs(model: nn.Module) -> list[Tensor]:
@@ -58,5 +58,5 @@ def require_free_sizes(model: nn.Module, inputs: list[Tensor]) -> None:
         except (RuntimeError, AssertionError) as error:
             raise UserError(
                 f"export leaves the image size free, and this network does not take "
-                f"{x.shape[2]}x{x.shape[3]}: {str(error).strip().splitlines()[0]}"
+                f"{x.shape[2]}x{x.shape[3]}: {first_line(error)}"
             ) from error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ema_timm.errors import VerificationError
+from ema_timm.errors import VerificationError, first_line
 from ema_timm.publishing.export.formats import Format
 
 TOLERANCE = 1e-4
@@ -32,7 +32,7 @@ def verify(path: Path, way: Format, model: nn.Module, inputs: list[Tensor]) -> f
     except Exception as error:  # the runtimes' errors have nothing else in common
         raise VerificationError(
             f"{name} was not written: it does not load, or not take another size than it was "
-            f"exported with ({str(error).strip().splitlines()[0]})."
+            f"exported with ({first_line(error)})."
         ) from error
     if not all(difference <= TOLERANCE for difference in found):  # NaN fails too
         worst = max(found)

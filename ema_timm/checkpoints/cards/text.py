@@ -1,19 +1,14 @@
-"""Measured results -> the text of a model card. Pure: reads no weights and no network.
+"""Measured results -> the text of a model card. Pure: reads no weights and no network."""
 
-The last line seals the text, so that a card that somebody edited is known as such.
-"""
-
-import hashlib
 import json
-import re
-from importlib import resources
-from string import Template
 
-from ema_timm.checkpoints import citations
-from ema_timm.checkpoints.card_metadata import front_matter, is_ema, measured_on
+from ema_timm.checkpoints.cards import citations
+from ema_timm.checkpoints.cards.metadata import front_matter, is_ema, measured_on
+from ema_timm.checkpoints.cards.parts import count_rows, fill, table
+from ema_timm.checkpoints.cards.seal import seal
 from ema_timm.checkpoints.config import needs_auto_map
 
-WHAT_EMA = (
+_WHAT_EMA = (
     "An image classifier whose blocks carry EMA attention: Efficient Multi-scale Attention "
     "(arXiv:2305.13563), a gate over channel groups. It is not an exponential moving average of "
     "weights."
@@ -21,7 +16,6 @@ WHAT_EMA = (
 _WHAT_PLAIN = "An image classifier in timm's format."
 _SETTINGS = ("opt", "lr", "weight_decay", "epochs", "batch_size", "sched", "smoothing", "seed")
 _SHOWN = 20
-_SEAL = re.compile(r"<!-- ema-timm card, sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
 
 
 def card_text(results: dict) -> str:
@@ -34,9 +28,9 @@ def card_text(results: dict) -> str:
     ema, ours = is_ema(results["architecture"]), needs_auto_map(results["architecture"])
     repository = results.get("card", {}).get("repo_id")
     body = fill(
-        "card_template.md",
+        "checkpoint.md",
         architecture=results["architecture"],
-        what=WHAT_EMA if ema else _WHAT_PLAIN,
+        what=_WHAT_EMA if ema else _WHAT_PLAIN,
         numbers=_numbers(results),
         measured=_measured(results),
         training=_training(results),
@@ -49,47 +43,6 @@ def card_text(results: dict) -> str:
         citation="\n\n".join([citations.EMA, citations.TIMM] if ema else [citations.TIMM]),
     )
     return seal(front_matter(results) + body)
-
-
-def fill(template: str, **values: str) -> str:
-    """A template of this package with its blanks filled; an empty one leaves no gap."""
-    text = resources.files(__package__).joinpath(template).read_text("utf-8")
-    return re.sub(r"\n{3,}", "\n\n", Template(text).substitute(values))
-
-
-def seal(text: str) -> str:
-    """``text`` with a last line by which `is_generated` knows it again."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f"{text}\n<!-- ema-timm card, sha256 of the text above: {digest} -->\n"
-
-
-def is_generated(text: str) -> bool:
-    """Whether a card is as it was generated, at whatever time, and nobody has edited it."""
-    sealed = _SEAL.search(text)
-    return bool(sealed) and text == seal(text[: sealed.start() - 1])
-
-
-def table(rows: list[tuple[str, str | None]], title: str = "measured") -> str:
-    """A table of two columns; a row without a value is left out."""
-    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
-    return "\n".join([f"| {title} | |", "|---|---|", *lines])
-
-
-def count_rows(results: dict) -> list[tuple[str, str | None]]:
-    """The table rows of what is counted on the network alone."""
-    macs = results.get("macs")
-    ema = total = definition = None
-    if macs:
-        total = f"{macs['total']:,}"
-        if macs["ema"]:
-            ema = f"{macs['ema']:,}"
-            definition = f"{macs['ema_definition']:,}"
-    return [
-        ("Parameters", f"{results['parameters']:,}"),
-        ("Multiply-accumulates (convolutions and matrix products, one image)", total),
-        ("… of which EMA attention, in the closed form that runs", ema),
-        ("… EMA attention by the paper's definition would be", definition),
-    ]
 
 
 def _numbers(results: dict) -> str:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import yaml
+from ema_timm.checkpoints.cards.parts import yaml_block
 
 
 def front_matter(results: dict) -> str:
@@ -15,7 +15,7 @@ def front_matter(results: dict) -> str:
     tags = ["image-classification", "timm", "transformers"]
     if is_ema(results["architecture"]):
         tags.append("ema-attention")
-    found = {
+    facts = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": tags,
@@ -27,9 +27,7 @@ def front_matter(results: dict) -> str:
         "metrics": ["accuracy"] if results.get("metrics") else None,
         "model-index": _model_index(results),
     }
-    known = {key: value for key, value in found.items() if value}
-    text = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\n{text}---\n\n"
+    return yaml_block(facts)
 
 
 def is_ema(architecture: str) -> bool:

@@ -2,22 +2,23 @@
 
 Written anew, with a clone of timm at hand, by
 
-    python -m ema_timm.checkpoints.warm_start_card TIMM_REPO COMMIT model_cards
+    python -m ema_timm.checkpoints.cards.warm_start TIMM_REPO COMMIT model_cards
 """
 
 import csv
-import json
 import sys
 from pathlib import Path
 
 import timm
 import torch
-import yaml
 from timm.models import get_pretrained_cfg
 
 from ema_timm.backbones.complexity import count_macs, count_parameters
-from ema_timm.checkpoints import citations
-from ema_timm.checkpoints.card import count_rows, fill, seal, table
+from ema_timm.checkpoints.cards import citations
+from ema_timm.checkpoints.cards.parts import count_rows, fill, table, yaml_block
+from ema_timm.checkpoints.cards.seal import seal
+from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.checkpoints.results import FORMAT
 
 BASES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenetv2_100")
@@ -72,17 +73,16 @@ def published(name: str, timm_repo: str | Path) -> list[dict]:
 def warm_start_card_text(results: dict) -> str:
     """The README.md of a warm start; the same results give the same text."""
     start = results["warm_start"]
-    metadata = {
+    facts = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "ema-attention"],
         "license": start["license"],
         "base_model": start["hub_repository"],
     }
-    known = {key: value for key, value in metadata.items() if value}
     size = "×".join(map(str, results["input"]["input_size"]))
     body = fill(
-        "warm_start_template.md",
+        "warm_start.md",
         name=f"{results['architecture']}.{results['tag']}",
         base=start["base"],
         repository=start["hub_repository"],
@@ -92,8 +92,7 @@ def warm_start_card_text(results: dict) -> str:
         source=start["source"],
         citation=f"{citations.EMA}\n\n{citations.TIMM}",
     )
-    front = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
-    return seal(f"---\n{front}---\n\n{body}")
+    return seal(yaml_block(facts) + body)
 
 
 def _published_table(rows: list[dict]) -> str:
@@ -109,11 +108,10 @@ def write_cards(timm_repo: str | Path, commit: str, output: str | Path) -> None:
     """Write ``<architecture>.<tag>/results.json`` and ``README.md`` of every warm start."""
     for base in BASES:
         results = warm_start_results(base, timm_repo, commit)
-        folder = Path(output) / f"{results['architecture']}.{results['tag']}"
-        folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(results, indent=2) + "\n"
-        (folder / "results.json").write_text(content, encoding="utf-8")
-        (folder / "README.md").write_text(warm_start_card_text(results), encoding="utf-8")
+        folder = CheckpointWriter(Path(output) / f"{results['architecture']}.{results['tag']}")
+        folder.make()
+        folder.write_json(RESULTS, results)
+        folder.write_text(CARD, warm_start_card_text(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""What a checkpoint folder holds: the names of its files, and how its JSON is read."""
+
+import json
+from pathlib import Path
+
+from ema_timm.errors import UserError
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+RESULTS = "results.json"
+CARD = "README.md"
+
+
+def read_json(file: Path, remedy: str) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        UserError: With ``remedy``, if there is none.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing. {remedy}") from error
+    except (ValueError, OSError) as error:  # ValueError: not JSON, or not UTF-8
+        raise UserError(f"{file} cannot be read: {error}. {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object, got {type(content).__name__}. {remedy}")
+    return content

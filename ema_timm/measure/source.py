@@ -1,0 +1,103 @@
+"""What an evaluation is told, settled: the folder to measure, its images' split, its classes."""
+
+from pathlib import Path
+
+from ema_timm.checkpoints.labels import Labels, check_count, read_labels
+from ema_timm.checkpoints.network import rebuild
+from ema_timm.checkpoints.read import read_checkpoint
+from ema_timm.checkpoints.write import write_folder
+from ema_timm.errors import UserError
+from ema_timm.measure.data import TRAIN, VAL, open_folder
+from ema_timm.measure.settings import EvaluateConfig
+
+
+def folder_to_measure(config: EvaluateConfig) -> Path:
+    """The checkpoint folder; that of a checkpoint file is written first.
+
+    Raises:
+        UserError: If there is no checkpoint, or the options are not for one of its kind.
+    """
+    source = Path(config.source)
+    if not source.exists():
+        raise UserError(f"there is no checkpoint {source}. Give a checkpoint folder or file.")
+    if source.is_dir():
+        _refuse_options_of_a_file(config)
+        return source
+    if not config.output:
+        raise UserError(
+            f"{source} is a file: --output FOLDER says where to write its checkpoint folder."
+        )
+    return _write_folder_of(source, config)
+
+
+def split_names(config: EvaluateConfig) -> tuple[str, ...]:
+    """Names of the folder to measure on; the first that exists counts.
+
+    Raises:
+        UserError: If there are no images to measure on.
+    """
+    if not config.data_dir:
+        raise UserError("evaluate needs --data-dir; see ema-timm evaluate --help.")
+    return (config.split,) if config.split else VAL
+
+
+def with_class_names(saved: dict, path: Path, config: EvaluateConfig) -> dict:
+    """A folder's config.json with names of its classes: its own, else those that are told.
+
+    Args:
+        saved: Content of config.json.
+        path: The folder.
+        config: May tell the names.
+
+    Raises:
+        UserError: If other names are told than it has, or too many or few.
+    """
+    own = saved.get("label_names")
+    if not own:
+        labels = _labels(config, saved["num_classes"])
+        described = {"label_descriptions": labels.descriptions} if labels.descriptions else {}
+        return {**saved, "label_names": labels.names, **described}
+    if config.labels and read_labels(config.labels).names != own:
+        raise UserError(
+            f"--labels {config.labels} differs from the label_names in {path}/config.json. "
+            "Leave it out."
+        )
+    return saved
+
+
+def _refuse_options_of_a_file(config: EvaluateConfig) -> None:
+    given = [name for name in EvaluateConfig.OF_A_FILE if getattr(config, name)]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        raise UserError(
+            f"{option} is for checkpoint files: {config.source} is a folder, and its config.json "
+            f"decides. Leave {option} out."
+        )
+
+
+def _write_folder_of(source: Path, config: EvaluateConfig) -> Path:
+    """Write the checkpoint folder of a checkpoint file."""
+    checkpoint = read_checkpoint(source, config.use_averaged)
+    network, model_args = rebuild(checkpoint, config.model, config.model_kwargs)
+    if checkpoint.arguments.get("class_map") and not config.labels:
+        raise UserError(
+            f"{source} was trained with --class-map {checkpoint.arguments['class_map']}, which "
+            "orders the classes. Give their names in that order with --labels FILE."
+        )
+    labels = _labels(config, network.num_classes)
+    told = {key: getattr(config, key) for key in ("img_size", "crop_pct", "interpolation")}
+    told = {key: value for key, value in told.items() if value}
+    return write_folder(checkpoint, network, model_args, config.output, labels, told)
+
+
+def _labels(config: EvaluateConfig, classes: int) -> Labels:
+    """Class names where the checkpoint has none: as told, else those of the class folders."""
+    if config.labels:
+        labels = read_labels(config.labels)
+    else:
+        names = split_names(config)
+        if any((Path(config.data_dir) / name).is_dir() for name in TRAIN):
+            names = TRAIN
+        labels = Labels(open_folder(config.data_dir, names).class_names)
+    check_count(labels, classes, config.labels or config.data_dir)
+    return labels

@@ -1,0 +1,41 @@
+"""What a folder says of the training that its checkpoint came from."""
+
+import argparse
+import json
+
+import pytest
+import timm
+import torch
+
+from ema_timm.checkpoints.results import public_name
+from ema_timm.checkpoints.write import write_converted
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("local-dir:/home/me/runs/base", "local-dir:base"),
+        ("hf-hub:me/base", "hf-hub:me/base"),
+        ("resnet50.a1_in1k", "resnet50.a1_in1k"),
+    ],
+)
+def test_names_lose_the_places_of_folders_and_nothing_else(name, public):
+    assert public_name(name) == public
+
+
+def test_results_do_not_say_where_files_of_the_training_were(tmp_path):
+    model = timm.create_model("test_resnet_ema", num_classes=3)
+    arguments = argparse.Namespace(
+        model="local-dir:/home/me/runs/base",
+        pretrained=True,
+        data_dir="/home/me/flowers",
+        initial_checkpoint="/home/me/base.pth",
+    )
+    file = tmp_path / "model_best.pth.tar"
+    torch.save({"state_dict": model.state_dict(), "args": arguments}, file)
+    write_converted(file, tmp_path / "out", model="test_resnet_ema")
+    text = (tmp_path / "out" / "results.json").read_text()
+    assert "/home" not in text and str(tmp_path) not in text
+    results = json.loads(text)
+    assert results["arguments"]["model"] == results["base"]["model"] == "local-dir:base"
+    assert results["arguments"]["data_dir"] == "flowers"
