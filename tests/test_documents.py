@@ -1,0 +1,153 @@
+"""The README and the guides are true: every block that a reader would copy runs as it stands."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save
+from support.stand_in_hub import StandInHub
+from timm.models import get_pretrained_cfg
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "ema_timm").rglob("README.md"))]
+
+# Blocks that are run elsewhere, or that nothing here can run; by a part of their text.
+ELSEWHERE = {
+    "ema-timm quickstart": "training/test_quickstart.py, and in a fresh environment CI",
+    "-m pytest": "this is the test run",
+    "timm_suite.py": "CI runs its fast part",
+    "train.py": "with_timm/test_timm_scripts.py, where TIMM_REPO is set",
+    "pip install": "nothing is installed while tests run; CI installs the extras",
+    "torchrun": "training/test_finetune.py, on two processes",
+    "ema-timm bench": "bench/test_bench.py; its times want a quiet machine",
+    "test_hub_faults.py": "publishing/test_hub_faults.py itself",
+    "pytest -m gpu": "needs a GPU",
+}
+# Commands run as they stand; only the work that they give the machine is cut down.
+LESS_WORK = {
+    "finetune": "--epochs 1 --batch-size 12 --img-size 32 --workers 0 --device cpu",
+    "evaluate": "--workers 0 --device cpu",
+}
+SHIM = """#!/bin/sh
+case " $* " in
+{cases}
+esac
+exec {python} -m ema_timm "$@"
+"""
+PRELUDE = "import timm, torch\nmodel = timm.create_model('resnet18')\n"
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    document: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self):
+        return f"{self.document.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(document):
+    text = document.read_text("utf-8")
+    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+        line = text.count("\n", 0, found.start()) + 1
+        yield Block(document, line, found[1], found[2])
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
+CODE = [block for block in BLOCKS if block.language in ("bash", "python", "sh", "console")]
+
+
+def elsewhere(block):
+    return [part for part in ELSEWHERE if part in block.text]
+
+
+def test_the_documents_are_found_and_no_exception_is_stale():
+    assert len(DOCUMENTS) > 10
+    assert len(CODE) > 20
+    unused = [part for part in ELSEWHERE if not any(part in block.text for block in CODE)]
+    assert not unused
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "bibtex", "text"}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, digits, trained, hub_env):
+    """Where a reader sits: images, a trained folder, checkpoints of other code, a Hub."""
+    place = tmp_path_factory.mktemp("desk")
+    shutil.copytree(digits, place / "flowers")
+    shutil.copytree(trained, place / "runs" / "flowers")
+    torch.save(
+        {"arch": "mobilenetv2_100_ema", "state_dict": _state("mobilenetv2_100_ema", 4)},
+        place / "model_best.pth.tar",
+    )
+    timms = place / "output" / "train" / "NAME"
+    timms.mkdir(parents=True)
+    torch.save(
+        {"arch": "test_resnet_ema", "epoch": 1, "state_dict": _state("test_resnet_ema", 4)},
+        timms / "model_best.pth.tar",
+    )
+    (place / "bin").mkdir()
+    cases = "\n".join(
+        f'    *" {name} "*) set -- "$@" {more} ;;' for name, more in LESS_WORK.items()
+    )
+    for name, text in {
+        "ema-timm": SHIM.format(cases=cases, python=sys.executable),
+        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+    }.items():
+        (place / "bin" / name).write_text(text)
+        (place / "bin" / name).chmod(0o755)
+    with StandInHub() as hub:
+        for name in ("resnet18", "resnet50", "mobilenetv2_100"):
+            cfg = get_pretrained_cfg(name)
+            files = {"model.safetensors": save(_state(name, cfg.num_classes))}
+            hub.store.put(cfg.hf_hub_id.rstrip("/"), files, "Publish")
+        env = {
+            **os.environ,
+            **hub_env(hub),
+            "PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        }
+        files = {p.name: p.read_bytes() for p in trained.iterdir() if p.is_file()}
+        hub.store.put("ada/flowers", files, "Publish")
+        yield place, env
+
+
+def _state(name, num_classes):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=num_classes).state_dict()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_blocks_run_in_the_order_in_which_they_stand(document, desk, tmp_path):
+    """One after another in one folder, so that a block may build on those above it."""
+    place, env = desk
+    here = shutil.copytree(place, tmp_path / "desk", symlinks=True)
+    for block in [b for b in CODE if b.document == document and not elsewhere(b)]:
+        text = block.text.replace("USER/", "ada/")
+        if "ema-timm finetune" in text and "--resume" not in text:
+            for output in re.findall(r"--output (\S+)", text):
+                shutil.rmtree(here / output, ignore_errors=True)
+        if block.language == "python":
+            command = [sys.executable, "-c", PRELUDE + text]
+        else:
+            command = ["bash", "-euo", "pipefail", "-c", text]
+        done = subprocess.run(
+            command, cwd=here, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{block}\n{text}\n{done.stdout}\n{done.stderr}"
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        text = document.read_text("utf-8")
+        for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text):
+            assert (document.parent / link).exists(), f"{document.relative_to(ROOT)}: {link}"
