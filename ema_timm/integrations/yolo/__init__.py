@@ -1,0 +1,18 @@
+"""EMA attention in YOLO: by name in a model YAML, into trained detectors, the paper's detectors.
+
+Nothing here imports ultralytics before it is asked for a detector.
+"""
+
+_HOME = {
+    "EmaAttnRow": "ema_timm.integrations.yolo.layer",
+}
+
+__all__ = ["EmaAttnRow"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
