@@ -5,9 +5,10 @@ Nothing here imports ultralytics before it is asked for a detector.
 
 _HOME = {
     "EmaAttnRow": "ema_timm.integrations.yolo.layer",
+    "inject": "ema_timm.integrations.yolo.injection",
 }
 
-__all__ = ["EmaAttnRow"]
+__all__ = ["EmaAttnRow", "inject"]
 
 
 def __getattr__(name: str):
@@ -15,4 +16,6 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
-
-NAME = "EmaAttn"
-"""What rows call the layer."""
+from ema_timm.integrations.yolo.rows import NAME
 
 _ROW = f"Write the row as [-1, 1, {NAME}, [c2]]; c2 is the width of the row before, at every scale"
 
@@ -24,7 +22,7 @@ class EmaAttnRow(EmaAttn):
         groups: Upper bound for the number of groups; the largest divisor of C below it is taken,
             so that one YAML fits every scale.
         gain: The output is multiplied by it. 2 undoes the gate of one half that the neutral start
-            has (`ema_timm.integrations.yolo.inject`); 1 is the paper's layer.
+            has (`ema_timm.integrations.yolo.injection`); 1 is the paper's layer.
 
     Raises:
         TypeError: If an argument is missing, one too many, or of the wrong kind.

@@ -7,7 +7,8 @@ from types import ModuleType
 import torch
 
 from ema_timm.attention import FoldedEma
-from ema_timm.integrations.yolo.layer import NAME, EmaAttnRow, count_for_thop
+from ema_timm.integrations.yolo.layer import EmaAttnRow, count_for_thop
+from ema_timm.integrations.yolo.rows import NAME
 
 
 def register(module: ModuleType) -> None:

@@ -8,7 +8,12 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import yaml
+
 from ema_timm.errors import UserError
+
+NAME = "EmaAttn"
+"""What rows call the layer."""
 
 IMAGE = -1
 """In place of a row's index: the image, which the first row reads."""
@@ -86,3 +91,25 @@ def _moved_from(index: int, row: Sequence, new_index: int, output: dict[int, int
         for f, source in zip(froms, sources(index, row), strict=True)
     ]
     return new[0] if isinstance(row[0], int) else new
+
+
+def yaml_text(config: dict) -> str:
+    """A model YAML as a file that builds the same network under any file name.
+
+    ultralytics reads the scale from the file's name and else takes the first: the network's own
+    scale is written first.
+    """
+    content = {k: v for k, v in config.items() if k not in ("yaml_file", "scale", "ch", "channels")}
+    rows = {part: content.pop(part) for part in ("backbone", "head")}
+    scales, own = content.get("scales"), config.get("scale")
+    if scales and own in scales:
+        content["scales"] = {own: scales[own], **scales}
+    lines = [yaml.safe_dump(content, sort_keys=False, default_flow_style=None).rstrip()]
+    number = 0
+    for part, listed in rows.items():
+        lines += ["", f"{part}:", "  # [from, number, module, arguments]"]
+        for row in listed:
+            written = yaml.safe_dump(list(row), default_flow_style=True, width=1000).strip()
+            lines.append(f"  - {written}  # {number}")
+            number += 1
+    return "# EMA attention (pip install ema-timm)\n" + "\n".join(lines) + "\n"
