@@ -6,9 +6,11 @@ Nothing here imports ultralytics before it is asked for a detector.
 _HOME = {
     "EmaAttnRow": "ema_timm.integrations.yolo.layer",
     "inject": "ema_timm.integrations.yolo.injection",
+    "load": "ema_timm.integrations.yolo.folder",
+    "save_folder": "ema_timm.integrations.yolo.folder",
 }
 
-__all__ = ["EmaAttnRow", "inject"]
+__all__ = ["EmaAttnRow", "inject", "load", "save_folder"]
 
 
 def __getattr__(name: str):

@@ -82,14 +82,14 @@ def write_checkpoint(yolo: Any, path: Path) -> None:
     loaded = type(yolo)(str(path)).model
     maps = look(yolo.model)[0]
     difference = relative_difference(maps, look(loaded)[0])
-    if not difference <= (TOLERANCE if _is_rounded(yolo.model) else _HALF_TOLERANCE):
+    if not difference <= (TOLERANCE if is_rounded(yolo.model) else _HALF_TOLERANCE):
         path.unlink()
         raise VerificationError(
             f"{path}, loaded afresh, gives maps that differ by {difference:.1e}, and was removed."
         )
 
 
-def _is_rounded(net: nn.Module) -> bool:
+def is_rounded(net: nn.Module) -> bool:
     """Whether float16 holds every number, as after loading a checkpoint of ultralytics."""
     floats = [t for t in net.state_dict().values() if t.dtype == torch.float32]
     return all(torch.equal(t, t.half().float()) for t in floats)

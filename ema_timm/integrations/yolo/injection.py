@@ -83,8 +83,8 @@ def inject(
 
     Args:
         yolo: ``YOLO("yolo11n.pt")``, or any YOLO or RTDETR object of ultralytics; changed in place.
-            For training on several GPUs with a version of ultralytics before 8.4, save it and load
-            the file: their worker processes read a file.
+            For training on several GPUs save it and train the file: in older versions (8.1, say)
+            worker processes read a file.
         after: "head" (behind the blocks that feed the head), "backbone", "neck", "all", or numbers
             of rows.
         groups: Upper bound for the number of groups of each layer.
@@ -233,8 +233,8 @@ def _adopt(yolo: Any, new: nn.Module) -> None:
     # optimizer, so that nothing resumes the run of the detector before.
     yolo.ckpt = {"model": new, **({"train_args": kept} if kept else {})}
     yolo.ckpt_path = None
-    # Before 8.4 the workers of a training on several GPUs load this file: better that they miss it
-    # than that they train the detector before.
+    # In older versions the workers of a training on several GPUs load this file: better that they
+    # miss it than that they train the detector before.
     yolo.overrides["model"] = f"{Path(str(yolo.overrides.get('model', 'yolo'))).stem}-ema.pt"
     yolo.predictor = None
 
