@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support.yolo import ROW, ultralytics, with_rows, write_yaml
+from support.yolo import ROW, save, ultralytics, with_rows, write_yaml
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
@@ -55,7 +55,7 @@ def saved(model_yaml, tmp_path_factory):
     yolo = YOLO(model_yaml)
     randomise(yolo.model)
     path = tmp_path_factory.mktemp("saved") / "ema.pt"
-    yolo.save(path)
+    save(yolo, path)
     x = torch.rand(1, 3, 96, 128)
     half = copy.deepcopy(yolo.model).half().float().eval()
     with torch.no_grad():

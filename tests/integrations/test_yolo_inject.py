@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.yolo import ultralytics, with_rows
+from support.yolo import save, ultralytics, with_rows
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn import tasks
@@ -42,14 +42,21 @@ def opened(name):
     return yolo
 
 
+class EnoughError(Exception):
+    """Stops a forward pass before the last row, which in train mode may want labels."""
+
+
 def training_maps(net):
     """What the last row is given in train mode; the network's statistics move."""
     given = []
-    hook = net.model[-1].register_forward_pre_hook(
-        lambda module, args: given.extend(args[0] if isinstance(args[0], list) else args)
-    )
+
+    def keep(module, args):
+        given.extend(args[0] if isinstance(args[0], list) else args)
+        raise EnoughError
+
+    hook = net.model[-1].register_forward_pre_hook(keep)
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.raises(EnoughError):
         net.train()(torch.rand(2, 3, 256, 256, generator=generator))
     hook.remove()
     return given
@@ -68,7 +75,7 @@ def checkpoint(tmp_path_factory):
     """A checkpoint as ultralytics writes it, in half precision."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("plain") / SMALLEST.replace(".yaml", ".pt")
-    opened(SMALLEST).save(path)
+    save(opened(SMALLEST), path)
     return path
 
 
@@ -240,9 +247,10 @@ def test_refuses_rows_that_are_none(after, message):
         inject(opened("yolov8n.yaml"), after)
 
 
+@pytest.mark.skipif(not NEWEST, reason="the row kind with several maps came later")
 def test_refuses_a_row_that_gives_several_maps():
     with pytest.raises(UserError, match="gives no single map"):
-        inject(YOLO("yolov9e.yaml" if NEWEST else "yolov8n.yaml"), [10 if NEWEST else 99])
+        inject(YOLO("yolov9e.yaml"), [10])
 
 
 def test_refuses_an_exported_model():
@@ -253,7 +261,7 @@ def test_refuses_an_exported_model():
         inject(Exported())
 
 
-@pytest.mark.parametrize("found", ["8.0.200", "9.0.0"])
+@pytest.mark.parametrize("found", ["8.1.47", "9.0.0"])
 def test_another_version_gives_one_line(monkeypatch, found):
     monkeypatch.setattr("ema_timm.integrations.yolo.detector.version", lambda name: found)
     with pytest.raises(UserError, match=rf"needs ultralytics >= .*, and {found} is installed"):

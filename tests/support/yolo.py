@@ -33,3 +33,9 @@ def write_yaml(config, path):
     content = {key: value for key, value in config.items() if key not in ("yaml_file", "scale")}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def save(yolo, path):
+    """A checkpoint in half precision, which old versions of ultralytics do not make of a YAML."""
+    yolo.ckpt = {**(yolo.ckpt or {}), "model": copy.deepcopy(yolo.model).half()}
+    yolo.save(path)

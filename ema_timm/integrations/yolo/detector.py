@@ -12,7 +12,7 @@ from ema_timm.errors import UserError
 from ema_timm.integrations.yolo.layer import EmaAttnRow
 from ema_timm.integrations.yolo.rows import rows_of, sources
 
-OLDEST = (8, 1)
+OLDEST = (8, 2)
 NEXT = (9,)
 PLACES = ("head", "backbone", "neck", "all")
 

@@ -83,7 +83,7 @@ def inject(
 
     Args:
         yolo: ``YOLO("yolo11n.pt")``, or any YOLO or RTDETR object of ultralytics; changed in place.
-            For training on several GPUs save it and train the file: in older versions (8.1, say)
+            For training on several GPUs save it and train the file: in older versions (8.2, say)
             worker processes read a file.
         after: "head" (behind the blocks that feed the head), "backbone", "neck", "all", or numbers
             of rows.
