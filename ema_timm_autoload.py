@@ -107,7 +107,7 @@ def _install(target):
     module = sys.modules.get(target)
     if module is None:
         return
-    if getattr(module.__spec__, "_initializing", False):
+    if getattr(getattr(module, "__spec__", None), "_initializing", False):
         if target in _finder.loading:
             return  # our loader is at work in some thread and registers when it is done
         from importlib import import_module
