@@ -1,9 +1,11 @@
 """Makes ``import timm`` enough: registers the EMA attention models once timm has loaded.
 
+The same for YOLO: the layer's name goes to the module that builds YOLO models once that has loaded.
+
 timm has no plug-in discovery, but it always imports torch, and torch calls every entry point of
 the group ``torch.backends`` at the end of its own import (pytorch RFC, issue 122468). `autoload`
 is such an entry point. It only puts a finder in front of ``sys.meta_path``; the finder lets
-``timm.models`` load as always and then registers our names.
+``timm.models``, or a builder of YOLO models, load as always and then registers our names.
 
 This module stands beside the package, not in it, for two reasons. ``EMA_TIMM_AUTOLOAD=0`` must
 leave ``ema_timm`` unimported, or a later ``import ema_timm`` could no longer register. And where
@@ -15,7 +17,10 @@ import os
 import sys
 import threading
 
-_TARGET = "timm.models"
+_TIMM = "timm.models"
+# ultralytics, the package yolov5, and a clone of YOLOv5, whose modules are top-level.
+_YOLO = ("ultralytics.nn.tasks", "yolov5.models.yolo", "models.yolo")
+_TARGETS = (_TIMM, *_YOLO)
 
 
 class _RegisteringLoader:
@@ -38,24 +43,25 @@ class _RegisteringLoader:
         # reload all read these two.
         module.__spec__.loader = self._loader
         module.__loader__ = self._loader
-        self._finder.loading += 1
+        name = module.__name__
+        self._finder.loading.add(name)
         try:
             self._loader.exec_module(module)
-            _register()
+            _register(module)
         finally:
-            self._finder.loading -= 1
+            self._finder.loading.discard(name)
 
 
 class _TimmModelsFinder:
-    """Meta path finder that answers for ``timm.models`` alone, by asking the other finders."""
+    """Meta path finder that answers for the targets alone, by asking the other finders."""
 
     def __init__(self):
-        self.loading = 0
+        self.loading = set()
         self._asking = threading.local()
 
     def find_spec(self, fullname, path=None, target=None):
-        """The spec that the other finders have for ``timm.models``, with our loader in it."""
-        if fullname != _TARGET or getattr(self._asking, "now", False):
+        """The spec that the other finders have for one of the targets, with our loader in it."""
+        if fullname not in _TARGETS or getattr(self._asking, "now", False):
             return None
         self._asking.now = True
         try:
@@ -90,28 +96,40 @@ def autoload():
 def install():
     """Register the models as soon as ``timm.models`` is loaded, or now where it already is.
 
+    The same for the layer's name and the builders of YOLO models.
+
     Safe to call from several threads and any number of times. Imports neither torch nor timm.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
-    models = sys.modules.get(_TARGET)
-    if models is None:
+    for target in _TARGETS:
+        _install(target)
+
+
+def _install(target):
+    module = sys.modules.get(target)
+    if module is None:
         return
-    if getattr(models.__spec__, "_initializing", False):
-        if _finder.loading:
+    if getattr(getattr(module, "__spec__", None), "_initializing", False):
+        if target in _finder.loading:
             return  # our loader is at work in some thread and registers when it is done
         from importlib import import_module
 
-        import_module(_TARGET)  # another thread loads it without our loader: wait for that
-    _register()
+        import_module(target)  # another thread loads it without our loader: wait for that
+    _register(module)
 
 
-def _register():
+def _register(module):
     try:
-        from ema_timm.backbones import register
+        if module.__name__ == _TIMM:
+            from ema_timm.backbones import register
 
-        register()
-    except Exception as error:  # timm must import as before, whatever is wrong with us
+            register()
+        else:
+            from ema_timm.integrations.yolo.register import register
+
+            register(module)
+    except Exception as error:  # the target must import as before, whatever is wrong with us
         if type(error).__name__ == "_DeadlockError":
             return  # another thread is importing that wing, waits for timm, and registers then
         _warn(error)
@@ -130,7 +148,7 @@ def _warn(error):
         )
     text = (
         f"ema-timm could not register its models ({type(error).__name__}: {error}). "
-        f"torch and timm work as before{remedy}."
+        f"torch, timm and YOLO work as before{remedy}."
     )
     try:
         import warnings

@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from ema_timm.attention import EmaAttn
 from ema_timm.backbones.slots import Slot, find_slots
 
+GRID = 2.0**16
 
-def neutral_state(layer: EmaAttn) -> dict[str, Tensor]:
+
+def neutral_state(layer: EmaAttn, grid: float = GRID) -> dict[str, Tensor]:
     """A state dict for ``layer`` with which its gate is 0.5 for every input.
 
     The 1×1 and 3×3 convolutions keep their random start, the latter centred (without
     cross-spatial learning it is 0).
+
+    Args:
+        layer: The layer; not changed.
+        grid: As in `centred`.
     """
     state = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
     zeros = ["conv3x3.bias", "gn.weight", "gn.bias"]
     if layer.cross_spatial:
-        state["conv3x3.weight"] = centred(state["conv3x3.weight"])
+        state["conv3x3.weight"] = centred(state["conv3x3.weight"], grid)
     else:
         zeros.append("conv3x3.weight")
     for name in zeros:
@@ -36,13 +42,16 @@ def neutral_state(layer: EmaAttn) -> dict[str, Tensor]:
     return state
 
 
-def centred(weight: Tensor) -> Tensor:
+def centred(weight: Tensor, grid: float = GRID) -> Tensor:
     """``weight`` with a sum over output channels of exactly 0.
 
     Subtracting the mean leaves a rounding error, which large activations would make visible in
     the gate. On a grid of 2⁻¹⁶ every partial sum is exact in float32, in any order.
+
+    Args:
+        weight: Of a convolution, output channels first.
+        grid: Steps in a unit. 2¹⁰ survives a checkpoint in float16.
     """
-    grid = 2.0**16
     steps = (weight.float() * grid).round()
     steps = steps - steps.mean(0).round()
     steps[0] -= steps.sum(0)  # at most half a step an output channel

@@ -21,6 +21,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ema_timm.cli import main
 from ema_timm.errors import UserError
+from ema_timm.integrations.yolo import paper
 from ema_timm.recipes import read, recipes
 
 REPO = os.environ.get("TIMM_REPO")
@@ -188,7 +189,7 @@ def test_optimizer_and_augmentation_exist(name):
 def test_list_and_print(capsys):
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == NAMES
+    assert [line.split()[0] for line in listed] == [*NAMES, *paper.recipes()]
     assert all(len(line.split()) > 3 for line in listed)
     assert main(["recipes", "cifar100_resnet50_ema"]) == 0
     assert capsys.readouterr().out == read("cifar100_resnet50_ema")

@@ -1,0 +1,156 @@
+"""A detector of the user's ultralytics: which versions, what its rows give, where blocks are."""
+
+import importlib.util
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema_timm.errors import UserError
+from ema_timm.integrations.yolo.layer import EmaAttnRow
+from ema_timm.integrations.yolo.rows import rows_of, sources
+
+OLDEST = (8, 2)
+NEXT = (9,)
+PLACES = ("head", "backbone", "neck", "all")
+
+# Large enough for RT-DETR, whose decoder picks 300 places of a picture; a multiple of every stride.
+_PIXELS = 256
+_BLOCK = 3  # convolutions; a plain row has one, a pooling pyramid or a ghost convolution two
+
+
+def require_ultralytics() -> None:
+    """Raise UserError where ultralytics is missing or of another version than was tested."""
+    rule = f"ultralytics >= {OLDEST[0]}.{OLDEST[1]}, < {NEXT[0]}"
+    if importlib.util.find_spec("ultralytics") is None:
+        raise UserError(f"this needs {rule}, which is not installed: pip install 'ema-timm[yolo]'.")
+    found = version("ultralytics")
+    numbers = tuple(int(part) for part in found.split(".")[:2])
+    if not OLDEST <= numbers < NEXT:
+        raise UserError(
+            f"this needs {rule}, and {found} is installed: pip install 'ema-timm[yolo]'."
+        )
+
+
+def network_of(yolo: Any) -> nn.Module:
+    """The network inside a ``YOLO`` or ``RTDETR`` object, made of the rows of its own YAML.
+
+    Raises:
+        TypeError: If there is none, as in an exported model.
+        UserError: If its modules are not those rows: where references cannot be moved, nothing is.
+    """
+    net = getattr(yolo, "model", None)
+    if not isinstance(net, nn.Module) or not isinstance(getattr(net, "yaml", None), dict):
+        raise TypeError(
+            "EMA attention goes into a YOLO or RTDETR object that holds a PyTorch network, got "
+            f"{type(yolo).__name__} with {type(net).__name__}. Give a .pt checkpoint or a YAML."
+        )
+    rows = rows_of(net.yaml)
+    layers = list(net.model)
+    found = [(layer.i, _listed(layer.f)) for layer in layers]
+    if found != [(i, _listed(row[0])) for i, row in enumerate(rows)]:
+        raise UserError(
+            f"the {len(layers)} layers of this network are not the {len(rows)} rows of its YAML, "
+            "so that references cannot be moved safely. Start from a network built by its YAML."
+        )
+    return net
+
+
+def _listed(froms) -> list[int]:
+    return [froms] if isinstance(froms, int) else list(froms)
+
+
+@torch.no_grad()
+def look(net: nn.Module) -> tuple[list[Tensor], list[tuple[int, ...] | None]]:
+    """Run a fixed picture through a network.
+
+    Args:
+        net: The network; its mode is as before afterwards.
+
+    Returns:
+        What its last row is given, and the shape of what each row gives; None for rows that give
+        anything but one tensor.
+    """
+    given: list[Tensor] = []
+    shapes: list[tuple[int, ...] | None] = []
+
+    def keep_input(module, args):
+        given.extend(args[0] if isinstance(args[0], list | tuple) else args[:1])
+
+    def keep_shape(module, args, output):
+        shapes.append(tuple(output.shape) if isinstance(output, Tensor) else None)
+
+    like = next(net.parameters())
+    generator = torch.Generator().manual_seed(0)
+    channels = net.yaml.get("channels", net.yaml.get("ch", 3))
+    image = torch.rand(1, channels, _PIXELS, _PIXELS, generator=generator).to(like)
+    hooks = [layer.register_forward_hook(keep_shape) for layer in net.model]
+    hooks.append(net.model[-1].register_forward_pre_hook(keep_input))
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.eval()(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return given, shapes
+
+
+def choose_rows(net: nn.Module, after: str | Iterable[int], shapes: list) -> list[int]:
+    """Which rows get EMA attention behind them.
+
+    Args:
+        net: The network.
+        after: "head": the rows that feed the last one. "backbone", "neck", "all": the blocks of
+            that part, where a block is a row of three convolutions or more (the first row, a stem,
+            aside) and the neck is what lies between backbone and last row. Or numbers of rows.
+        shapes: Of each row's output, from `look`.
+
+    Raises:
+        UserError: If there is no such row, or one that gives no map or has EMA attention already.
+    """
+    rows, split = rows_of(net.yaml), len(net.yaml["backbone"])
+    last = len(rows) - 1
+    if isinstance(after, str):
+        if after not in PLACES:
+            raise UserError(
+                f"after must be one of {', '.join(PLACES)}, or numbers of rows, got {after!r}."
+            )
+        chosen = _named(net, after, shapes, rows, split)
+    else:
+        chosen = sorted({int(number) for number in after})
+    if not chosen:
+        raise UserError(
+            f"this network has no block in its {after}. Give another place ({', '.join(PLACES)}) "
+            "or numbers of rows."
+        )
+    for number in chosen:
+        if not 0 <= number < last:
+            raise UserError(f"EMA attention goes behind rows 0 to {last - 1}, got {number}.")
+        if shapes[number] is None or len(shapes[number]) != 4:
+            raise UserError(
+                f"row {number} ({rows[number][2]}) gives no single map (B, C, H, W), so EMA "
+                "attention cannot follow it. Choose other rows."
+            )
+        if any(isinstance(net.model[i], EmaAttnRow) for i in (number, number + 1)):
+            raise UserError(
+                f"row {number} has EMA attention already. Start from the detector without."
+            )
+    return chosen
+
+
+def _named(net: nn.Module, after: str, shapes: list, rows: list, split: int) -> list[int]:
+    last = len(rows) - 1
+    if after == "head":
+        return sorted(set(sources(last, rows[last])))
+    parts = {"backbone": range(1, split), "neck": range(split, last), "all": range(1, last)}
+    return [
+        index
+        for index in parts[after]
+        if shapes[index] is not None
+        and len(shapes[index]) == 4
+        and sum(isinstance(m, nn.Conv2d) for m in net.model[index].modules()) >= _BLOCK
+    ]

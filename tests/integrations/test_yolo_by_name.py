@@ -1,0 +1,358 @@
+"""``- [-1, 1, EmaAttn, [c2]]`` in a YOLO model YAML, with nothing but the package installed."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.yolo import ROW, save, ultralytics, with_rows, write_yaml
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.nn import tasks
+from ultralytics.utils.torch_utils import get_flops
+
+from ema_timm.integrations.yolo import EmaAttnRow
+
+pytestmark = pytest.mark.filterwarnings("default")  # ultralytics' own warnings are not ours
+NEWEST = tuple(map(int, ultralytics.__version__.split(".")[:2])) >= (8, 4)
+FAMILIES = ["yolov8", "yolov5"] + (["yolo11", "yolo26"] if NEWEST else [])
+SMALLEST = f"{FAMILIES[-1]}n.yaml"
+
+
+def detector(config, **settings):
+    return tasks.DetectionModel(copy.deepcopy(config), verbose=False, **settings)
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, EmaAttnRow)]
+
+
+def randomise(model):
+    """Gates that differ from place to place, so that a lost layer or weight shows."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in layers(model):
+        for p in layer.parameters():
+            p.data = torch.randn(p.shape, generator=generator) * 0.3
+    return model
+
+
+@pytest.fixture(scope="module")
+def config():
+    return with_rows(SMALLEST)
+
+
+@pytest.fixture(scope="module")
+def model_yaml(config, tmp_path_factory):
+    return write_yaml(config, tmp_path_factory.mktemp("yolo") / SMALLEST.replace("n.", "n-ema."))
+
+
+@pytest.fixture(scope="module")
+def saved(model_yaml, tmp_path_factory):
+    """A checkpoint as ultralytics saves it, in half precision, and what it answers."""
+    yolo = YOLO(model_yaml)
+    randomise(yolo.model)
+    path = tmp_path_factory.mktemp("saved") / "ema.pt"
+    save(yolo, path)
+    x = torch.rand(1, 3, 96, 128)
+    half = copy.deepcopy(yolo.model).half().float().eval()
+    with torch.no_grad():
+        torch.save((x, half(x)[0]), path.with_name("answer.pt"))
+    return path
+
+
+@pytest.mark.parametrize("scale", ["n", "s", "m", "l", "x"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_builds_at_every_scale_with_the_width_of_the_row_before(family, scale):
+    with torch.device("meta"):  # stride is measured by a forward pass, which meta cannot answer
+        built, _ = tasks.parse_model(with_rows(f"{family}{scale}.yaml"), 3, verbose=False)
+    found = [(m.channels, m.groups) for m in built if isinstance(m, EmaAttnRow)]
+    assert len(found) == 3
+    assert [c for c, _ in found] == [branch[0].conv.in_channels for branch in built[-1].cv2]
+    assert all(c % g == 0 and g <= 32 for c, g in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("yolov8n-seg.yaml", tasks.SegmentationModel),
+        ("yolov8n-pose.yaml", tasks.PoseModel),
+        ("yolov8n-obb.yaml", tasks.OBBModel),
+        ("yolov8n-cls.yaml", tasks.ClassificationModel),
+        ("rtdetr-resnet50.yaml", tasks.RTDETRDetectionModel),
+    ],
+)
+def test_builds_for_every_task(name, kind):
+    model = kind(with_rows(name), verbose=False).eval()
+    assert layers(model)
+    with torch.no_grad():
+        model(torch.rand(1, 3, 256, 256))
+
+
+@pytest.mark.parametrize(("groups", "taken"), [(8, 8), (5, 4), (1000, 64)])
+def test_groups_are_an_upper_bound(groups, taken):
+    model = detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", ["c2", groups]], [15]))
+    assert [layer.groups for layer in layers(model)] == [taken]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["wide"], [8], [1024], ["c2", 0], ["c2", "x"], [None], ["c2", 8, 1, 1], ["c2", 8, "x"]],
+    ids=str,
+)
+def test_a_wrong_row_gives_one_line_with_the_remedy(arguments):
+    with pytest.raises((TypeError, ValueError), match=r"\[-1, 1, EmaAttn, \[c2\]\]") as error:
+        detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", arguments]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_that_reads_another_width_gives_one_line_with_the_remedy():
+    config = with_rows("yolov8n.yaml", ROW, [15])
+    assert config["head"][6][2] == "EmaAttn"
+    config["head"][6][0] = 6
+    with pytest.raises(ValueError, match=r"\[-1, 1, EmaAttn, \[c2\]\]") as error:
+        detector(config)
+    assert "\n" not in str(error.value)
+
+
+def test_several_maps_give_one_line_with_the_remedy():
+    with pytest.raises(ValueError, match=r"names 2\. Write the row as \[-1, 1, EmaAttn, \[c2\]\]"):
+        EmaAttnRow(64)([torch.rand(1, 64, 2, 2)] * 2)
+
+
+def test_a_process_that_imports_ultralytics_alone_knows_the_name(python, model_yaml):
+    code = """
+import sys
+from ultralytics import YOLO
+from ultralytics.nn import tasks
+import ema_timm_autoload
+assert "ema_timm" in sys.modules and "timm" not in sys.modules
+print(type(YOLO(sys.argv[1]).model.model[-2]).__name__)
+"""
+    assert python(code, args=[model_yaml]).splitlines()[-1] == "EmaAttnRow"
+
+
+def test_switched_off_an_import_is_enough(python, model_yaml):
+    code = """
+import sys
+from ultralytics import YOLO
+from ultralytics.nn import tasks
+assert not hasattr(tasks, "EmaAttn")
+import ema_timm
+print(type(YOLO(sys.argv[1]).model.model[-2]).__name__)
+"""
+    out = python(code, args=[model_yaml], env={"EMA_TIMM_AUTOLOAD": "0"})
+    assert out.splitlines()[-1] == "EmaAttnRow"
+
+
+def test_the_yolo_command_knows_the_name(model_yaml, tmp_path):
+    command = [sys.executable, "-c", "from ultralytics.cfg import entrypoint; entrypoint()"]
+    settings = ["export", f"model={model_yaml}", "format=torchscript", "imgsz=64", "device=cpu"]
+    done = subprocess.run(
+        [*command, *settings], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("*.torchscript")) or list(model_yaml.parent.glob("*.torchscript"))
+
+
+def test_fresh_distributed_workers_know_the_name(model_yaml, tmp_path):
+    """What a training on several GPUs starts: new interpreters, no import of ours."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import pathlib, sys, torch\n"
+        "from ultralytics.nn.tasks import DetectionModel\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "torch.set_num_threads(1)\n"
+        "model = torch.nn.parallel.DistributedDataParallel(\n"
+        "    DetectionModel(sys.argv[1], verbose=False), find_unused_parameters=True)\n"
+        "out = model(torch.rand(2, 3, 64, 64))\n"
+        "maps = out['one2many']['feats'] if 'one2many' in out else out\n"
+        "maps = maps['feats'] if isinstance(maps, dict) else maps\n"
+        "sum(m.float().pow(2).sum() for m in maps).backward()\n"
+        "g = [p.grad for n, p in model.named_parameters() if 'gn.weight' in n]\n"
+        "rank = torch.distributed.get_rank()\n"
+        "pathlib.Path(__file__).with_name(str(rank)).write_text(str(\n"
+        "    len(g) == 3 and all(bool(x.abs().sum() > 0) for x in g)))\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*command, "2", script, model_yaml], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
+
+
+RELOAD = """
+import sys, pathlib, torch
+from ultralytics import YOLO
+path = pathlib.Path(sys.argv[1])
+x, want = torch.load(path.with_name("answer.pt"))
+model = YOLO(path).model.float().eval()
+with torch.no_grad():
+    print(float((model(x)[0] - want).abs().max() / want.abs().max()))
+"""
+
+
+@pytest.mark.parametrize("safe", ["0", "1"])
+def test_reloads_in_a_process_that_imported_nothing(python, saved, safe):
+    env = {"ULTRALYTICS_SAFE_LOAD": safe, "OMP_NUM_THREADS": "1"}
+    out = python(RELOAD, args=[saved], env=env)
+    assert float(out.splitlines()[-1]) < 1e-5
+
+
+def test_deepcopy_fuse_and_half_keep_the_function(config):
+    model = randomise(detector(config)).eval()
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        want = model(x)[0]
+        tolerance = 1e-5 * want.abs().max()
+        assert (copy.deepcopy(model)(x)[0] - want).abs().max() <= tolerance
+        fused = copy.deepcopy(model).fuse(verbose=False)
+        assert len(layers(fused)) == 3
+        assert (fused(x)[0] - want).abs().max() <= 20 * tolerance
+        half = copy.deepcopy(model).half().float()
+        assert (half(x)[0] - want).abs().max() <= 2e-2 * want.abs().max()
+
+
+def test_weight_averaging_by_the_other_ema_averages_the_layer(config):
+    from ultralytics.utils.torch_utils import ModelEMA
+
+    model = detector(config)
+    averaged = ModelEMA(model, decay=0.5, tau=1e-9)
+    before = {n: p.clone() for n, p in averaged.ema.named_parameters() if "gn.weight" in n}
+    assert len(before) == 3
+    for layer in layers(model):
+        nn.init.constant_(layer.gn.weight, 5.0)
+    averaged.update(model)
+    for name, parameter in averaged.ema.named_parameters():
+        if name in before:
+            torch.testing.assert_close(parameter, (before[name] + 5.0) / 2)
+
+
+def test_a_class_of_the_users_own_wins_with_a_warning(python, tmp_path):
+    code = """
+import sys, warnings
+import torch
+from ultralytics.nn import tasks
+import ema_timm_autoload
+class EmaAttn(torch.nn.Identity):
+    pass
+tasks.EmaAttn = EmaAttn
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    ema_timm_autoload.install()
+print(tasks.EmaAttn is EmaAttn, len(seen), str(seen[0].message))
+"""
+    out = python(code).splitlines()[-1]
+    assert out.startswith("True 1 ultralytics.nn.tasks has an EmaAttn of its own")
+
+
+def test_printed_gflops_hold_what_the_layer_computes():
+    """At 640 pixels, by the whole formula of `ema_timm.backbones.complexity`."""
+    maps = {0: (16, 16, 320), 2: (32, 32, 160), 4: (64, 32, 80)}  # row: C, G, H and W
+    config = with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", ["c2"]], maps)
+    counted = 0
+    for channels, groups, side in maps.values():
+        n = channels // groups
+        counted += groups * (2 * n * n * side + 10 * n * side * side + 9 * n * n)
+    models = [tasks.DetectionModel(c, verbose=False) for c in ("yolov8n.yaml", config)]
+    before, after = (get_flops(m, imgsz=640) for m in models)
+    assert before == pytest.approx(8.7, abs=0.3)
+    assert after - before == pytest.approx(2e-9 * counted, rel=0.01)
+    assert models[1].info(verbose=True)[3] in (after, pytest.approx(after, rel=1e-3))
+
+
+def test_torchscript_runs_where_the_package_is_not(python, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # ultralytics writes beside the YAML or here
+    yolo = YOLO(write_yaml(with_rows("yolov8n.yaml"), tmp_path / "yolov8n-ema.yaml"))
+    randomise(yolo.model)
+    path = tmp_path / yolo.export(format="torchscript", imgsz=64, device="cpu", verbose=False)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        want = yolo.model.eval()(x)[0]
+    torch.save((x, want), tmp_path / "answer.pt")
+    code = """
+import sys, torch
+sys.modules["ema_timm"] = sys.modules["ultralytics"] = None
+x, want = torch.load(sys.argv[2])
+got = torch.jit.load(sys.argv[1])(x)
+got = got[0] if isinstance(got, tuple) else got
+print(float((got - want).abs().max() / want.abs().max()))
+"""
+    env = {"EMA_TIMM_AUTOLOAD": "0"}
+    assert float(python(code, args=[path, tmp_path / "answer.pt"], env=env)) < 1e-4
+
+
+def test_onnx_takes_other_sizes(tmp_path, monkeypatch):
+    """Exported as ultralytics exports, with standard operators alone."""
+    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    yolo = YOLO(write_yaml(with_rows("yolov8n.yaml"), tmp_path / "yolov8n-ema.yaml"))
+    randomise(yolo.model)
+    # Their simplifier is a package of its own, which they would install.
+    settings = {"format": "onnx", "imgsz": 64, "dynamic": True, "simplify": False, "device": "cpu"}
+    path = os.fspath(tmp_path / yolo.export(**settings, opset=17, verbose=False))
+    domains = {node.domain for node in onnx.load(path).graph.node}
+    assert domains == {""}  # standard operators alone
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in ((64, 64), (96, 160)):
+        x = torch.rand(2, 3, *size)
+        with torch.no_grad():
+            want = yolo.model.eval()(x)[0]
+        got = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+        assert (got - want).abs().max() <= 1e-3 * want.abs().max()
+
+
+def test_predict_takes_the_layer(saved):
+    image = (torch.rand(64, 80, 3) * 255).byte().numpy()
+    (result,) = YOLO(saved).predict(image, imgsz=64, verbose=False, device="cpu")
+    assert result.orig_shape == (64, 80)
+
+
+CLONE = """
+import torch
+import torch.nn as nn
+
+def parse_model(rows):
+    ch, layers = [3], []
+    for f, n, m, args in rows:
+        m = eval(m) if isinstance(m, str) else m
+        c2 = ch[-1]
+        for j, a in enumerate(args):
+            args[j] = eval(a) if isinstance(a, str) else a
+        layers.append(m(*args))
+        ch.append(args[1] if m is nn.Conv2d else ch[f])
+    return nn.Sequential(*layers)
+"""
+
+
+@pytest.mark.parametrize("name", ["models", "yolov5.models"])
+def test_yolov5_knows_the_name(python, tmp_path, name):
+    """Its builder, in a clone and in the package, evaluates names in its own module."""
+    folder = tmp_path.joinpath(*name.split("."))
+    folder.mkdir(parents=True)
+    for parent in (folder, folder.parent):
+        (parent / "__init__.py").touch()
+    (folder / "yolo.py").write_text(CLONE)
+    code = f"""
+import torch
+from {name}.yolo import parse_model
+rows = [[-1, 1, "nn.Conv2d", [3, 48, 3]], [-1, 1, "EmaAttn", ["c2"]]]
+print(parse_model(rows)[1].groups)
+"""
+    assert python(code, env={"PYTHONPATH": str(tmp_path)}) == "24\n"
+
+
+def test_another_projects_module_of_that_name_is_left_alone(python, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "yolo.py").write_text("import torch\n")
+    code = "import models.yolo as y; print(hasattr(y, 'EmaAttn'))"
+    assert python(code, env={"PYTHONPATH": str(tmp_path)}) == "False\n"
+
+
+def test_rows_print_what_they_are(config):
+    text = str(detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", ["c2", 16, 2]])))
+    assert len(re.findall(r"channels=64, groups=16, gain=2", text)) == 1
