@@ -1,18 +1,44 @@
-"""``ema-timm predict``."""
+"""``ema-timm attend`` and ``ema-timm predict``."""
 
 import argparse
 import sys
 
 from ema_timm.options import add_options, given_options
-from ema_timm.see.settings import PredictConfig
+from ema_timm.see.settings import AttendConfig, PredictConfig
 
 
 def add_commands(commands) -> None:
-    """Add the subcommand to the parser."""
+    """Add the subcommands to the parser."""
+    _add_attend(commands)
     _add_predict(commands)
 
 
 _CHECKPOINT = "a checkpoint folder, a timm name or hf-hub:USER/NAME"
+
+
+def _add_attend(commands) -> None:
+    command = commands.add_parser(
+        "attend",
+        help="draw where EMA attention looks in images",
+        description="Draw the gate map of each stage over images, with the gates along height and "
+        "width at its edges, and Grad-CAM. Images are rows, stages are columns.",
+        epilog="example: ema-timm attend runs/flowers rose.jpg tulip.jpg --output attend.png",
+    )
+    command.add_argument("source", metavar="CHECKPOINT", help=_CHECKPOINT)
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
+    add_options(command, AttendConfig)
+    command.set_defaults(run=_attend)
+
+
+def _attend(args: argparse.Namespace) -> int:
+    from ema_timm.see.attend import attend
+
+    done = attend(AttendConfig(**given_options(args, AttendConfig)))
+    for row in done.rows:
+        print(f"{row.filename}\t{row.label[0]} {row.prob[0]:.4f}")
+    for picture in done.pictures:
+        print(f"{picture}: {', '.join(done.layers)}", file=sys.stderr)
+    return 0
 
 
 def _add_predict(commands) -> None:
