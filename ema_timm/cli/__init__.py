@@ -8,7 +8,17 @@ import sys
 from collections.abc import Sequence
 
 from ema_timm import __version__
-from ema_timm.cli import bench, checkpoints, env, measure, publishing, recipes, training, yolo
+from ema_timm.cli import (
+    bench,
+    checkpoints,
+    env,
+    measure,
+    publishing,
+    recipes,
+    see,
+    training,
+    yolo,
+)
 from ema_timm.errors import HubError, InterruptedRunError, UserError, VerificationError
 
 
@@ -44,6 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ema-timm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (training, recipes, measure, checkpoints, publishing, yolo, bench, env):
+    for group in (training, recipes, measure, see, checkpoints, publishing, yolo, bench, env):
         group.add_commands(commands)
     return parser

@@ -9,7 +9,7 @@ from ema_timm.training.settings import FinetuneConfig
 
 COMMANDS = (
     *("finetune", "quickstart", "recipes", "evaluate", "convert", "card", "publish", "export"),
-    *("yolo", "bench", "env"),
+    *("attend", "predict", "yolo", "bench", "env"),
 )
 
 

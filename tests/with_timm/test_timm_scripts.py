@@ -1,5 +1,6 @@
 """timm's own scripts, unmodified, from a clone of timm at TIMM_REPO."""
 
+import csv
 import json
 import os
 import shutil
@@ -196,6 +197,33 @@ def test_benchmark(script, tmp_path):
     assert result["infer_samples_per_sec"] > 0
     assert result["train_samples_per_sec"] > 0
     assert result["param_count"] == 11.7
+
+
+def test_predict_says_what_inference_says(script, trained, digits, tmp_path):
+    """Files, classes, labels and probabilities, image by image."""
+    pytest.importorskip("pandas", reason="timm's inference.py needs pandas")
+    from ema_timm.see.predict import predict
+    from ema_timm.see.settings import PredictConfig
+
+    shutil.copytree(trained, tmp_path / "run")
+    args = ["--data-dir", digits / "val", "--model", "local-dir:run", "--pretrained", "-j", 0]
+    args += ["--device", "cpu", "--topk", 3, "--results-separate-col", "--include-index"]
+    args += ["--fullname", "--label-type", "name", "--results-file", "theirs.csv"]
+    script("inference.py", *args, "--no-console-results")
+    options = {"topk": 3, "output": str(tmp_path / "ours.csv"), "workers": 0, "device": "cpu"}
+    predict(PredictConfig(str(trained), [str(digits / "val")], **options))
+    tables = [
+        list(csv.DictReader((tmp_path / f"{whose}.csv").read_text("utf-8").splitlines()))
+        for whose in ("theirs", "ours")
+    ]
+    for theirs, ours in zip(*tables, strict=True):
+        assert list(theirs) == list(ours)
+        assert ours["filename"] == str(digits / "val" / theirs["filename"])
+        for name in set(theirs) - {"filename"}:
+            if name.startswith("prob"):
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-6)
+            else:
+                assert ours[name] == theirs[name]
 
 
 @pytest.mark.parametrize("options", [[], ["--reparam"], ["--dynamo"]], ids=str)

@@ -1,0 +1,76 @@
+"""``ema-timm attend`` and ``ema-timm predict``."""
+
+import argparse
+import sys
+
+from ema_timm.options import add_options, given_options
+from ema_timm.see.settings import AttendConfig, PredictConfig
+
+
+def add_commands(commands) -> None:
+    """Add the subcommands to the parser."""
+    _add_attend(commands)
+    _add_predict(commands)
+
+
+_CHECKPOINT = "a checkpoint folder, a timm name or hf-hub:USER/NAME"
+
+
+def _add_attend(commands) -> None:
+    command = commands.add_parser(
+        "attend",
+        help="draw where EMA attention looks in images",
+        description="Draw the gate map of each stage over images, with the gates along height and "
+        "width at its edges, and Grad-CAM. Images are rows, stages are columns.",
+        epilog="example: ema-timm attend runs/flowers rose.jpg tulip.jpg --output attend.png",
+    )
+    command.add_argument("source", metavar="CHECKPOINT", help=_CHECKPOINT)
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
+    add_options(command, AttendConfig)
+    command.set_defaults(run=_attend)
+
+
+def _attend(args: argparse.Namespace) -> int:
+    from ema_timm.see.attend import attend
+
+    done = attend(AttendConfig(**given_options(args, AttendConfig)))
+    for row in done.rows:
+        print(f"{row.filename}\t{row.label[0]} {row.prob[0]:.4f}")
+    for picture in done.pictures:
+        print(f"{picture}: {', '.join(done.layers)}", file=sys.stderr)
+    return 0
+
+
+def _add_predict(commands) -> None:
+    command = commands.add_parser(
+        "predict",
+        help="labels and probabilities of images",
+        description="Classify images with the preprocessing of a checkpoint, as timm's "
+        "inference.py does. Unreadable images are reported and skipped, and the exit code is 1.",
+        epilog="example: ema-timm predict runs/flowers photos --output predictions.csv "
+        "--sheet sheet.png",
+    )
+    command.add_argument(
+        "source", metavar="CHECKPOINT", help=f"{_CHECKPOINT}, or an .onnx file in such a folder"
+    )
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="image files and folders")
+    add_options(command, PredictConfig)
+    command.set_defaults(run=_predict)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from ema_timm.see.predict import predict
+
+    config = PredictConfig(**given_options(args, PredictConfig))
+    done = predict(config)
+    if not config.output:
+        for row in done.rows:
+            best = [f"{name} {p:.4f}" for name, p in zip(row.label, row.prob, strict=True)]
+            print("\t".join([row.filename, *best]))
+    else:
+        print(f"{config.output}: {len(done.rows)} images")
+    if done.left_off:
+        print(f"{config.sheet}: without the last {done.left_off} images", file=sys.stderr)
+    for line in done.unreadable:
+        print(line, file=sys.stderr)
+    return 1 if done.unreadable else 0

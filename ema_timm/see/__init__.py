@@ -1,0 +1,1 @@
+"""Images and a checkpoint -> what the network says of them, and where its EMA attention looks."""
