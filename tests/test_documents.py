@@ -15,6 +15,8 @@ from safetensors.torch import save
 from support.stand_in_hub import StandInHub
 from timm.models import get_pretrained_cfg
 
+from ema_timm.training.quickstart import write_digits
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "ema_timm").rglob("README.md"))]
 
@@ -29,6 +31,7 @@ ELSEWHERE = {
     "ema-timm bench": "bench/test_bench.py; its times want a quiet machine",
     "test_hub_faults.py": "publishing/test_hub_faults.py itself",
     "pytest -m gpu": "needs a GPU",
+    'YOLO("yolo11n.pt")': "integrations/test_yolo_inject.py; these weights are downloaded",
 }
 # Commands run as they stand; only the work that they give the machine is cut down.
 LESS_WORK = {
@@ -41,7 +44,10 @@ case " $* " in
 esac
 exec {python} -m ema_timm "$@"
 """
-PRELUDE = "import timm, torch\nmodel = timm.create_model('resnet18')\n"
+PRELUDE = (
+    "import timm, torch\n"
+    "model, images = timm.create_model('resnet18_ema'), torch.randn(1, 3, 64, 64)\n"
+)
 
 
 class Block(NamedTuple):
@@ -76,7 +82,7 @@ def test_the_documents_are_found_and_no_exception_is_stale():
     assert len(CODE) > 20
     unused = [part for part in ELSEWHERE if not any(part in block.text for block in CODE)]
     assert not unused
-    assert {block.language for block in BLOCKS} <= {"bash", "python", "bibtex", "text"}
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "bibtex", "text", "yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,8 @@ def desk(tmp_path_factory, digits, trained, hub_env):
         {"arch": "test_resnet_ema", "epoch": 1, "state_dict": _state("test_resnet_ema", 4)},
         timms / "model_best.pth.tar",
     )
+    write_digits(place / "runs" / "quickstart" / "digits")
+    shutil.copytree(trained, place / "runs" / "quickstart" / "run")
     (place / "bin").mkdir()
     cases = "\n".join(
         f'    *" {name} "*) set -- "$@" {more} ;;' for name, more in LESS_WORK.items()
