@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ema_timm.ops.closed_form import eager, native
 from ema_timm.ops.closed_form.formula import closed_form, fold, statistics_type
+from ema_timm.ops.closed_form.saved import Saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 
@@ -33,18 +34,31 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
 
 
 def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
-    """`closed_form_eager` from folded weights in the type of the statistics, for inference only."""
+    """`closed_form_eager` from folded weights, for inference only.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point.
+        weights: Folded parameters of one layer in the type of the statistics.
+        groups: G; divides C.
+
+    Returns:
+        (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
+    """
     return kernel(x).forward(x, weights, groups, save=False)[0]
 
 
 def kernel(x: Tensor) -> ModuleType:
-    """Who computes: the native kernel where it can, else PyTorch operators."""
+    """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
+
+    Both modules have a ``forward`` and a ``backward`` of one signature.
+    """
     return native if native.takes(x) else eager
 
 
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, groups, *weights):
+        """Gate ``x``, (B, C, H, W), by the six `EmaWeights` of a layer, and keep `Saved`."""
         folded = fold(statistics_type(x, EmaWeights(*weights)))
         out, saved = kernel(x).forward(x, folded, groups, save=True)
         ctx.save_for_backward(x, *weights, *saved)
@@ -53,8 +67,9 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Gradients of the arguments of `forward` from that of its output, (B, C, H, W)."""
         x, *rest = ctx.saved_tensors
-        weights, saved = EmaWeights(*rest[:6]), eager.Saved(*rest[6:])
+        weights, saved = EmaWeights(*rest[:6]), Saved(*rest[6:])
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
             dx, dw = differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
@@ -69,6 +84,7 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
+        """Refused: a call with dual tensors takes the traceable form."""
         raise RuntimeError(
             "This call of EMA attention was not set up for forward-mode differentiation. Make the "
             "dual tensors before the call, or use impl='reference'."
@@ -92,6 +108,9 @@ def differentiable_backward(
         groups: G.
         need_x: Whether the gradient of ``x`` is wanted.
         need: Whether that of each parameter is wanted.
+
+    Returns:
+        The gradient of ``x``, (B, C, H, W), and those of the parameters; None where not wanted.
     """
     # Aliases, so that a path from x back to the same weights (a layer used twice) stays outside.
     inputs = [x.view_as(x), *[w.view_as(w) for w in weights]]

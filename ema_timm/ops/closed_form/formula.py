@@ -26,12 +26,17 @@ from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
 
 
 def constant_channel_weights(gn_bias: Tensor) -> Tensor:
-    """Identity a: the softmax weights v of the instance-normed branch, (n,)."""
+    """Identity a: the softmax weights v of the instance-normed branch, (n,), from β, (n,)."""
     return gn_bias.softmax(0)
 
 
 def collapsed_kernel(conv3x3_weight: Tensor, v: Tensor) -> Tensor:
-    """Identity b: the n→1 kernel k of the v-weighted 3×3 convolution, (9, n)."""
+    """Identity b: the n→1 kernel k of the v-weighted 3×3 convolution, (9, n).
+
+    Args:
+        conv3x3_weight: W₃, (n, n, 3, 3).
+        v: (n,).
+    """
     n = conv3x3_weight.shape[0]
     return (v @ conv3x3_weight.reshape(n, n * 9)).view(n, 9).t()
 
@@ -183,7 +188,16 @@ def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
 
 
 def closed_form_folded(x: Tensor, w: FoldedWeights, groups: int) -> Tensor:
-    """`closed_form` from folded weights in the type of the statistics."""
+    """`closed_form` from folded weights.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point.
+        w: Folded parameters of one layer in the type of the statistics.
+        groups: G; divides C.
+
+    Returns:
+        (B, C, H, W), the dtype and memory format of ``x``.
+    """
     batch, channels, height, width = x.shape
     g = x.view(batch, groups, channels // groups, height, width).to(w.gn_weight.dtype)
     gated = (g * gate_logits(g, w).sigmoid().unsqueeze(2)).to(x.dtype)

@@ -13,12 +13,14 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ema_timm.ops.closed_form.eager import Saved, finish_weights, new_saved
 from ema_timm.ops.closed_form.formula import fold
+from ema_timm.ops.closed_form.gradients import finish_weights
+from ema_timm.ops.closed_form.saved import Saved, new_saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 _logger = logging.getLogger(__name__)
@@ -47,6 +49,21 @@ class _Saved(ctypes.Structure):
 
 class _Grads(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("dx", "sums", "dm", "means"))
+
+
+class _Sums(NamedTuple):
+    """What the kernel leaves of the parameters' gradients; n channels of a group.
+
+    Attributes:
+        sums: One row a thread, (threads, ema_sums_size(n)): they depend on the number of threads,
+            never on their timing.
+        dm: Gradient of the votes of each tile, (BG, n).
+        means: Shifted means of each tile, (BG, 9n).
+    """
+
+    sums: Tensor
+    dm: Tensor
+    means: Tensor
 
 
 @cache
@@ -86,7 +103,10 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernel can run on ``x``: a plain CPU tensor of at most 32 bits a number."""
+    """Whether the kernel can run on ``x``, (B, C, H, W).
+
+    It can on a plain, strided CPU tensor of at most 32 bits a number, where a library was built.
+    """
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
@@ -101,7 +121,7 @@ def takes(x: Tensor) -> bool:
 def forward(
     x: Tensor, weights: FoldedWeights, groups: int, save: bool
 ) -> tuple[Tensor, Saved | None]:
-    """`eager.forward` by the kernel."""
+    """`ema_timm.ops.closed_form.eager.forward` by the kernel: (B, C, H, W) in and out."""
     out = torch.empty_like(x)
     saved = new_saved(x, groups, torch.float32) if save else None
     weights = FoldedWeights(*[w.contiguous() for w in weights])
@@ -127,19 +147,12 @@ def backward(
     need_x: bool = True,
     need_weights: bool = True,
 ) -> tuple[Tensor | None, EmaWeights | None]:
-    """`eager.backward` by the kernel."""
+    """`ema_timm.ops.closed_form.eager.backward` by the kernel: (B, C, H, W) in and out."""
     grad = grad.resolve_neg().to(x.dtype)
     weights = EmaWeights(*[w.contiguous() for w in weights])
     folded = FoldedWeights(*[w.contiguous() for w in fold(weights)])
-    n, tiles = weights.gn_weight.shape[0], x.shape[0] * groups
     dx = torch.empty_like(x) if need_x else None
-    sums = dm = means = None
-    if need_weights:
-        # One row a thread: the sums depend on the number of threads, never on their timing.
-        size = library().ema_sums_size(n)
-        sums = x.new_zeros((torch.get_num_threads(), size), dtype=torch.float32)
-        dm = x.new_empty((tiles, n), dtype=torch.float32)
-        means = x.new_empty((tiles, 9 * n), dtype=torch.float32)
+    sums = _new_sums(x, groups) if need_weights else None
     shape = _shape(x, dx if need_x else x, grad, groups, folded)
     _check(
         library().ema_backward(
@@ -148,24 +161,37 @@ def backward(
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(grad.data_ptr()),
             ctypes.byref(_pointers(_Saved, saved)),
-            ctypes.byref(_pointers(_Grads, (dx, sums, dm, means))),
+            ctypes.byref(_pointers(_Grads, (dx, *(sums or (None,) * 3)))),
         )
     )
-    if not need_weights:
-        return dx, None
-    parts = sums.sum(0).split([n * n, 9 * n, n, n, n, 1])
+    return dx, None if sums is None else _weight_gradients(sums, weights)
+
+
+def _new_sums(x: Tensor, groups: int) -> _Sums:
+    n, tiles = x.shape[1] // groups, x.shape[0] * groups
+    size = library().ema_sums_size(n)
+    return _Sums(
+        x.new_zeros((torch.get_num_threads(), size), dtype=torch.float32),
+        x.new_empty((tiles, n), dtype=torch.float32),
+        x.new_empty((tiles, 9 * n), dtype=torch.float32),
+    )
+
+
+def _weight_gradients(found: _Sums, weights: EmaWeights) -> EmaWeights:
+    n = weights.gn_weight.shape[0]
+    parts = found.sums.sum(0).split([n * n, 9 * n, n, n, n, 1])
     # Copies, because a gradient must not share memory with another.
     mix, kernel, mix_bias, gn_weight, gn_bias, logits = [part.clone() for part in parts]
-    found = FoldedWeights(
+    folded = FoldedWeights(
         mix.view(n, n),
         mix_bias,
         kernel.view(n, 9).t(),
-        dm.t() @ means,
-        dm.sum(0),
+        found.dm.t() @ found.means,
+        found.dm.sum(0),
         gn_weight,
         gn_bias,
     )
-    return dx, finish_weights(found, logits, weights)
+    return finish_weights(folded, logits, weights)
 
 
 def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int, w: FoldedWeights) -> _Shape:

@@ -1,0 +1,17 @@
+/* The kernel for x86-64 processors with AVX2. */
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define VARIANT avx2
+#include "kernel.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

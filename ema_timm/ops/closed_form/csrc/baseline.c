@@ -1,0 +1,3 @@
+/* The kernel with what every processor of the platform has. */
+#define VARIANT baseline
+#include "kernel.h"
