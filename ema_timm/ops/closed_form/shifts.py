@@ -1,6 +1,6 @@
 """The collapsed 3×3 convolution and its transpose as shifted copies: T tiles, H height, W width.
 
-Library convolutions with one output channel are slow on the CPU; README.md has the measurements.
+They stand in for library convolutions, which are slow for a single output channel on the CPU.
 """
 
 import torch
