@@ -15,9 +15,9 @@ from huggingface_hub import HfApi, get_token
 
 from ema_timm import __version__
 from ema_timm.checkpoints.cards.file import require_unedited
-from ema_timm.checkpoints.layout import CARD, WEIGHTS
+from ema_timm.checkpoints.layout import CARD, RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import load_network
-from ema_timm.errors import HubError, UserError
+from ema_timm.errors import HubError, UserError, some
 from ema_timm.files import sha256
 from ema_timm.hub.commit import Destination, File, Landed
 from ema_timm.hub.repository import Repository
@@ -60,7 +60,7 @@ def publish(
         EditedCardError: If the card on the Hub was edited by hand and ``force`` is off.
         HubError: If the Hub failed. It holds the whole commit or nothing of it.
     """
-    plan = make_plan(folder, to)
+    plan = _plan(folder, to)
     api = _client(api)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         check_space(plan, Path(scratch))
@@ -78,9 +78,19 @@ def publish(
 
 def rehearse(folder: str | Path, to: Destination, *, reload: Reload = reload_elsewhere) -> Plan:
     """All that `publish` does before it needs the network; raises what it raises."""
-    plan = make_plan(folder, to)
+    plan = _plan(folder, to)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         check_loads_back(plan, reload, Path(scratch))
+    return plan
+
+
+def _plan(folder: str | Path, to: Destination) -> Plan:
+    plan = make_plan(folder, to)
+    if plan.folder.left_out:
+        _say(
+            f"not published, for neither {CARD} nor {RESULTS} names it: "
+            f"{some(plan.folder.left_out)}"
+        )
     return plan
 
 

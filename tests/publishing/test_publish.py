@@ -127,6 +127,25 @@ def test_a_pickle_is_never_sent(folder, hub, push):
     assert set(hub.files(push.repo)) == PUBLISHED | {".gitattributes"}
 
 
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_a_stray_picture_stays_and_that_is_said(folder, hub, push, rehearsed):
+    (folder / "me.png").write_bytes(b"what somebody put there")
+    done = push(folder, *["--dry-run"] * rehearsed)
+    assert done["code"] == 0, done["err"]
+    assert "me.png" not in done["out"] and "me.png" not in hub.files(push.repo)
+    assert "not published, for neither README.md nor results.json names it: me.png" in done["err"]
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder, hub, push):
+    """A snapshot of the client's cache is made of links; with its files copied it goes."""
+    (folder / "curves.png").rename(folder.parent / "elsewhere.png")
+    (folder / "curves.png").symlink_to("../elsewhere.png")
+    assert_refused(push(folder), "curves.png is a link", hub)
+    assert hub.requests == []
+    copied = shutil.copytree(folder, folder.parent / "copied")  # the remedy, as cp -rL does it
+    assert push(copied)["code"] == 0
+
+
 def test_the_same_folder_twice_is_one_commit(trained, hub, push):
     first, second = push(trained), push(trained)
     assert (first["code"], second["code"]) == (0, 0)
