@@ -12,12 +12,19 @@ from pathlib import Path
 from ema_timm.checkpoints.cards.file import read_card
 from ema_timm.checkpoints.cards.seal import is_generated
 from ema_timm.checkpoints.cards.text import card_text
-from ema_timm.checkpoints.config import STUB, completed, needs_auto_map, stub_text
+from ema_timm.checkpoints.config import (
+    STUB,
+    completed,
+    loading_keys,
+    needs_auto_map,
+    read_config,
+    stub_text,
+)
 from ema_timm.checkpoints.layout import CARD, CONFIG, RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import check_network
 from ema_timm.checkpoints.pictures import check_real, named_pictures, other_pictures
-from ema_timm.checkpoints.results import read_own_results
-from ema_timm.errors import UserError
+from ema_timm.checkpoints.results import read_own_results, without_places
+from ema_timm.errors import UserError, some
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,14 @@ def check_folder(path: str | Path) -> CheckedFolder:
     path = Path(path)
     for name in (WEIGHTS, CONFIG, CARD, RESULTS, STUB):
         check_real(path / name)
+    _check_complete(path, read_config(path))
     config = check_network(path)
     results = read_own_results(path, config)
-    _check_auto_map(path, config)
+    if without_places(results) != results:
+        raise UserError(
+            f"{path / RESULTS} says where files were on a machine (in arguments, "
+            f"arguments.model_kwargs). ema-timm card {path} repairs it."
+        )
     card = _check_card(path, results)
     pictures = named_pictures(path, card, results)
     names = [WEIGHTS, CONFIG, CARD, RESULTS]
@@ -74,7 +86,13 @@ def check_folder(path: str | Path) -> CheckedFolder:
     )
 
 
-def _check_auto_map(path: Path, config: dict) -> None:
+def _check_complete(path: Path, config: dict) -> None:
+    found = loading_keys(config)
+    if found:
+        raise UserError(
+            f"{path / CONFIG} says how a machine loaded the weights ({some(found)}), which no "
+            f"reader can do. ema-timm card {path} repairs it."
+        )
     if completed(config) != config:
         raise UserError(
             f"{path / CONFIG} is not complete: transformers refuses num_classes in model_args, and "

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
-from ema_timm.checkpoints.cards.file import write_card
+from ema_timm.checkpoints.cards.file import EditedCardError, write_card
 from ema_timm.checkpoints.check import check_folder
 from ema_timm.checkpoints.config import STUB
 from ema_timm.checkpoints.folder import CheckpointWriter
@@ -142,6 +142,7 @@ def encoded(kind):
     return out.getvalue()
 
 
+PLACES = {"opt": "sgd", "model_kwargs": {"cache_dir": "/home/me/cache"}}
 PNG, JPEG = encoded("PNG"), encoded("JPEG")
 
 DAMAGE = {
@@ -232,6 +233,60 @@ DAMAGE = {
         lambda f: (f / "README.md").write_text("# Mine\n![shown](gone.png)\n"),
         r"shows gone\.png, which is missing",
     ),
+    "images of no size": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(input_size=[3, -5, 0])),
+        r"input_size must be \[channels, height, width\].*got \[3, -5, 0\]",
+    ),
+    "a size that is no size": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(input_size="32")),
+        "input_size must be .*got '32'",
+    ),
+    "a mean of words": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(mean=["a", 1, 2])),
+        "mean must be numbers",
+    ),
+    "a deviation of none": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(std=[0, 1, 1])),
+        "std must be numbers above 0",
+    ),
+    "a crop of nothing": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(crop_pct=0)),
+        "crop_pct must be a number above 0",
+    ),
+    "results of no size": (
+        edit("results.json", lambda r: r["input"].update(input_size=[3, -5, 0])),
+        r"results\.json: input_size must be",
+    ),
+    "arguments that are no arguments": (
+        edit("config.json", lambda c: c.update(model_args=[1])),
+        "'model_args'",
+    ),
+    "names that are no names": (
+        edit("config.json", lambda c: c.update(label_names=3)),
+        "label_names must be a list of names, got 3",
+    ),
+    "names of other classes": (
+        edit("config.json", lambda c: c.update(label_names=["cat", "emu", "dog"])),
+        r"names class 1 'dog', and label_names in config\.json 'emu'.*ema-timm evaluate",
+    ),
+    **{
+        f"pretrained_cfg.{key}": (
+            edit("config.json", lambda c, key=key: c["pretrained_cfg"].update({key: "/home/me/w"})),
+            rf"pretrained_cfg\.{key}.*ema-timm card .* repairs it",
+        )
+        for key in ("file", "url", "hf_hub_id")
+    },
+    **{
+        f"model_args.{key}": (
+            edit("config.json", lambda c, key=key: c.update(model_args={key: "/home/me/w"})),
+            rf"model_args\.{key}.*ema-timm card .* repairs it",
+        )
+        for key in ("cache_dir", "checkpoint_path")
+    },
+    "results that say where files were": (
+        edit("results.json", lambda r: r.update(arguments=PLACES)),
+        r"results\.json says where .*arguments\.model_kwargs.*ema-timm card .* repairs it",
+    ),
     **{
         f"{name} a link": (linked(name), rf"{re.escape(name)} is a link.*cp -rL")
         for name in ("model.safetensors", "config.json", "results.json", "README.md", STUB)
@@ -306,3 +361,22 @@ def test_the_card_command_repairs_the_config(folder):
     (folder / STUB).unlink()
     assert not write_card(folder).changed  # the card itself is as it was
     assert check_folder(folder)
+
+
+def test_the_card_command_takes_out_where_files_were(folder):
+    """Also where somebody has edited the card, which it keeps."""
+
+    def places(config):
+        config["pretrained_cfg"].update(file="/home/me/w.pth", url="https://x.test/w.pth")
+        config["model_args"] = {"cache_dir": "/home/me/cache", "ema_groups": 32}
+
+    edit("config.json", places)(folder)
+    edit("results.json", lambda r: r.update(arguments=PLACES))(folder)
+    (folder / "README.md").write_text("# Mine\n")
+    with pytest.raises(EditedCardError):
+        write_card(folder)
+    checked = check_folder(folder)
+    assert "/home" not in json.dumps([checked.config, checked.results])
+    assert checked.config["model_args"] == {"ema_groups": 32}
+    assert checked.results["arguments"] == {"opt": "sgd", "model_kwargs": {}}
+    assert checked.card == "# Mine\n"
