@@ -127,12 +127,22 @@ def _push(plan: Plan, repository: Repository, scratch: Path, force: bool) -> Lan
     repository.open()
     there = repository.contents()
     if all(there.get(file.name) in (file.sha256, file.git_oid) for file in plan.files):
-        _say("it holds these files already: nothing to commit")
+        _say(_nothing_to_do(plan.to))
         return Landed(repository.head, repository.url(repository.head), new=False)
     if CARD in there and not force:
         _keep_edited_card(plan, repository, scratch)
     _mention_pickles(there)
     return repository.push(plan.files, _title(plan.folder.results))
+
+
+def _nothing_to_do(to: Destination) -> str:
+    """What is said where the files are there already. It is no failure: that is what was asked."""
+    if to.create_pr:
+        return f"no pull request was made: {to.revision} holds these files already"
+    return (
+        f"{to.revision} holds these files already: nothing to commit, and whether the token may "
+        "write was not asked"
+    )
 
 
 def _mention_pickles(there: Iterable[str]) -> None:

@@ -253,6 +253,24 @@ def test_a_pull_request_is_opened_once(trained, hub, push):
     assert "/discussions/2" in push(trained, "--create-pr")["out"]
 
 
+def test_without_a_difference_no_pull_request_is_made_and_that_is_said(trained, hub, push):
+    first, second = push(trained), push(trained, "--create-pr")
+    assert (first["code"], second["code"]) == (0, 0)
+    assert "no pull request was made: main holds these files already" in second["err"]
+    assert "nothing to commit" not in second["err"]
+    assert hub.store.repos[push.repo].pull_requests == {}
+    assert first["out"] == second["out"]  # the commit that has them
+
+
+def test_a_token_that_may_only_read_is_told_that_it_was_not_needed(trained, hub, push, capsys):
+    assert push(trained)["code"] == 0
+    landed = publish_here(trained, push.repo, hub, ADA_READS)
+    assert not landed.new and landed.commit == hub.store.repos[push.repo].resolve("main").oid
+    said = capsys.readouterr().err
+    assert "nothing to commit, and whether the token may write was not asked" in said
+    assert len(ours(hub, push.repo)) == 1
+
+
 def test_a_branch_is_made_and_main_left_alone(trained, hub, push):
     assert push(trained, "--revision", "next/try")["code"] == 0
     assert ours(hub, push.repo) == []
