@@ -17,7 +17,7 @@ from ema_timm import __version__
 from ema_timm.checkpoints.cards.file import require_unedited
 from ema_timm.checkpoints.layout import CARD, RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import load_network
-from ema_timm.errors import HubError, UserError, some
+from ema_timm.errors import HubError, UserError, first_line, some
 from ema_timm.files import sha256
 from ema_timm.hub.commit import Destination, File, Landed
 from ema_timm.hub.repository import Repository
@@ -98,10 +98,16 @@ def check_loads_back(plan: Plan, reload: Reload, scratch: Path) -> Outputs:
     """Load the folder by its name elsewhere; it must answer as the source model does.
 
     Raises:
-        UserError: If it answers differently, or with numbers that are not finite.
+        UserError: If it answers differently, with numbers that are not finite, or not at all.
     """
     folder = plan.folder
-    expected = outputs(load_network(folder.path, folder.config))
+    try:
+        expected = outputs(load_network(folder.path, folder.config))
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder.path}: the network does not take images of the input_size in config.json: "
+            f"{first_line(error).rstrip('.')}. Correct pretrained_cfg, or model_args."
+        ) from error
     _say("loading the folder in a fresh process")
     loaded = reload(f"local-dir:{folder.path.resolve()}", {"TMPDIR": str(scratch)})
     if not same(expected, loaded):
