@@ -14,8 +14,8 @@ from typing import Any
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from ema_timm.checkpoints.layout import CONFIG, read_json
-from ema_timm.checkpoints.preprocessing import PREPROCESSING
+from ema_timm.checkpoints.layout import CONFIG, WEIGHTS, read_json
+from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessing
 from ema_timm.errors import UserError
 
 STUB = "configuration_ema_timm.py"
@@ -39,13 +39,33 @@ _BASE_ONLY_KEYS = (
     "license",
 )
 
+# How one machine had the weights: in pretrained_cfg their source, among the network's arguments
+# those that timm.create_model takes for itself. A folder that holds the latter does not load.
+_SOURCE_KEYS = ("file", "url", "hf_hub_id", "hf_hub_filename", "source", "state_dict")
+LOADING_ARGS = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_model_args",
+    "checkpoint_path",
+    "cache_dir",
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "device",
+    "dtype",
+)
+
 
 def read_config(path: Path) -> dict:
     """Read a folder's config.json in timm's Hub format.
 
     Raises:
-        UserError: If it is missing or damaged, or lacks what names a network and its classes.
+        UserError: If it is missing or damaged, lacks what names a network and its classes, or
+            prepares images in a way that none can go through.
     """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}. Give the folder that holds {WEIGHTS}.")
     file = path / CONFIG
     remedy = "Write the folder anew with ema-timm evaluate CHECKPOINT --output FOLDER."
     config = read_json(file, remedy)
@@ -54,7 +74,14 @@ def read_config(path: Path) -> dict:
             raise UserError(
                 f"{file} must hold {key!r} ({kind.__name__}), got {config.get(key)!r}. {remedy}"
             )
+    if not isinstance(config.get("model_args", {}), dict):
+        raise UserError(
+            f"{file} must hold 'model_args' (dict), got {config['model_args']!r}. {remedy}"
+        )
+    check_preprocessing(config["pretrained_cfg"], f"{file}, pretrained_cfg")
     names = config.get("label_names")
+    if names is not None and not isinstance(names, list):
+        raise UserError(f"{file}: label_names must be a list of names, got {names!r}. {remedy}")
     if names is not None and len(names) != config["num_classes"]:
         raise UserError(
             f"{file} has {len(names)} label_names for num_classes {config['num_classes']}. {remedy}"
@@ -75,16 +102,32 @@ def stub_text() -> str:
 def completed(config: dict) -> dict:
     """``config`` as both timm and transformers load it, with ``auto_map`` where it is needed.
 
+    What says how one machine loaded the weights (`loading_keys`) is left out.
     timm 1.0.31 writes ``num_classes`` among the network's arguments as well as at the top level,
     and transformers then passes it twice; at the top level alone it satisfies both.
     """
     config = dict(config)
-    args = {k: v for k, v in config.pop("model_args", {}).items() if k != "num_classes"}
+    args = without_loading(config.pop("model_args", {}))
+    args.pop("num_classes", None)
     if args:
         config["model_args"] = args
+    if "pretrained_cfg" in config:
+        cfg = config["pretrained_cfg"]
+        config["pretrained_cfg"] = {k: v for k, v in cfg.items() if k not in _SOURCE_KEYS}
     if needs_auto_map(config["architecture"]):
         config["auto_map"] = AUTO_MAP
     return config
+
+
+def loading_keys(config: dict) -> list[str]:
+    """What a config.json says of how one machine loaded the weights, by name."""
+    held = {"pretrained_cfg": _SOURCE_KEYS, "model_args": LOADING_ARGS}
+    return [f"{part}.{k}" for part, keys in held.items() for k in config.get(part, {}) if k in keys]
+
+
+def without_loading(model_args: dict) -> dict:
+    """Arguments of a network without those that timm.create_model takes for itself."""
+    return {k: v for k, v in model_args.items() if k not in LOADING_ARGS}
 
 
 def hub_config(

@@ -24,8 +24,6 @@ def check_network(path: str | Path) -> dict:
         UserError: If either is missing or damaged, or they belong to different networks.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"there is no folder {path}. Give the folder that holds {WEIGHTS}.")
     config = read_config(path)
     with torch.device("meta"):  # names, shapes and types; no memory is used
         expected = build_network(path, config).state_dict()

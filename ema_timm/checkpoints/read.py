@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from timm.models import is_model
 from torch import Tensor
 
+from ema_timm.checkpoints.bounds import check_bounds
 from ema_timm.errors import UserError, first_line
 
 # As timm itself looks for them.
@@ -55,11 +56,13 @@ def read_checkpoint(file: str | Path, averaged: bool = False) -> Checkpoint:
         averaged: Take the averaged weights instead of the trained ones.
 
     Raises:
-        UserError: If the file is missing or damaged, wants to run code, or has no such weights.
+        UserError: If the file is missing or damaged, claims more than it holds, wants to run code,
+            or has no such weights.
     """
     file = Path(file)
     if not file.is_file():
         raise UserError(f"there is no file {file}. Give a checkpoint file or folder.")
+    check_bounds(file)
     content = _load(file)
     try:
         state = unwrap(content, averaged)

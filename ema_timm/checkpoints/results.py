@@ -43,17 +43,31 @@ Told, not measured (options of ``ema-timm card``):
   ``base_model``, ``repo_id``.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from torch import nn
 
 from ema_timm.backbones.complexity import count_macs, count_parameters
+from ema_timm.checkpoints.config import without_loading
 from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json
-from ema_timm.checkpoints.preprocessing import PREPROCESSING
+from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessing
 from ema_timm.errors import UserError
 from ema_timm.files import sha256
 
 FORMAT = 1
+
+_PATHS = (
+    "data",
+    "data_dir",
+    "output",
+    "weights",
+    "resume",
+    "initial_checkpoint",
+    "pretrained_path",
+    "config",
+)
+_SYSTEMS = (PurePosixPath, PureWindowsPath)
 
 _REQUIRED = {
     "architecture": str,
@@ -83,6 +97,7 @@ def read_results(file: Path) -> dict:
                 f"{file} must hold {key!r} ({kind.__name__}), got {results.get(key)!r}. Measure "
                 f"the weights again: ema-timm evaluate {file.parent} --data-dir DIR"
             )
+    check_preprocessing(results["input"], str(file))
     return results
 
 
@@ -109,7 +124,58 @@ def read_own_results(path: Path, config: dict) -> dict:
             f"{path / RESULTS} is of {named[0]} with {named[1]} classes, and config.json of "
             f"{config['architecture']} with {config['num_classes']}. {measure}"
         )
+    for index, (mine, its) in enumerate(zip(results["classes"], _labels(config), strict=False)):
+        if mine != its:
+            raise UserError(
+                f"{path / RESULTS} names class {index} {mine!r}, and label_names in config.json "
+                f"{its!r}. Correct label_names. Where they are right: {measure}"
+            )
     return results
+
+
+def _labels(config: dict) -> list:
+    return config.get("label_names") or []
+
+
+def without_places(results: dict) -> dict:
+    """``results`` with the names of files and folders for their places, and nothing of loading.
+
+    Args:
+        results: Content of results.json; ``arguments`` is where a training's settings stand.
+    """
+    arguments = results.get("arguments")
+    if not isinstance(arguments, dict):
+        return results
+    return {**results, "arguments": hide_places(arguments)}
+
+
+def hide_places(arguments: dict) -> dict:
+    """Settings of a training without where on a machine its files were.
+
+    Args:
+        arguments: As JSON; ``model_kwargs`` is what the network was made with.
+    """
+    public = {name: _without_place(value) for name, value in arguments.items()}
+    for key in _PATHS:
+        if isinstance(public.get(key), str):
+            public[key] = Path(public[key]).name
+    if isinstance(public.get("model"), str):
+        public["model"] = public_name(public["model"])
+    if isinstance(arguments.get("model_kwargs"), dict):
+        public["model_kwargs"] = _without_place(without_loading(arguments["model_kwargs"]))
+    return public
+
+
+def _without_place(value: Any) -> Any:
+    """An absolute path's name, also inside lists and objects; anything else as it is."""
+    if isinstance(value, str):
+        absolute = value.startswith("~") or any(kind(value).is_absolute() for kind in _SYSTEMS)
+        return PureWindowsPath(value).name if absolute else value
+    if isinstance(value, dict):
+        return {name: _without_place(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_place(each) for each in value]
+    return value
 
 
 def public_name(model: str) -> str:

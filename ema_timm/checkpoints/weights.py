@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ema_timm.checkpoints.bounds import check_bounds
 from ema_timm.errors import UserError, some
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,6 +24,7 @@ def check_file(file: Path, expected: dict[str, Tensor]) -> None:
     """
     if not file.is_file():
         raise UserError(f"{file} is missing. Give a folder that ema-timm or timm wrote.")
+    check_bounds(file)
     try:
         with safe_open(file, framework="pt") as weights:
             _check_names(file, set(weights.keys()), expected)

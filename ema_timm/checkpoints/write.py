@@ -13,10 +13,8 @@ from ema_timm.checkpoints.layout import RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import check_network, rebuild
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.read import Checkpoint, read_checkpoint
-from ema_timm.checkpoints.results import describe, public_name
+from ema_timm.checkpoints.results import describe, hide_places, public_name
 from ema_timm.errors import UserError
-
-_PATHS = ("data", "data_dir", "output", "resume", "initial_checkpoint", "pretrained_path", "config")
 
 
 def write_folder(
@@ -96,22 +94,11 @@ def _origin(checkpoint: Checkpoint) -> dict:
     known |= {
         "trained_with": "timm train.py",
         "base": _base(checkpoint.arguments),
-        "arguments": _public(checkpoint.arguments),
+        "arguments": hide_places(json.loads(json.dumps(checkpoint.arguments, default=str))),
     }
     if checkpoint.epoch:
         known["epoch"] = checkpoint.epoch
     return known
-
-
-def _public(arguments: dict) -> dict:
-    """The train script's arguments as JSON, with names of files and folders for their places."""
-    public = json.loads(json.dumps(arguments, default=str))
-    for key in _PATHS:
-        if isinstance(public.get(key), str):
-            public[key] = Path(public[key]).name
-    if isinstance(public.get("model"), str):
-        public["model"] = public_name(public["model"])
-    return public
 
 
 def _base(arguments: dict) -> dict:

@@ -15,9 +15,9 @@ from huggingface_hub import HfApi, get_token
 
 from ema_timm import __version__
 from ema_timm.checkpoints.cards.file import require_unedited
-from ema_timm.checkpoints.layout import CARD, WEIGHTS
+from ema_timm.checkpoints.layout import CARD, RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import load_network
-from ema_timm.errors import HubError, UserError
+from ema_timm.errors import HubError, UserError, first_line, some
 from ema_timm.files import sha256
 from ema_timm.hub.commit import Destination, File, Landed
 from ema_timm.hub.repository import Repository
@@ -60,7 +60,7 @@ def publish(
         EditedCardError: If the card on the Hub was edited by hand and ``force`` is off.
         HubError: If the Hub failed. It holds the whole commit or nothing of it.
     """
-    plan = make_plan(folder, to)
+    plan = _plan(folder, to)
     api = _client(api)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         check_space(plan, Path(scratch))
@@ -78,9 +78,19 @@ def publish(
 
 def rehearse(folder: str | Path, to: Destination, *, reload: Reload = reload_elsewhere) -> Plan:
     """All that `publish` does before it needs the network; raises what it raises."""
-    plan = make_plan(folder, to)
+    plan = _plan(folder, to)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         check_loads_back(plan, reload, Path(scratch))
+    return plan
+
+
+def _plan(folder: str | Path, to: Destination) -> Plan:
+    plan = make_plan(folder, to)
+    if plan.folder.left_out:
+        _say(
+            f"not published, for neither {CARD} nor {RESULTS} names it: "
+            f"{some(plan.folder.left_out)}"
+        )
     return plan
 
 
@@ -88,10 +98,16 @@ def check_loads_back(plan: Plan, reload: Reload, scratch: Path) -> Outputs:
     """Load the folder by its name elsewhere; it must answer as the source model does.
 
     Raises:
-        UserError: If it answers differently, or with numbers that are not finite.
+        UserError: If it answers differently, with numbers that are not finite, or not at all.
     """
     folder = plan.folder
-    expected = outputs(load_network(folder.path, folder.config))
+    try:
+        expected = outputs(load_network(folder.path, folder.config))
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder.path}: the network does not take images of the input_size in config.json: "
+            f"{first_line(error).rstrip('.')}. Correct pretrained_cfg, or model_args."
+        ) from error
     _say("loading the folder in a fresh process")
     loaded = reload(f"local-dir:{folder.path.resolve()}", {"TMPDIR": str(scratch)})
     if not same(expected, loaded):
@@ -117,12 +133,22 @@ def _push(plan: Plan, repository: Repository, scratch: Path, force: bool) -> Lan
     repository.open()
     there = repository.contents()
     if all(there.get(file.name) in (file.sha256, file.git_oid) for file in plan.files):
-        _say("it holds these files already: nothing to commit")
+        _say(_nothing_to_do(plan.to))
         return Landed(repository.head, repository.url(repository.head), new=False)
     if CARD in there and not force:
         _keep_edited_card(plan, repository, scratch)
     _mention_pickles(there)
     return repository.push(plan.files, _title(plan.folder.results))
+
+
+def _nothing_to_do(to: Destination) -> str:
+    """What is said where the files are there already. It is no failure: that is what was asked."""
+    if to.create_pr:
+        return f"no pull request was made: {to.revision} holds these files already"
+    return (
+        f"{to.revision} holds these files already: nothing to commit, and whether the token may "
+        "write was not asked"
+    )
 
 
 def _mention_pickles(there: Iterable[str]) -> None:

@@ -1,13 +1,12 @@
 """The checkpoint folder of a run: the weights of its best epoch, and what is known of them."""
 
 import dataclasses
-from pathlib import Path
 
 from ema_timm.backbones.complexity import count_parameters
 from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.preprocessing import PREPROCESSING
-from ema_timm.checkpoints.results import FORMAT
+from ema_timm.checkpoints.results import FORMAT, hide_places
 from ema_timm.measure.metrics import Metrics
 from ema_timm.measure.versions import versions
 from ema_timm.training.history import History
@@ -82,9 +81,4 @@ class RunCheckpoint:
 
 def public_arguments(config: FinetuneConfig) -> dict:
     """All settings, for results that are published: names of folders, not where they are."""
-    arguments = dataclasses.asdict(config)
-    for key in ("data_dir", "output", "weights"):
-        arguments[key] = Path(arguments[key]).name
-    if config.model.startswith("local-dir:"):
-        arguments["model"] = f"local-dir:{Path(config.model.removeprefix('local-dir:')).name}"
-    return arguments
+    return hide_places(dataclasses.asdict(config))

@@ -15,6 +15,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ema_timm.backbones.complexity import count_macs
+from ema_timm.checkpoints.bounds import check_bounds
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.errors import HubError, UserError
 from ema_timm.hub.fetch import WEIGHTS, fetch
@@ -169,6 +170,8 @@ def _weights_file(config: FinetuneConfig, wanted: bool) -> dict | None:
     source, model_id = parse_model_name(config.model)
     if wanted and not file and source == "hf-hub":
         file = fetch(model_id, WEIGHTS)
+    if file and wanted:
+        check_bounds(Path(file))
     return {"file": str(file), "source": ""} if file else None
 
 

@@ -1,16 +1,19 @@
 """What is published was read and checked first: every kind of damage is named, with a remedy."""
 
+import io
 import json
+import re
 import shutil
 import struct
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
-from ema_timm.checkpoints.cards.file import write_card
+from ema_timm.checkpoints.cards.file import EditedCardError, write_card
 from ema_timm.checkpoints.check import check_folder
 from ema_timm.checkpoints.config import STUB
 from ema_timm.checkpoints.folder import CheckpointWriter
@@ -35,9 +38,10 @@ def checkpoint(tmp_path_factory):
         "classes": ["cat", "dog", "emu"],
         "input": data,
         "metrics": {"top1": 87.5, "top5": None, "loss": 0.4321, "correct": 7, "images": 8},
+        "plots": ["confusion.png"],
     }
     folder.write_json("results.json", results)
-    folder.write("confusion.png", lambda path: path.write_bytes(b"png"))
+    Image.new("RGB", (20, 20)).save(folder.path / "confusion.png")
     (folder.path / "training").mkdir()
     torch.save({"epoch": 1}, folder.path / "training" / "state.pt")
     (folder.path / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -101,9 +105,45 @@ def edit(name, change):
     return damage
 
 
+def linked(name, inside=False):
+    """The file moved away, and a link to it in its place; ``inside`` the folder, or out of it."""
+
+    def damage(folder):
+        moved = (folder if inside else folder.parent) / f"moved-{name}"
+        (folder / name).rename(moved)
+        (folder / name).symlink_to(moved)
+
+    return damage
+
+
+def card(text):
+    """A card of somebody's own, and the pictures that it might mean."""
+
+    def damage(folder):
+        for place in (folder.parent / "x.png", folder / "x.png", folder / "pics" / "x.png"):
+            place.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (20, 20)).save(place)
+        (folder / "README.md").write_text(text.replace("HERE", str(folder)))
+
+    return damage
+
+
+def picture(content):
+    return lambda folder: (folder / "confusion.png").write_bytes(content)
+
+
 def swap_shape(head):
     head["fc.weight"]["shape"].reverse()
 
+
+def encoded(kind):
+    out = io.BytesIO()
+    Image.effect_noise((40, 40), 50).save(out, kind)
+    return out.getvalue()
+
+
+PLACES = {"opt": "sgd", "model_kwargs": {"cache_dir": "/home/me/cache"}}
+PNG, JPEG = encoded("PNG"), encoded("JPEG")
 
 DAMAGE = {
     "truncated": (truncated, r"model\.safetensors is damaged: .*Copy the file again"),
@@ -193,6 +233,88 @@ DAMAGE = {
         lambda f: (f / "README.md").write_text("# Mine\n![shown](gone.png)\n"),
         r"shows gone\.png, which is missing",
     ),
+    "images of no size": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(input_size=[3, -5, 0])),
+        r"input_size must be \[channels, height, width\].*got \[3, -5, 0\]",
+    ),
+    "a size that is no size": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(input_size="32")),
+        "input_size must be .*got '32'",
+    ),
+    "a mean of words": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(mean=["a", 1, 2])),
+        "mean must be numbers",
+    ),
+    "a deviation of none": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(std=[0, 1, 1])),
+        "std must be numbers above 0",
+    ),
+    "a crop of nothing": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(crop_pct=0)),
+        "crop_pct must be a number above 0",
+    ),
+    "results of no size": (
+        edit("results.json", lambda r: r["input"].update(input_size=[3, -5, 0])),
+        r"results\.json: input_size must be",
+    ),
+    "arguments that are no arguments": (
+        edit("config.json", lambda c: c.update(model_args=[1])),
+        "'model_args'",
+    ),
+    "names that are no names": (
+        edit("config.json", lambda c: c.update(label_names=3)),
+        "label_names must be a list of names, got 3",
+    ),
+    "names of other classes": (
+        edit("config.json", lambda c: c.update(label_names=["cat", "emu", "dog"])),
+        r"names class 1 'dog', and label_names in config\.json 'emu'.*ema-timm evaluate",
+    ),
+    **{
+        f"pretrained_cfg.{key}": (
+            edit("config.json", lambda c, key=key: c["pretrained_cfg"].update({key: "/home/me/w"})),
+            rf"pretrained_cfg\.{key}.*ema-timm card .* repairs it",
+        )
+        for key in ("file", "url", "hf_hub_id")
+    },
+    **{
+        f"model_args.{key}": (
+            edit("config.json", lambda c, key=key: c.update(model_args={key: "/home/me/w"})),
+            rf"model_args\.{key}.*ema-timm card .* repairs it",
+        )
+        for key in ("cache_dir", "checkpoint_path")
+    },
+    "results that say where files were": (
+        edit("results.json", lambda r: r.update(arguments=PLACES)),
+        r"results\.json says where .*arguments\.model_kwargs.*ema-timm card .* repairs it",
+    ),
+    **{
+        f"{name} a link": (linked(name), rf"{re.escape(name)} is a link.*cp -rL")
+        for name in ("model.safetensors", "config.json", "results.json", "README.md", STUB)
+    },
+    "a picture a link": (linked("confusion.png"), r"confusion\.png is a link.*cp -rL"),
+    "a link that stays inside": (linked("confusion.png", inside=True), "is a link"),
+    "a picture above the folder": (card("![](../x.png)"), r"shows \.\./x\.png.*beside the card"),
+    "a picture by its place": (card("![](HERE/x.png)"), r"shows /.*/x\.png.*beside the card"),
+    "a picture in a folder": (card("![](pics/x.png)"), r"shows pics/x\.png.*beside the card"),
+    "a picture in a folder, as HTML": (card('<img width=9 src="pics/x.png">'), "shows pics/x"),
+    "a picture by a file's address": (card("![](file:///x.png)"), "shows file:///x.png"),
+    "a picture by reference": (card("![a][b]\n\n[b]: pics/x.png 'c'\n"), "shows pics/x.png"),
+    "a titled picture gone": (card('![a](gone.png "a")'), r"shows gone\.png, which is missing"),
+    "a picture that is none": (picture(b"secret"), r"confusion\.png is no PNG picture"),
+    "half a picture": (picture(PNG[: len(PNG) // 2]), r"confusion\.png is no PNG picture"),
+    "a picture of another kind": (picture(JPEG), r"confusion\.png is no PNG picture"),
+    "a picture without a kind": (
+        card("![](notes.py)"),
+        r"shows notes\.py.*\.png, \.jpg, \.jpeg, \.gif or \.webp",
+    ),
+    "results name a picture elsewhere": (
+        edit("results.json", lambda r: r.update(plots=["../x.png"])),
+        r"results\.json names \.\./x\.png",
+    ),
+    "results name a picture that is gone": (
+        edit("results.json", lambda r: r.update(plots=["gone.png"])),
+        r"gone\.png",
+    ),
 }  # fmt: skip
 
 
@@ -215,8 +337,46 @@ def test_an_edited_card_passes(folder):
     assert check_folder(folder).card.startswith("# Mine")
 
 
+def test_pictures_that_neither_card_nor_results_name_stay(folder):
+    (folder / "stray.png").write_bytes(b"what somebody put there")
+    (folder / "me.jpg").symlink_to("/etc/hostname")
+    checked = check_folder(folder)
+    assert checked.left_out == ("me.jpg", "stray.png")
+    assert not {"me.jpg", "stray.png"} & set(checked.files)
+
+
+def test_pictures_that_a_card_of_ones_own_shows_go_along(folder):
+    for name in ("a b.png", "c.jpg", "d.webp", "e.gif"):
+        Image.new("RGB", (20, 20)).save(folder / name)
+    (folder / "README.md").write_text(
+        "![](a%20b.png) ![c](./c.jpg 'title') <img alt=d src='d.webp'> ![](https://x.test/y/z.png)"
+        "\n![e](<e.gif>) `![](code.png)`\n```\n![](more/code.png)\n```\n"
+    )
+    pictures = {"confusion.png", "a b.png", "c.jpg", "d.webp", "e.gif"}
+    assert pictures < set(check_folder(folder).files)
+
+
 def test_the_card_command_repairs_the_config(folder):
     edit("config.json", lambda c: c.update(model_args={"num_classes": 3}, auto_map={}))(folder)
     (folder / STUB).unlink()
     assert not write_card(folder).changed  # the card itself is as it was
     assert check_folder(folder)
+
+
+def test_the_card_command_takes_out_where_files_were(folder):
+    """Also where somebody has edited the card, which it keeps."""
+
+    def places(config):
+        config["pretrained_cfg"].update(file="/home/me/w.pth", url="https://x.test/w.pth")
+        config["model_args"] = {"cache_dir": "/home/me/cache", "ema_groups": 32}
+
+    edit("config.json", places)(folder)
+    edit("results.json", lambda r: r.update(arguments=PLACES))(folder)
+    (folder / "README.md").write_text("# Mine\n")
+    with pytest.raises(EditedCardError):
+        write_card(folder)
+    checked = check_folder(folder)
+    assert "/home" not in json.dumps([checked.config, checked.results])
+    assert checked.config["model_args"] == {"ema_groups": 32}
+    assert checked.results["arguments"] == {"opt": "sgd", "model_kwargs": {}}
+    assert checked.card == "# Mine\n"

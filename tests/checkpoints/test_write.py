@@ -9,6 +9,7 @@ import torch
 
 from ema_timm.checkpoints.results import public_name
 from ema_timm.checkpoints.write import write_converted
+from ema_timm.cli import main
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,8 @@ def test_results_do_not_say_where_files_of_the_training_were(tmp_path):
         pretrained=True,
         data_dir="/home/me/flowers",
         initial_checkpoint="/home/me/base.pth",
+        class_map="/home/me/classes.txt",
+        model_kwargs={"cache_dir": "/home/me/cache", "in_chans": 3},
     )
     file = tmp_path / "model_best.pth.tar"
     torch.save({"state_dict": model.state_dict(), "args": arguments}, file)
@@ -39,3 +42,22 @@ def test_results_do_not_say_where_files_of_the_training_were(tmp_path):
     results = json.loads(text)
     assert results["arguments"]["model"] == results["base"]["model"] == "local-dir:base"
     assert results["arguments"]["data_dir"] == "flowers"
+    assert results["arguments"]["class_map"] == "classes.txt"
+    assert results["arguments"]["model_kwargs"] == {"in_chans": 3}
+
+
+def test_a_measured_file_does_not_say_where_its_weights_were_cached(digits, tmp_path):
+    torch.save(timm.create_model("test_resnet_ema", num_classes=4).state_dict(), tmp_path / "w.pt")
+    args = [
+        "evaluate",
+        tmp_path / "w.pt",
+        "--model",
+        "test_resnet_ema",
+        "--output",
+        tmp_path / "out",
+    ]
+    args += ["--model-kwargs", f"cache_dir={tmp_path}/cache", "--img-size", 32, "--workers", 0]
+    assert main([str(arg) for arg in [*args, "--data-dir", digits, "--device", "cpu"]]) == 0
+    for name in ("config.json", "results.json"):
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)

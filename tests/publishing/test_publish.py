@@ -127,6 +127,25 @@ def test_a_pickle_is_never_sent(folder, hub, push):
     assert set(hub.files(push.repo)) == PUBLISHED | {".gitattributes"}
 
 
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_a_stray_picture_stays_and_that_is_said(folder, hub, push, rehearsed):
+    (folder / "me.png").write_bytes(b"what somebody put there")
+    done = push(folder, *["--dry-run"] * rehearsed)
+    assert done["code"] == 0, done["err"]
+    assert "me.png" not in done["out"] and "me.png" not in hub.files(push.repo)
+    assert "not published, for neither README.md nor results.json names it: me.png" in done["err"]
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder, hub, push):
+    """A snapshot of the client's cache is made of links; with its files copied it goes."""
+    (folder / "curves.png").rename(folder.parent / "elsewhere.png")
+    (folder / "curves.png").symlink_to("../elsewhere.png")
+    assert_refused(push(folder), "curves.png is a link", hub)
+    assert hub.requests == []
+    copied = shutil.copytree(folder, folder.parent / "copied")  # the remedy, as cp -rL does it
+    assert push(copied)["code"] == 0
+
+
 def test_the_same_folder_twice_is_one_commit(trained, hub, push):
     first, second = push(trained), push(trained)
     assert (first["code"], second["code"]) == (0, 0)
@@ -234,6 +253,24 @@ def test_a_pull_request_is_opened_once(trained, hub, push):
     assert "/discussions/2" in push(trained, "--create-pr")["out"]
 
 
+def test_without_a_difference_no_pull_request_is_made_and_that_is_said(trained, hub, push):
+    first, second = push(trained), push(trained, "--create-pr")
+    assert (first["code"], second["code"]) == (0, 0)
+    assert "no pull request was made: main holds these files already" in second["err"]
+    assert "nothing to commit" not in second["err"]
+    assert hub.store.repos[push.repo].pull_requests == {}
+    assert first["out"] == second["out"]  # the commit that has them
+
+
+def test_a_token_that_may_only_read_is_told_that_it_was_not_needed(trained, hub, push, capsys):
+    assert push(trained)["code"] == 0
+    landed = publish_here(trained, push.repo, hub, ADA_READS)
+    assert not landed.new and landed.commit == hub.store.repos[push.repo].resolve("main").oid
+    said = capsys.readouterr().err
+    assert "nothing to commit, and whether the token may write was not asked" in said
+    assert len(ours(hub, push.repo)) == 1
+
+
 def test_a_branch_is_made_and_main_left_alone(trained, hub, push):
     assert push(trained, "--revision", "next/try")["code"] == 0
     assert ours(hub, push.repo) == []
@@ -311,7 +348,15 @@ def another_network(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("damage", [cut_off, not_a_number, of_others, another_network])
+def images_of_one_channel(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [1, 32, 32]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_off, not_a_number, of_others, another_network, images_of_one_channel]
+)
 def test_a_damaged_folder_never_reaches_the_hub(folder, hub, push, damage):
     damage(folder)
     done = push(folder)

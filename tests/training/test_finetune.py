@@ -323,6 +323,13 @@ def test_starts_from_a_weights_file_without_network(config, tmp_path):
     torch.testing.assert_close(trained["layer1.0.bn2.weight"], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_run_does_not_say_where_its_weights_were_cached(config, tmp_path):
+    run(config, model_kwargs={"cache_dir": str(tmp_path / "cache"), "ema_groups": 8}, epochs=1)
+    for name in ("config.json", "results.json"):
+        assert str(tmp_path) not in (tmp_path / "run" / name).read_text()
+    assert timm.create_model(f"local-dir:{config.output}", pretrained=True)
+
+
 def test_continues_from_a_checkpoint_folder_with_other_classes(config, digits, tmp_path):
     run(config, model_kwargs={"ema_stages": [3, 4], "in_chans": 1}, epochs=1)
     data = shutil.copytree(digits, tmp_path / "data")

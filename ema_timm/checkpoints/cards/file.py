@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from ema_timm.checkpoints.cards.seal import is_generated
 from ema_timm.checkpoints.cards.text import card_text
-from ema_timm.checkpoints.config import completed
+from ema_timm.checkpoints.config import completed, read_config
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.checkpoints.network import check_network
-from ema_timm.checkpoints.results import read_own_results
+from ema_timm.checkpoints.results import read_own_results, without_places
 from ema_timm.errors import UserError
 
 
@@ -35,7 +35,10 @@ class WrittenCard(NamedTuple):
 
 
 def write_card(path: str | Path, told: dict | None = None, force: bool = False) -> WrittenCard:
-    """Write a folder's README.md from its results.json, and complete its config.json.
+    """Write a folder's README.md from its results.json, and put right what others say too much.
+
+    config.json is completed, and results.json loses where files were, whether the card is written
+    or kept.
 
     Args:
         path: A checkpoint folder.
@@ -47,9 +50,13 @@ def write_card(path: str | Path, told: dict | None = None, force: bool = False) 
         EditedCardError: If the card was edited by hand and ``force`` is off.
         UserError: If the folder is damaged, or its results are of other weights.
     """
-    path = Path(path)
-    config = check_network(path)
-    results = read_own_results(path, config)
+    path, folder = Path(path), CheckpointWriter(path)
+    # Both whether the card is written or not; config.json first, for timm builds by it.
+    folder.save_config(completed(read_config(path)))
+    found = read_own_results(path, check_network(path))
+    results = without_places(found)
+    if results != found:
+        folder.write_json(RESULTS, results)
     updated = {**results, "card": {**results.get("card", {}), **told}} if told else results
     text, old = card_text(updated), read_card(path)
     if old is not None and not force:
@@ -58,8 +65,6 @@ def write_card(path: str | Path, told: dict | None = None, force: bool = False) 
             "with --force."
         )
         require_unedited(old, text, (str(path / CARD), "as it would be written"), kept)
-    folder = CheckpointWriter(path)
-    folder.save_config(completed(config))
     if updated != results:
         folder.write_json(RESULTS, updated)
     if text != old:

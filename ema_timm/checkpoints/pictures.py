@@ -1,0 +1,119 @@
+"""The pictures of a folder: which ones its card shows, and whether they are what they claim."""
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+from PIL import Image
+
+from ema_timm.checkpoints.layout import CARD, RESULTS
+from ema_timm.errors import UserError, first_line
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
+_DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+_CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", re.M | re.S)
+_ALT = r"!\[((?:[^\[\]]|\[[^\]]*\])*)\]"
+_INLINE = re.compile(_ALT + r"\(\s*(?:<([^<>\n]*)>|((?:[^\s()]|\([^\s()]*\))+))")
+_NAMED = re.compile(_ALT + r"(?:\[([^\]]*)\])?(?!\()")
+_DEFINED = re.compile(r"^ {0,3}\[([^\]]+)\]:\s*<?([^\s>]+)", re.M)
+_HTML = re.compile(r"<img\b[^>]*?\ssrc\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s>\"']+))", re.I)
+_ELSEWHERE = re.compile(r"(https?:)?//|data:", re.I)
+
+
+def named_pictures(path: Path, card: str, results: dict) -> list[str]:
+    """The pictures that a folder's card shows and its results name, each a whole picture.
+
+    Args:
+        path: The folder.
+        card: Text of its README.md.
+        results: Content of its results.json.
+
+    Returns:
+        Names of files in the folder, sorted.
+
+    Raises:
+        UserError: If one lies elsewhere, is missing or a link, or is no picture of its kind.
+    """
+    plots = results.get("plots") or []
+    if not isinstance(plots, list) or not all(isinstance(name, str) for name in plots):
+        raise UserError(
+            f"{path / RESULTS}: plots must be a list of names, got {plots!r}. Draw them anew: "
+            f"ema-timm evaluate {path} --data-dir DIR"
+        )
+    for said, names in ((f"{path / CARD} shows", _shown(card)), (f"{path / RESULTS} names", plots)):
+        for name in names:
+            _check_place(path, name, f"{said} {name}")
+    named = sorted({*_shown(card), *plots})
+    for name in named:
+        check_real(path / name)
+        _check_picture(path / name)
+    return named
+
+
+def other_pictures(path: Path, named: list[str]) -> list[str]:
+    """The names of all other pictures in a folder."""
+    found = (file.name for file in path.iterdir() if file.suffix.lower() in _FORMATS)
+    return sorted(name for name in found if name not in named)
+
+
+def check_real(file: Path) -> None:
+    """Refuse what would publish something from outside the folder: a link, or no file at all."""
+    if file.is_symlink():
+        raise UserError(
+            f"{file} is a link, and what is published is the folder's own. Copy the folder with "
+            f"what its links lead to, and publish that: cp -rL {file.parent} FOLDER"
+        )
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is no file. Put the file of that name there.")
+
+
+def _shown(card: str) -> list[str]:
+    """What a card shows that is not an address of the web, as names relative to the card."""
+    targets = (unquote(html.unescape(target.strip())) for target in _targets(_CODE.sub("", card)))
+    local = (target for target in targets if target and not _ELSEWHERE.match(target))
+    # A file://… has no name of a file beside the card, and stays as it is.
+    return [re.sub(r"[?#].*", "", target).removeprefix("./") for target in local]
+
+
+def _targets(card: str) -> Iterator[str]:
+    """Targets of Markdown's and HTML's images."""
+    for inline in _INLINE.finditer(card):
+        yield inline[2] or inline[3] or ""
+    defined = {name.lower(): target for name, target in _DEFINED.findall(card)}
+    for alt, name in _NAMED.findall(card):
+        yield defined.get((name or alt).lower(), "")
+    for image in _HTML.findall(card):
+        yield "".join(image)
+
+
+def _check_place(path: Path, name: str, said: str) -> None:
+    """Refuse a picture that is not a file beside the card."""
+    if name != Path(name).name or "\\" in name or ":" in name:
+        raise UserError(
+            f"{said}, and a published picture lies beside the card. Put it into {path} and write "
+            "its name alone, or give its https address."
+        )
+    if Path(name).suffix.lower() not in _FORMATS:
+        *most, last = _FORMATS
+        raise UserError(f"{said}, and a picture is {', '.join(most)} or {last}. Convert it.")
+    if not (path / name).exists() and not (path / name).is_symlink():
+        raise UserError(
+            f"{said}, which is missing. Put it into {path}, or take it out of {CARD} and of plots "
+            f"in {RESULTS}."
+        )
+
+
+def _check_picture(file: Path) -> None:
+    """Decode a picture as what its name says."""
+    kind = _FORMATS[file.suffix.lower()]
+    try:
+        with Image.open(file, formats=[kind]) as image:
+            image.load()
+    except _DAMAGED as error:
+        raise UserError(
+            f"{file} is no {kind} picture: {first_line(error).rstrip('.')}. Draw it anew, or take "
+            f"it out of {CARD} and of plots in {RESULTS}."
+        ) from error
