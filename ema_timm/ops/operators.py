@@ -8,9 +8,11 @@ Import this module late: registering takes longer than all the rest of this pack
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from ema_timm.ops.closed_form import autograd
 from ema_timm.ops.closed_form.eager import Saved, new_saved
@@ -67,7 +69,13 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         forward: (x, folded weights, groups, save) -> (output, `Saved` or None).
         backward: (grad, x, saved, weights, groups, need_x, need_weights) -> (dx, gradients).
     """
+    operator = _register_forward(name, forward)
+    gradient = _register_backward(f"{name}_backward", backward)
+    operator.register_autograd(partial(_differentiate, gradient), setup_context=_keep)
+    return operator
 
+
+def _register_forward(name: str, forward: Callable) -> CustomOpDef:
     @torch.library.custom_op(
         f"ema_timm::{name}",
         mutates_args=(),
@@ -75,6 +83,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         "-> (Tensor, Tensor, Tensor, Tensor)",
     )
     def operator(x, *rest):
+        """Output and, where asked for, what the backward needs; else empty tensors."""
         *weights, groups, save = rest
         folded = fold(statistics_type(x, EmaWeights(*weights)))
         out, saved = forward(x, folded, groups, save)
@@ -88,13 +97,18 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
             saved = new_saved(x, groups, torch.promote_types(x.dtype, torch.float32))
         return torch.empty_like(x), *saved
 
+    return operator
+
+
+def _register_backward(name: str, backward: Callable) -> CustomOpDef:
     @torch.library.custom_op(
-        f"ema_timm::{name}_backward",
+        f"ema_timm::{name}",
         mutates_args=(),
         schema="(Tensor grad, Tensor x, Tensor gates, Tensor gate_map, Tensor vectors, "
         f"{_PARAMETERS}, SymInt groups, bool need_x, bool need_weights) -> Tensor[]",
     )
-    def operator_backward(grad, x, gates, gate_map, vectors, *rest):
+    def gradient(grad, x, gates, gate_map, vectors, *rest):
+        """The gradient of ``x``, empty where not needed, then those of the parameters."""
         weights, (groups, need_x, need_weights) = rest[:6], rest[6:]
         wide = statistics_type(x, EmaWeights(*weights))
         saved = Saved(gates, gate_map, vectors)
@@ -104,7 +118,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
             found += [d.to(w.dtype) for d, w in zip(dw, weights, strict=True)]
         return found
 
-    @operator_backward.register_fake
+    @gradient.register_fake
     def _(grad, x, gates, gate_map, vectors, *rest):
         weights, (_, need_x, need_weights) = rest[:6], rest[6:]
         found = [torch.empty_like(x) if need_x else x.new_empty(0)]
@@ -112,25 +126,27 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
             found += [w.new_empty(w.shape) for w in weights]
         return found
 
-    def keep(ctx, inputs, output):
-        x, *weights = inputs[:7]
-        ctx.groups = inputs[7]
-        ctx.save_for_backward(x, *output[1:], *weights)
+    return gradient
 
-    def differentiate(ctx, grad, *_):
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:7]
-        if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
-            x, *rest = ctx.saved_tensors
-            dx, dw = autograd.differentiable_backward(
-                grad, x, EmaWeights(*rest[3:]), ctx.groups, need_x, need
-            )
-            return dx, *dw, None, None
-        dx, *dw = operator_backward(grad, *ctx.saved_tensors, ctx.groups, need_x, any(need))
-        dw = [d if n else None for d, n in zip(dw or [None] * 6, need, strict=True)]
-        return dx if need_x else None, *dw, None, None
 
-    operator.register_autograd(differentiate, setup_context=keep)
-    return operator
+def _keep(ctx, inputs, output) -> None:
+    x, *weights = inputs[:7]
+    ctx.groups = inputs[7]
+    ctx.save_for_backward(x, *output[1:], *weights)
+
+
+def _differentiate(gradient: Callable, ctx, grad: Tensor, *_) -> tuple:
+    """Gradients of an operator's inputs, by the operator ``gradient``."""
+    need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:7]
+    if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
+        x, *rest = ctx.saved_tensors
+        dx, dw = autograd.differentiable_backward(
+            grad, x, EmaWeights(*rest[3:]), ctx.groups, need_x, need
+        )
+        return dx, *dw, None, None
+    dx, *dw = gradient(grad, *ctx.saved_tensors, ctx.groups, need_x, any(need))
+    dw = [d if n else None for d, n in zip(dw or [None] * 6, need, strict=True)]
+    return dx if need_x else None, *dw, None, None
 
 
 def _closed_form_forward(x, *rest):

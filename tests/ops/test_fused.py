@@ -76,6 +76,19 @@ def test_float32_output_and_gradients_equal_the_definition(poison, shape, groups
     oracle.assert_matches(run, case)
 
 
+# One sample in one group: every size that is not of the channels is 1 somewhere.
+SINGLE = [(1, 3, 1, 6), (1, 3, 6, 1), (1, 3, 1, 1), (1, 34, 1, 6), (1, 34, 6, 1), (1, 34, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", SINGLE)
+def test_sizes_of_one_in_training_and_inference(poison, shape):
+    case = on_device(oracle.make_case(shape, 1))
+    oracle.assert_matches(run, case)
+    with torch.no_grad():
+        out = run(case.x, case.weights, 1)
+    assert torch.equal(out, run(case.x, case.weights, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 80, 4, 6)])
@@ -365,15 +378,21 @@ def test_set_implementation_refuses_what_it_cannot_do():
     assert set_implementation(ablation, "auto") == 1
 
 
+# Kernels are compiled in a process of their own: in this one they are interpreted.
+COMPILING = {"TRITON_INTERPRET": "0"}
+OFFLINE = (
+    "import sys, torch\n"
+    f"sys.path.insert(0, {str(Path(oracle.__file__).parents[1])!r})\n"
+    "from support import offline, oracle\n"
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
     """Types, layouts and resources, which the interpreter does not look at."""
     code = (
-        "import sys, torch\n"
-        f"sys.path.insert(0, {str(Path(oracle.__file__).parents[1])!r})\n"
-        "from support import offline, oracle\n"
-        "names = set()\n"
+        OFFLINE + "names = set()\n"
         "for shape, dtype, layout in [((1, 12, 9, 8), torch.bfloat16, 'contiguous'),\n"
         "                             ((1, 80, 7, 7), torch.float16, 'channels_last')]:\n"
         "    case = oracle.make_case(shape, 2, dtype, layout)\n"
@@ -383,7 +402,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
         "        names.add(k.name)\n"
         "print(*sorted(names))"
     )
-    names = python(code, args=[capability], env={"TRITON_INTERPRET": "0"}).split()
+    names = python(code, args=[capability], env=COMPILING).split()
     assert names == [
         "apply_gate",
         "backward_tile",
@@ -396,3 +415,17 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
         "merge_statistics",
         "pool_blocks",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SINGLE)
+def test_sizes_of_one_compile_for_training_and_inference(python, shape):
+    """A size of 1 is a constant for the compiler, while the interpreter takes it for a number."""
+    code = OFFLINE + (
+        f"case = oracle.make_case({shape}, 1)\n"
+        "for grad in (None, case.grad):\n"
+        "    print(len(offline.compile_call(case.x, case.weights, 1, grad, 80)))"
+    )
+    whole = shape[1] <= plan.WIDEST_TILE
+    kernels = ["1", "3"] if whole else ["4", "9"]
+    assert python(code, env=COMPILING).split() == kernels

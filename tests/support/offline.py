@@ -86,8 +86,10 @@ class _Recorders:
         return Recorder(getattr(module, name), capability, found)
 
 
-def compile_call(x: Tensor, weights, groups: int, grad: Tensor, capability: int) -> list[Compiled]:
-    """Every kernel of one forward and one backward; computes nothing."""
+def compile_call(
+    x: Tensor, weights, groups: int, grad: Tensor | None, capability: int
+) -> list[Compiled]:
+    """Every kernel of one forward and one backward, without ``grad`` of inference; runs nothing."""
     found: list[Compiled] = []
     modules = {"whole_tile": whole_tile, "split_tile": split_tile}
     try:
@@ -95,8 +97,9 @@ def compile_call(x: Tensor, weights, groups: int, grad: Tensor, capability: int)
             setattr(launch, name, _Recorders(module, capability, found))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Triton 3.9 announces a default that will change
-            _, saved = launch.forward(x, fold(weights), groups, save=True)
-            launch.backward(grad, x, saved, weights, groups)
+            _, saved = launch.forward(x, fold(weights), groups, save=grad is not None)
+            if saved is not None:
+                launch.backward(grad, x, saved, weights, groups)
     finally:
         for name, module in modules.items():
             setattr(launch, name, module)

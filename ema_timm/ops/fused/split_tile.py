@@ -124,7 +124,7 @@ def block_statistics(
     rest = tl.sum(tl.sum(y, axis=2), axis=1) / count
     squares = tl.sum(tl.sum(y * y, axis=2), axis=1) - count * rest * rest
     at = (tl.program_id(1) * tiles + tile) * n + c
-    step = tl.num_programs(1) * tiles.to(tl.int64) * n
+    step = tl.num_programs(1) * tl.num_programs(0).to(tl.int64) * n
     tl.store(parts + at, mean, mask=c < n)
     tl.store(parts + step + at, rest, mask=c < n)
     tl.store(parts + 2 * step + at, squares, mask=c < n)
@@ -150,7 +150,7 @@ def merge_statistics(
     """
     tile = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
-    step = blocks * tiles.to(tl.int64) * n
+    step = blocks * tl.num_programs(0).to(tl.int64) * n
     across = tl.cdiv(W, BW)
     mean = tl.zeros((BN,), tl.float32)
     for b0 in range(0, blocks, BB):
@@ -176,8 +176,8 @@ def merge_statistics(
     r = tl.rsqrt(tl.maximum(var - rest * rest, 0.0) + EPS)
     at = vectors + tile * n + c
     tl.store(at, mean, mask=c < n)
-    tl.store(at + tiles.to(tl.int64) * n, rest, mask=c < n)
-    tl.store(at + 2 * tiles.to(tl.int64) * n, r, mask=c < n)
+    tl.store(at + tl.num_programs(0).to(tl.int64) * n, rest, mask=c < n)
+    tl.store(at + 2 * tl.num_programs(0).to(tl.int64) * n, r, mask=c < n)
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def apply_gate(
     h, w = block_rows(W, BH, BW), block_columns(W, BW)
     start = tile_start(x, tl.program_id(0), groups, n, x_b, x_c)
     out_start = tile_start(out, tl.program_id(0), groups, n, out_b, out_c)
-    step = tiles.to(tl.int64) * n
+    step = tl.num_programs(0).to(tl.int64) * n
     vectors_start = vectors + tile * n
     logits = tl.zeros((BH, BW), tl.float32)
     for c0 in range(0, n, BN):
@@ -268,7 +268,7 @@ def block_gradient_sums(
     start = tile_start(x, tl.program_id(0), groups, n, x_b, x_c)
     block = load_block(start, c, h, w, n, H, W, x_c, x_h, x_w)
     gate_h, gate_w = load_gates(gates, tile, c, h, w, n, H, W)
-    step = tiles.to(tl.int64) * n
+    step = tl.num_programs(0).to(tl.int64) * n
     mean = load_vector(vectors + tile * n, c, n)
     y = centred(block, gate_h, gate_w, mean, load_vector(vectors + step + tile * n, c, n))
     dl_start = logit_gradient + tile * H * W
@@ -286,7 +286,7 @@ def block_norm_gradient(
     tile, tiles, c, h, w, n, H, W,
 ):  # fmt: skip
     """Dy of a block, (BN, BH, BW)."""
-    step = tiles.to(tl.int64) * n
+    step = tl.num_programs(0).to(tl.int64) * n
     vectors_start = vectors + tile * n
     mean, rest = load_vector(vectors_start, c, n), load_vector(vectors_start + step, c, n)
     r = load_vector(vectors_start + 2 * step, c, n)

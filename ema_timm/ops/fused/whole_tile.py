@@ -142,7 +142,7 @@ def forward_tile(
     if SAVE:
         store_lines(gates_start + H, gate_w, c, w, n, W, H + W)
         at = vectors + tile.to(tl.int64) * n + c
-        step = tiles.to(tl.int64) * n
+        step = tl.num_programs(0).to(tl.int64) * n
         tl.store(at, shift, mask=c < n)
         tl.store(at + step, rest, mask=c < n)
         tl.store(at + 2 * step, r, mask=c < n)
@@ -256,7 +256,7 @@ def backward_tile(
     gates_start = gates + tile * n * (H + W)
     dl_start = logit_gradient + tile * H * W
     gate_w = load_lines(gates_start + H, c, w, n, W, H + W)
-    step = tiles.to(tl.int64) * n
+    step = tl.num_programs(0).to(tl.int64) * n
     mean = load_vector(vectors + tile * n, c, n)
     rest = load_vector(vectors + step + tile * n, c, n)
     r = load_vector(vectors + 2 * step + tile * n, c, n)
