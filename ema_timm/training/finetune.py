@@ -5,7 +5,7 @@ continues exactly: every epoch is seeded by (seed, epoch, process), and a run th
 stop saves the step it stopped at together with the generators' states.
 """
 
-from ema_timm.training.processes import join_processes
+from ema_timm.training.processes import join_processes, use_threads
 from ema_timm.training.run import Run
 from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.state import RunState
@@ -44,7 +44,9 @@ def continue_run(given: dict, progress: bool = True) -> dict:
 
 
 def _train(config: FinetuneConfig, state: dict | None, progress: bool) -> dict:
-    with join_processes(config.device) as process:
+    # The sums of another number of threads are rounded otherwise: a run keeps its own.
+    threads = state["identity"].get("threads") if state else None
+    with use_threads(threads), join_processes(config.device) as process:
         run = Run(config, state, process, progress and process.main)
         with stop_on_signal() as stop:
             return run.train(stop)

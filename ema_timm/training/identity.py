@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from ema_timm.errors import UserError
 from ema_timm.training.settings import FinetuneConfig
 
@@ -18,6 +20,8 @@ def identify(config: FinetuneConfig, processes: int, data: dict) -> dict:
     return {
         "arguments": {k: v for k, v in arguments.items() if k not in FinetuneConfig.ANYTIME},
         "processes": processes,
+        # How a sum is split among threads says how it is rounded.
+        "threads": torch.get_num_threads(),
         "data": data,
     }
 
@@ -28,6 +32,11 @@ def check_same_run(saved: dict, identity: dict) -> None:
     Raises:
         UserError: With the first difference.
     """
+    if "threads" not in saved:
+        raise UserError(
+            "cannot resume: the run was started by an ema-timm that augmented images in another "
+            "order. Train on from its weights with --model local-dir:FOLDER and another --output."
+        )
     for name, value in identity["arguments"].items():
         if saved["arguments"].get(name) != value:
             option = "--" + name.replace("_", "-")

@@ -36,6 +36,17 @@ class Process:
 
 
 @contextlib.contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """Within this context PyTorch computes on ``count`` threads; None leaves their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def join_processes(device: str) -> Iterator[Process]:
     """Within this context the processes of the run can talk to each other.
 
