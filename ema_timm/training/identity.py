@@ -26,8 +26,24 @@ def identify(config: FinetuneConfig, processes: int, data: dict) -> dict:
     }
 
 
-def check_same_run(saved: dict, identity: dict) -> None:
+def extends(state: dict, config: FinetuneConfig) -> bool:
+    """Whether settings ask for more epochs of a run that is finished: a new run from its weights.
+
+    Args:
+        state: The run's state.
+        config: The settings.
+    """
+    wanted = state["config"]["epochs"]
+    return state["epoch"] == wanted and config.epochs > wanted
+
+
+def check_same_run(saved: dict, identity: dict, extended: bool = False) -> None:
     """Refuse to continue a run of identity ``saved`` as one of another outcome.
+
+    Args:
+        saved: The identity in the state.
+        identity: What it is to be.
+        extended: More epochs are asked for, as a new run.
 
     Raises:
         UserError: With the first difference.
@@ -38,7 +54,7 @@ def check_same_run(saved: dict, identity: dict) -> None:
             "order. Train on from its weights with --model local-dir:FOLDER and another --output."
         )
     for name, value in identity["arguments"].items():
-        if saved["arguments"].get(name) != value:
+        if saved["arguments"].get(name) != value and not (extended and name == "epochs"):
             option = "--" + name.replace("_", "-")
             raise UserError(
                 f"cannot resume: {option} is {value!r} and the run was started with "

@@ -24,7 +24,11 @@ class Parts:
 
 
 def assemble(
-    config: FinetuneConfig, images: Images, process: Process, base: dict | None = None
+    config: FinetuneConfig,
+    images: Images,
+    process: Process,
+    base: dict | None = None,
+    first: int = 0,
 ) -> Parts:
     """Put a run together.
 
@@ -33,6 +37,7 @@ def assemble(
         images: Its images.
         process: This process.
         base: Where the first weights came from, of a run that continues.
+        first: Epochs done before its schedule begins.
 
     Raises:
         UserError: If timm cannot build what the settings say, or the images do not suit it.
@@ -45,5 +50,7 @@ def assemble(
     repeatable = RepeatableImages(images.train, config.seed)
     training = train_loader(config, repeatable, network.preprocessing, process)
     validation = val_loader(config, images.val, network.preprocessing, process)
-    train_step = TrainStep(config, network.model, len(network.classes), len(training), process)
+    train_step = TrainStep(
+        config, network.model, len(network.classes), len(training), process, first
+    )
     return Parts(network, training, validation, train_step)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 
 from ema_timm.measure.device import pick_device
 
@@ -33,6 +33,11 @@ class Process:
         """Wait until every process has come as far."""
         if self.count > 1:
             torch.distributed.barrier()
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks, before they have joined."""
+    return world_info_from_env()[1] == 0
 
 
 @contextlib.contextmanager

@@ -88,12 +88,12 @@ def test_killed_between_two_files_the_epoch_is_repeated(config, monkeypatch, tmp
     class KilledError(BaseException):
         pass
 
-    def killed(final, write):
+    def killed(final, write, **more):
         name = final.relative_to(config.output).as_posix()
         calls.append(name)
         if name == lost and calls.count(name) == 2:
             raise KilledError
-        return write_whole(final, write)
+        return write_whole(final, write, **more)
 
     for module in (folder, state):
         monkeypatch.setattr(module, "write_whole", killed)
@@ -359,3 +359,24 @@ def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_pat
     )
     assert refused.returncode == 2
     assert "the run was started on 2" in refused.stderr
+
+
+IMPATIENT = """
+import sys, time
+slept = []
+time.sleep = slept.append
+from ema_timm.cli import main
+code = main(sys.argv[1:])
+print(sum(slept))
+sys.exit(code)
+"""
+
+
+def test_without_network_nothing_is_waited_for_in_vain(config, tmp_path):
+    """The client alone sleeps 23 s between its calls before it gives up, and says nothing."""
+    args = [sys.executable, "-c", IMPATIENT, *cli(config, "--model", "hf-hub:ada/none")]
+    refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    done = subprocess.run(args, capture_output=True, text=True, env={**os.environ, **refused})
+    assert done.returncode == 1, done.stderr
+    assert "Check the network" in done.stderr.splitlines()[-1]
+    assert float(done.stdout) <= 3
