@@ -110,6 +110,6 @@ def _both(config: FinetuneConfig, preprocessing: dict, process: Process) -> dict
         "device": process.device,
         "use_prefetcher": False,
         "pin_memory": process.device.type == "cuda",
-        # Workers that outlive an epoch keep generators that a resumed run cannot have.
+        # Workers learn the number of the epoch, which the augmentation depends on, when they start.
         "persistent_workers": False,
     }

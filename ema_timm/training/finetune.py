@@ -1,8 +1,9 @@
 """Fine-tuning: an image folder and a timm name -> a checkpoint folder in timm's Hub format.
 
 Loader, augmentation, optimiser, scheduler, losses and metrics are timm's. An interrupted run
-continues exactly: every epoch is seeded by (seed, epoch, process), and a run that was asked to
-stop saves the step it stopped at together with the generators' states.
+continues exactly: every epoch is seeded by (seed, epoch, process), the augmentation of every image
+by (seed, epoch, index), and a run that was asked to stop saves the step it stopped at together with
+the generators' states.
 """
 
 import sys
