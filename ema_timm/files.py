@@ -10,16 +10,24 @@ from typing import Any
 from ema_timm.errors import UserError
 
 
-def write_whole(final: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(final: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
     """Write a file by ``write(temporary_path)``, flush it to disk, then give it its name.
 
     A full disk, a crash or Ctrl-C never leaves half a file under the final name.
+
+    Args:
+        final: The name.
+        write: Writes a file of the name that it is given.
+        previous: Name for the file that was there before; None drops it. A process that is
+            killed may leave the file under this name alone.
     """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and final.exists():
+            final.replace(previous)
         temporary.replace(final)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -33,6 +33,8 @@ Of a training, where one is known (`ema_timm.training.finetune` writes all of th
 - ``best_epoch``, ``history`` (an object an epoch), ``arguments`` (every setting), ``data``
   (``train`` and ``val``, each ``images`` and ``fingerprint``), ``device``, ``processes``,
   ``versions``.
+- ``extended_after``: numbers of epochs after which a finished run was extended: there a new run
+  began, from the last weights, with a schedule of its own.
 - ``trained_with``: the script, where it is not `ema_timm.training.finetune`; ``epoch`` of its
   checkpoint.
 - ``checkpoint``: ``file`` that the folder was written from, and whether its ``averaged`` weights.

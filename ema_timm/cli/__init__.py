@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        # A loader process wraps the message in its traceback; the message is the last line.
-        print(f"ema-timm: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"ema-timm: {_message(error)}", file=sys.stderr)
         return 2
     except InterruptedRunError as error:
         print(f"ema-timm: {error}", file=sys.stderr)
@@ -43,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ema-timm: stopped.", file=sys.stderr)
         return 130
+
+
+def _message(error: UserError) -> str:
+    """The one line; a loader process wraps it in its traceback, which ends with it."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return str(error).strip().splitlines()[-1].removeprefix(kind)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -29,7 +29,8 @@ def _add_finetune(commands) -> None:
     command.add_argument(
         "--resume",
         action="store_true",
-        help="continue the interrupted run in --output, with its settings",
+        help="continue the interrupted run in --output, with its settings; a finished one "
+        "with more --epochs, as a new run from its last weights",
     )
     command.set_defaults(run=_finetune)
 

@@ -10,7 +10,13 @@ import contextlib
 import re
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ema_timm.errors import HubError
@@ -61,6 +67,11 @@ def _download(steps: Steps, where: dict, cache_dir: str | None) -> tuple[Path | 
     """The file, and the digest that the Hub gives for it."""
     with steps.step(f"fetching {where['filename']}"):
         try:
+            if not isinstance(try_to_load_from_cache(**where, cache_dir=cache_dir), str):
+                # Without an answer the client would ask again for half a minute, unheard; so it
+                # is asked once here, and again by `Steps.patiently`.
+                with contextlib.suppress(OfflineModeIsEnabled):
+                    get_hf_file_metadata(hf_hub_url(**where), token=get_token())
             file = Path(hf_hub_download(**where, cache_dir=cache_dir))
         except LocalEntryNotFoundError:  # not here, and the Hub has not said that it has none
             raise

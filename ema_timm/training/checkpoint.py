@@ -5,8 +5,10 @@ import dataclasses
 from ema_timm.backbones.complexity import count_parameters
 from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.layout import WEIGHTS
 from ema_timm.checkpoints.preprocessing import PREPROCESSING
 from ema_timm.checkpoints.results import FORMAT, hide_places
+from ema_timm.files import sha256
 from ema_timm.measure.metrics import Metrics
 from ema_timm.measure.versions import versions
 from ema_timm.training.history import History
@@ -54,6 +56,11 @@ class RunCheckpoint:
         if save_curves is not None:
             self.folder.write("curves.png", lambda path: save_curves(history.entries, path))
 
+    def holds(self, entry: dict) -> bool:
+        """Whether the weights in the folder are those of ``entry``."""
+        weights = self.folder.path / WEIGHTS
+        return weights.is_file() and sha256(weights) == entry["weights_sha256"]
+
     def results(self, history: History) -> dict:
         """The content of results.json; the digest of the weights in the main process alone."""
         network, best = self.network, history.best
@@ -72,6 +79,7 @@ class RunCheckpoint:
             "data": self.data,
             "arguments": public_arguments(self.config),
             "history": history.entries,
+            **({"extended_after": history.extended} if history.extended else {}),
             "plots": PLOTS,
             "device": str(self.process.device.type),
             "processes": self.process.count,

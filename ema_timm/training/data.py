@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from ema_timm.errors import UserError
 from ema_timm.measure.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
 from ema_timm.training.processes import Process
+from ema_timm.training.repeatable import RepeatableImages
 from ema_timm.training.settings import FinetuneConfig
 
 
@@ -51,7 +52,7 @@ def open_images(config: FinetuneConfig, progress: bool) -> Images:
 
 
 def train_loader(
-    config: FinetuneConfig, dataset: FolderDataset, preprocessing: dict, process: Process
+    config: FinetuneConfig, dataset: RepeatableImages, preprocessing: dict, process: Process
 ) -> DataLoader:
     """Batches of augmented images, as timm makes them.
 
@@ -109,6 +110,6 @@ def _both(config: FinetuneConfig, preprocessing: dict, process: Process) -> dict
         "device": process.device,
         "use_prefetcher": False,
         "pin_memory": process.device.type == "cuda",
-        # Workers that outlive an epoch keep generators that a resumed run cannot have.
+        # Workers learn the number of the epoch, which the augmentation depends on, when they start.
         "persistent_workers": False,
     }

@@ -71,6 +71,7 @@ class EpochLoop:
             next call has to start from.
         """
         seed_everything(self.seed, position.epoch + 1, self.process.rank)
+        self.loader.dataset.epoch = position.epoch
         if self.process.count > 1:
             self.loader.sampler.set_epoch(position.epoch)
         self.train_step.parallel.train()

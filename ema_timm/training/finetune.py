@@ -1,11 +1,15 @@
 """Fine-tuning: an image folder and a timm name -> a checkpoint folder in timm's Hub format.
 
 Loader, augmentation, optimiser, scheduler, losses and metrics are timm's. An interrupted run
-continues exactly: every epoch is seeded by (seed, epoch, process), and a run that was asked to
-stop saves the step it stopped at together with the generators' states.
+continues exactly: every epoch is seeded by (seed, epoch, process), the augmentation of every image
+by (seed, epoch, index), and a run that was asked to stop saves the step it stopped at together with
+the generators' states.
 """
 
-from ema_timm.training.processes import join_processes
+import sys
+
+from ema_timm.training.claim import claim
+from ema_timm.training.processes import is_main, join_processes, use_threads
 from ema_timm.training.run import Run
 from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.state import RunState
@@ -17,7 +21,8 @@ def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True
 
     Args:
         config: The run's settings. With ``resume`` they must be those of the interrupted run.
-        resume: Continue the run in ``config.output``.
+        resume: Continue the run in ``config.output``; one that is finished too, if ``epochs`` are
+            more, as a new run from its last weights.
         progress: Show bars (on a terminal) and a line an epoch on stderr.
 
     Returns:
@@ -28,8 +33,9 @@ def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True
         HubError: If the Hub does not give the weights to start from, or gives them damaged.
         InterruptedRunError: After Ctrl-C or SIGTERM; ``resume`` continues.
     """
-    state = RunState(config.output).reopen() if resume else None
-    return _train(config, state, progress)
+    saved = RunState(config.output)
+    with claim(saved, resume):
+        return _train(config, _read(saved) if resume else None, progress)
 
 
 def continue_run(given: dict, progress: bool = True) -> dict:
@@ -39,12 +45,23 @@ def continue_run(given: dict, progress: bool = True) -> dict:
         given: Settings by name: ``output``, and those that are to be said again or may differ.
         progress: As in `finetune`.
     """
-    state = RunState(given["output"]).reopen()
-    return _train(FinetuneConfig(**{**state["config"], **given}), state, progress)
+    saved = RunState(given["output"])
+    with claim(saved, resume=True):
+        state = _read(saved)
+        return _train(FinetuneConfig(**{**state["config"], **given}), state, progress)
+
+
+def _read(saved: RunState) -> dict:
+    state = saved.load()
+    if saved.trouble and is_main():
+        print(saved.trouble, file=sys.stderr)
+    return state
 
 
 def _train(config: FinetuneConfig, state: dict | None, progress: bool) -> dict:
-    with join_processes(config.device) as process:
+    # The sums of another number of threads are rounded otherwise: a run keeps its own.
+    threads = state["identity"].get("threads") if state else None
+    with use_threads(threads), join_processes(config.device) as process:
         run = Run(config, state, process, progress and process.main)
         with stop_on_signal() as stop:
             return run.train(stop)

@@ -8,11 +8,24 @@ class History:
 
     Args:
         entries: One object an epoch, as results.json has them.
-        best: The one whose weights are kept: the first of the highest top-1.
+        best: The one whose weights are kept: of the highest top-1 that of the lowest loss on the
+            validation images, the first of these.
+        extended: Numbers of epochs after which a finished run was extended, as a new run from its
+            last weights.
     """
 
-    def __init__(self, entries: list[dict] | None = None, best: dict | None = None):
-        self.entries, self.best = entries or [], best
+    def __init__(
+        self,
+        entries: list[dict] | None = None,
+        best: dict | None = None,
+        extended: list[int] | None = None,
+    ):
+        self.entries, self.best, self.extended = entries or [], best, extended or []
+
+    @property
+    def first(self) -> int:
+        """Epochs done before the schedule that now runs began."""
+        return self.extended[-1] if self.extended else 0
 
     def add(self, epoch: int, train_loss: float, seconds: float, metrics: Metrics) -> bool:
         """Note an epoch.
@@ -29,7 +42,8 @@ class History:
         entry = {"epoch": epoch, "train_loss": train_loss, "seconds": round(seconds, 2)}
         entry |= metrics._asdict()
         self.entries.append(entry)
-        improved = self.best is None or metrics.top1 > self.best["top1"]
+        best = self.best
+        improved = best is None or (metrics.top1, -metrics.loss) > (best["top1"], -best["loss"])
         if improved:
             self.best = entry
         return improved

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from ema_timm.errors import UserError
 from ema_timm.training.settings import FinetuneConfig
 
@@ -18,18 +20,41 @@ def identify(config: FinetuneConfig, processes: int, data: dict) -> dict:
     return {
         "arguments": {k: v for k, v in arguments.items() if k not in FinetuneConfig.ANYTIME},
         "processes": processes,
+        # How a sum is split among threads says how it is rounded.
+        "threads": torch.get_num_threads(),
         "data": data,
     }
 
 
-def check_same_run(saved: dict, identity: dict) -> None:
+def extends(state: dict, config: FinetuneConfig) -> bool:
+    """Whether settings ask for more epochs of a run that is finished: a new run from its weights.
+
+    Args:
+        state: The run's state.
+        config: The settings.
+    """
+    wanted = state["config"]["epochs"]
+    return state["epoch"] == wanted and config.epochs > wanted
+
+
+def check_same_run(saved: dict, identity: dict, extended: bool = False) -> None:
     """Refuse to continue a run of identity ``saved`` as one of another outcome.
+
+    Args:
+        saved: The identity in the state.
+        identity: What it is to be.
+        extended: More epochs are asked for, as a new run.
 
     Raises:
         UserError: With the first difference.
     """
+    if "threads" not in saved:
+        raise UserError(
+            "cannot resume: the run was started by an ema-timm that augmented images in another "
+            "order. Train on from its weights with --model local-dir:FOLDER and another --output."
+        )
     for name, value in identity["arguments"].items():
-        if saved["arguments"].get(name) != value:
+        if saved["arguments"].get(name) != value and not (extended and name == "epochs"):
             option = "--" + name.replace("_", "-")
             raise UserError(
                 f"cannot resume: {option} is {value!r} and the run was started with "

@@ -26,9 +26,20 @@ class Log:
         self.config, self.resumed, self.shown = config, resumed, shown
 
     def start(
-        self, network: Network, images: Images, device: torch.device, position: Position
+        self,
+        network: Network,
+        images: Images,
+        device: torch.device,
+        position: Position,
+        history: History,
     ) -> None:
         """Tell what is trained, on what, and from where on."""
+        if position == Position(history.first) and history.first:
+            self._tell(
+                f"the run of {history.first} epochs was finished: epochs {history.first + 1} to "
+                f"{self.config.epochs} are a new run from its last weights, with a schedule of "
+                "their own"
+            )
         done = ""
         if self.resumed:
             done = f", from epoch {position.epoch + 1}, step {position.step + 1}"

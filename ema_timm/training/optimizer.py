@@ -30,13 +30,16 @@ def create_optimizer(config: FinetuneConfig, model: nn.Module) -> Optimizer:
         )
 
 
-def create_scheduler(config: FinetuneConfig, optimizer: Optimizer, steps: int) -> Scheduler:
+def create_scheduler(
+    config: FinetuneConfig, optimizer: Optimizer, steps: int, epochs: int
+) -> Scheduler:
     """The schedule of the learning rate, which moves with every step.
 
     Args:
         config: The run's settings.
         optimizer: Whose learning rate it sets.
         steps: Steps in an epoch.
+        epochs: Its length.
 
     Raises:
         UserError: If timm does not know it, or it does not take the settings.
@@ -46,8 +49,8 @@ def create_scheduler(config: FinetuneConfig, optimizer: Optimizer, steps: int) -
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
+            num_epochs=epochs,
+            warmup_epochs=min(config.warmup_epochs, epochs - 1),
             min_lr=config.min_lr,
             step_on_epochs=False,
             updates_per_epoch=steps,

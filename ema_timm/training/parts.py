@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from ema_timm.training.data import Images, train_loader, val_loader
 from ema_timm.training.network import Network, build_network
 from ema_timm.training.processes import Process
+from ema_timm.training.repeatable import RepeatableImages, check_augmentation
 from ema_timm.training.seeds import seed_everything
 from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.step import TrainStep
@@ -23,7 +24,11 @@ class Parts:
 
 
 def assemble(
-    config: FinetuneConfig, images: Images, process: Process, base: dict | None = None
+    config: FinetuneConfig,
+    images: Images,
+    process: Process,
+    base: dict | None = None,
+    first: int = 0,
 ) -> Parts:
     """Put a run together.
 
@@ -32,15 +37,20 @@ def assemble(
         images: Its images.
         process: This process.
         base: Where the first weights came from, of a run that continues.
+        first: Epochs done before its schedule begins.
 
     Raises:
         UserError: If timm cannot build what the settings say, or the images do not suit it.
         HubError: If the Hub does not give the weights, or gives them damaged.
     """
+    check_augmentation(config)  # before weights are fetched
     seed_everything(config.seed, 0, 0)  # the same start on every process
     network = build_network(config, images.train.class_names, process.device, base)
     images.read_channels(network.preprocessing["input_size"][0])
-    training = train_loader(config, images.train, network.preprocessing, process)
+    repeatable = RepeatableImages(images.train, config.seed)
+    training = train_loader(config, repeatable, network.preprocessing, process)
     validation = val_loader(config, images.val, network.preprocessing, process)
-    train_step = TrainStep(config, network.model, len(network.classes), len(training), process)
+    train_step = TrainStep(
+        config, network.model, len(network.classes), len(training), process, first
+    )
     return Parts(network, training, validation, train_step)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 
 from ema_timm.measure.device import pick_device
 
@@ -33,6 +33,22 @@ class Process:
         """Wait until every process has come as far."""
         if self.count > 1:
             torch.distributed.barrier()
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks, before they have joined."""
+    return world_info_from_env()[1] == 0
+
+
+@contextlib.contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """Within this context PyTorch computes on ``count`` threads; None leaves their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

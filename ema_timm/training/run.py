@@ -10,7 +10,7 @@ from ema_timm.training.checkpoint import RunCheckpoint
 from ema_timm.training.data import open_images
 from ema_timm.training.epoch import EpochLoop, Position
 from ema_timm.training.history import History
-from ema_timm.training.identity import check_same_run, identify
+from ema_timm.training.identity import check_same_run, extends, identify
 from ema_timm.training.log import Log
 from ema_timm.training.parts import assemble
 from ema_timm.training.processes import Process
@@ -25,7 +25,7 @@ class Run:
 
     Args:
         config: Its settings.
-        state: What it continues from; without one it starts, and takes the folder.
+        state: What it continues from; without one it starts.
         process: This process.
         progress: Show bars (on a terminal) and lines on stderr.
 
@@ -43,15 +43,16 @@ class Run:
         # Once: the fingerprints in it look at every image file.
         self.identity = identify(config, process.count, self.images.describe())
         self.saved = RunState(config.output)
-        if state:
-            check_same_run(state["identity"], self.identity)
-        elif process.main:
-            self.saved.prepare(resume=False)
-        process.wait()
-        self.parts = assemble(config, self.images, process, state["base"] if state else None)
         self.position, self.history = Position(), History()
+        self.starts = state is None or extends(state, config)
         if state:
-            self.position, self.history = restore(state, self.parts)
+            check_same_run(state["identity"], self.identity, extended=self.starts)
+            done = [state["epoch"]] if self.starts else []
+            self.history = History(state["history"], state["best"], state["extended"] + done)
+        base = state["base"] if state else None
+        self.parts = assemble(config, self.images, process, base, self.history.first)
+        if state:
+            self.position = restore(state, self.parts, weights_alone=self.starts)
         network, train_step = self.parts.network, self.parts.train_step
         self.loop = EpochLoop(config, train_step, self.parts.train_loader, process, progress)
         self.checkpoint = RunCheckpoint(config, network, self.identity["data"], process)
@@ -66,7 +67,17 @@ class Run:
         Raises:
             InterruptedRunError: When ``stop`` was requested.
         """
-        self.log.start(self.parts.network, self.images, self.process.device, self.position)
+        network, device = self.parts.network, self.process.device
+        self.log.start(network, self.images, device, self.position, self.history)
+        if self.starts and self.process.main:
+            # Before anything else, so that whatever the run is killed at it can continue.
+            if self.position.epoch == 0:
+                self.saved.discard()
+            self._save_state()
+        best = self.history.best
+        if best and self.position.epoch < self.config.epochs and not self.checkpoint.holds(best):
+            # The run was killed after it had written better weights, and before it said so.
+            self.history.best = None
         while self.position.epoch < self.config.epochs:
             if not self.loop.run(self.position, stop):
                 # Several processes get the signal at different steps: they leave without saving,
@@ -83,7 +94,7 @@ class Run:
         """Measure, note and save.
 
         The checkpoint comes before the state that the next epoch starts from: a run that is
-        killed in between repeats the epoch and writes the same.
+        killed in between repeats the epoch and writes the same (on a GPU nearly the same).
         """
         loss, seconds = self.loop.mean_loss(self.position), self.position.seconds
         if self.process.count > 1:

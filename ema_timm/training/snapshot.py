@@ -16,7 +16,7 @@ def snapshot(
     Returns:
         Tensors, numbers, strings and containers of them. Keys: ``identity`` and ``config`` of the
         run, ``base`` of its network, those of `TrainStep.state_dict`, the fields of `Position`,
-        ``history`` and ``best``. The tensors are those of the network, not copies.
+        ``history``, ``best`` and ``extended``. The tensors are those of the network, not copies.
     """
     return {
         "identity": identity,
@@ -26,15 +26,20 @@ def snapshot(
         **vars(position),
         "history": history.entries,
         "best": history.best,
+        "extended": history.extended,
     }
 
 
-def restore(state: dict, parts: Parts) -> tuple[Position, History]:
+def restore(state: dict, parts: Parts, weights_alone: bool = False) -> Position:
     """Bring freshly assembled parts to where `snapshot` was taken.
+
+    Args:
+        state: The snapshot.
+        parts: What it is brought into.
+        weights_alone: Leave optimiser and schedule as they are when a run starts.
 
     Raises:
         UserError: If it is of another network.
     """
-    parts.train_step.load_state_dict(state)
-    position = Position(**{field.name: state[field.name] for field in dataclasses.fields(Position)})
-    return position, History(state["history"], state["best"])
+    parts.train_step.load_state_dict(state, weights_alone)
+    return Position(**{field.name: state[field.name] for field in dataclasses.fields(Position)})

@@ -1,65 +1,126 @@
 """What a run resumes from, in the run's folder beside the checkpoint; never published."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import torch
 
 from ema_timm.errors import UserError
-from ema_timm.files import make_writable, write_whole
+from ema_timm.files import write_whole
 
 
 class RunState:
-    """``training/state.pt`` of a run's folder.
+    """``training/state.pt`` of a run's folder, and the state before it.
 
     Args:
         run: The folder, which is the checkpoint folder too.
+
+    Attributes:
+        folder: What holds the states.
+        file: The newest state.
+        before: The one before, which is gone on from where the newest is damaged.
+        trouble: What was wrong with the newest when `load` took the one before; else empty.
     """
 
     def __init__(self, run: str | Path):
         self.run = Path(run)
-        self.file = self.run / "training" / "state.pt"
+        self.folder = self.run / "training"
+        self.file, self.before = self.folder / "state.pt", self.folder / "state.previous.pt"
+        self.weights = self.run / "model.safetensors"
+        self.trouble = ""
 
-    def prepare(self, resume: bool) -> None:
-        """Make the folder, or refuse it.
+    def check(self, resume: bool) -> None:
+        """Refuse a folder that does not suit.
+
+        A state is there before anything else of a run. So a checkpoint without one is no run's,
+        and a run that is killed before its first epoch ends leaves nothing that could be lost.
 
         Raises:
-            UserError: If it holds a run and ``resume`` is off, holds none and ``resume`` is on,
-                or cannot be written.
+            UserError: If it holds a run or a checkpoint and ``resume`` is off, or holds no run
+                and ``resume`` is on.
         """
-        if resume and not self.file.is_file():
-            raise UserError(
-                f"--resume: {self.run} holds no interrupted run ({self.file} is missing). "
-                "Start it without --resume."
-            )
-        if not resume and (self.file.exists() or (self.run / "model.safetensors").exists()):
+        if not self.file.exists() and not self.before.exists():
+            if self.weights.exists():
+                raise UserError(
+                    f"{self.run} holds a checkpoint, and no state to continue from. Train on from "
+                    f"it with --model local-dir:{self.run} and another --output."
+                )
+            if resume:
+                raise UserError(
+                    f"--resume: {self.run} holds no interrupted run ({self.file} is missing). "
+                    "Start it without --resume."
+                )
+        elif not resume and (self.weights.exists() or not self._only_begun()):
             raise UserError(
                 f"{self.run} holds a run already. Continue it with --resume, or give another "
                 "--output."
             )
-        make_writable(self.file.parent)
+
+    def _only_begun(self) -> bool:
+        """Whether no step was made yet, so that the run may as well start anew."""
+        try:
+            state = self.load()
+        except UserError:
+            return False
+        return state.get("epoch") == 0 and state.get("step") == 0
+
+    def discard(self) -> None:
+        """Remove the states of a run that had only begun, for one that starts."""
+        self.before.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
 
     def save(self, state: dict) -> None:
-        """Save tensors, numbers, strings and containers of them."""
-        write_whole(self.file, lambda path: torch.save(state, path))
-
-    def reopen(self) -> dict:
-        """Read the state of a run that continues.
-
-        Raises:
-            UserError: If the folder holds none, or cannot be written, or the file is damaged.
-        """
-        self.prepare(resume=True)
-        return self.load()
+        """Save tensors, numbers, strings and containers of them, keeping the state before."""
+        content = _serialized(state)
+        write_whole(self.file, lambda path: path.write_bytes(content), previous=self.before)
 
     def load(self) -> dict:
-        """Read what `save` wrote.
+        """Read what was saved last, or before that if the last is damaged.
 
         Raises:
-            UserError: If the file is damaged.
+            UserError: If both are damaged.
         """
-        try:
-            return torch.load(self.file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(
-                f"cannot resume: {self.file} is damaged. Remove {self.run} and start anew."
-            ) from error
+        self.trouble = ""
+        for file in (self.file, self.before):
+            try:
+                return _read(file)
+            except Exception:
+                wrong = "damaged" if file.exists() else "missing"
+                self.trouble = (
+                    f"{file} is {wrong}: going on from the state before, {self.before.name}"
+                )
+        if self.weights.exists():
+            remedy = (
+                "The weights of its best epoch are kept: train on from them with --model "
+                f"local-dir:{self.run} and another --output."
+            )
+        else:
+            remedy = "Start anew with another --output."
+        raise UserError(
+            f"cannot resume: {self.file} is damaged, and there is no whole one before it. {remedy}"
+        )
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed run was just writing: the two large files, under passing names."""
+        for final in (self.weights, self.file):
+            for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+
+
+def _serialized(state: dict) -> memoryview:
+    """The bytes of a state file.
+
+    Not written to the file by PyTorch: its writer does not say what kept it from writing.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def _read(file: Path) -> dict:
+    with zipfile.ZipFile(file) as archive:  # PyTorch does not compare the checksums
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in {file} is not what was written")
+    return torch.load(file, map_location="cpu", weights_only=True)

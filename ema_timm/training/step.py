@@ -24,6 +24,7 @@ class TrainStep:
         num_classes: Its outputs.
         steps: Steps in an epoch.
         process: This process; with others it works on one model.
+        first: Epochs done before the schedule begins.
 
     Attributes:
         model: The classifier.
@@ -38,12 +39,14 @@ class TrainStep:
         num_classes: int,
         steps: int,
         process: Process,
+        first: int = 0,
     ):
         self.model, self.steps, self.device = model, steps, process.device
         self.channels_last, self.clip_grad = config.channels_last, config.clip_grad
         self.amp_dtype = getattr(torch, config.amp_dtype) if config.amp else None
         self.optimizer = create_optimizer(config, model)
-        self.scheduler = create_scheduler(config, self.optimizer, steps)
+        self.scheduler = create_scheduler(config, self.optimizer, steps, config.epochs - first)
+        self.first_step = first * steps
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype == torch.float16
         )
@@ -72,7 +75,7 @@ class TrainStep:
         targets = targets.to(self.device, non_blocking=True)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        self.scheduler.step_update(num_updates=done)
+        self.scheduler.step_update(num_updates=done - self.first_step)
         with autocast(self.device, self.amp_dtype):
             loss = self.loss_fn(self.parallel(images), targets)
         value = loss.item()
@@ -102,14 +105,20 @@ class TrainStep:
             "scaler": self.scaler.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, weights_alone: bool = False) -> None:
         """Go on from what `state_dict` gave; other keys are not looked at.
+
+        Args:
+            state: What it gave.
+            weights_alone: Take over the network, and nothing of how it was trained.
 
         Raises:
             UserError: If it is of another network.
         """
         try:
             self.model.load_state_dict(state["model"])
+            if weights_alone:
+                return
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]

@@ -49,3 +49,22 @@ def test_unknown_command_and_option_exit_with_2(capsys):
             main(args)
         assert exit.value.code == 2
     assert "invalid" in capsys.readouterr().err
+
+
+def test_an_error_from_a_loader_process_is_its_message_alone(monkeypatch, capsys):
+    from torch._utils import ExceptionWrapper
+
+    from ema_timm.errors import UnreadableImageError
+    from ema_timm.training import finetune
+
+    def broken(*args, **kwargs):
+        try:
+            raise UnreadableImageError("cannot read a.png: cut short. Repair or remove it.")
+        except UnreadableImageError:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        wrapped.reraise()
+
+    monkeypatch.setattr(finetune, "finetune", broken)
+    assert main(["finetune", "--model", "x", "--data-dir", "x", "--output", "x"]) == 2
+    said = capsys.readouterr().err
+    assert said == "ema-timm: cannot read a.png: cut short. Repair or remove it.\n"

@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.runs import assert_same_outcome, cli, run
 from timm.data import resolve_data_config
 
 from ema_timm.backbones.registry import TIMM
@@ -22,47 +23,9 @@ from ema_timm.cli import main
 from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.files import sha256, write_whole
 from ema_timm.training import state
-from ema_timm.training.finetune import finetune
 from ema_timm.training.quickstart import validate
-from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.state import RunState
 from ema_timm.training.step import TrainStep
-
-
-@pytest.fixture
-def config(digits, tmp_path):
-    return FinetuneConfig(
-        model="test_resnet_ema",
-        data_dir=str(digits),
-        output=str(tmp_path / "run"),
-        pretrained=False,
-        img_size=32,
-        epochs=3,
-        batch_size=12,
-        lr=4e-3,
-        hflip=0.0,
-        device="cpu",
-        workers=0,
-    )
-
-
-def run(config, **changes):
-    resume = changes.pop("resume", False)
-    return finetune(dataclasses.replace(config, **changes), resume=resume, progress=False)
-
-
-def cli(config, *more, resume=False):
-    """Arguments of the command line that say what ``config`` says."""
-    args = ["finetune"]
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default or field.name == "model_kwargs" or resume:
-            continue
-        if isinstance(value, bool):
-            args.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            args += [f"--{name}", str(value)]
-    return [*args, *map(str, more)]
 
 
 def test_learns_and_writes_a_checkpoint_that_reloads(config, digits, tmp_path):
@@ -114,18 +77,7 @@ def test_interrupted_run_continues_exactly(config, monkeypatch, tmp_path, at, wo
     assert len(steps) == at
     continued = run(config, resume=True)
     assert len(steps) == 3 * 5
-    assert_same_outcome(continued, whole, tmp_path)
-
-
-def assert_same_outcome(continued, whole, tmp_path):
-    def timeless(results):
-        return [{k: v for k, v in e.items() if k != "seconds"} for e in results["history"]]
-
-    assert timeless(continued) == timeless(whole)
-    assert continued["weights_sha256"] == whole["weights_sha256"]
-    states = [RunState(tmp_path / name).load() for name in ("run", "whole")]
-    for key, tensor in states[0]["model"].items():
-        assert torch.equal(tensor, states[1]["model"][key]), key
+    assert_same_outcome(continued, whole, config.output, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("lost", ["results.json", "README.md", "training/state.pt"])
@@ -136,19 +88,19 @@ def test_killed_between_two_files_the_epoch_is_repeated(config, monkeypatch, tmp
     class KilledError(BaseException):
         pass
 
-    def killed(final, write):
+    def killed(final, write, **more):
         name = final.relative_to(config.output).as_posix()
         calls.append(name)
         if name == lost and calls.count(name) == 2:
             raise KilledError
-        return write_whole(final, write)
+        return write_whole(final, write, **more)
 
     for module in (folder, state):
         monkeypatch.setattr(module, "write_whole", killed)
     with pytest.raises(KilledError):
         run(config)
     monkeypatch.undo()
-    assert_same_outcome(run(config, resume=True), whole, tmp_path)
+    assert_same_outcome(run(config, resume=True), whole, config.output, tmp_path / "whole")
 
 
 def test_finished_run_resumes_to_its_results(config):
@@ -270,6 +222,8 @@ def test_image_that_breaks_off_is_named_while_training(config, digits, tmp_path,
         (["--weights", "gone.safetensors"], "there is no file gone.safetensors"),
         (["--lr", "1e30"], "the loss became"),
         (["--opt", "adamwx"], "adamwx"),
+        (["--aa", "foo"], "cannot build the augmentation: Unknown AA policy foo"),
+        (["--color-jitter", "-1"], "must be non negative"),
         (["--sched", "cosinus"], "cosinus"),
         (["--model", "mobilenetv2_035_ema", "--pretrained"], "No pretrained weights exist"),
     ],
@@ -412,3 +366,24 @@ def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_pat
     )
     assert refused.returncode == 2
     assert "the run was started on 2" in refused.stderr
+
+
+IMPATIENT = """
+import sys, time
+slept = []
+time.sleep = slept.append
+from ema_timm.cli import main
+code = main(sys.argv[1:])
+print(sum(slept))
+sys.exit(code)
+"""
+
+
+def test_without_network_nothing_is_waited_for_in_vain(config, tmp_path):
+    """The client alone sleeps 23 s between its calls before it gives up, and says nothing."""
+    args = [sys.executable, "-c", IMPATIENT, *cli(config, "--model", "hf-hub:ada/none")]
+    refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    done = subprocess.run(args, capture_output=True, text=True, env={**os.environ, **refused})
+    assert done.returncode == 1, done.stderr
+    assert "Check the network" in done.stderr.splitlines()[-1]
+    assert float(done.stdout) <= 3

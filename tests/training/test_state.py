@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from ema_timm.errors import UserError
+from ema_timm.training.claim import claim
 from ema_timm.training.state import RunState
 
 
 @pytest.fixture
 def state(tmp_path):
     state = RunState(tmp_path / "run")
-    state.prepare(resume=False)
+    state.folder.mkdir(parents=True)
     return state
 
 
@@ -32,11 +33,11 @@ def test_damaged_state_is_refused(state):
 
 def test_folders_that_cannot_be_used_are_refused(state, tmp_path):
     with pytest.raises(UserError, match="holds no interrupted run"):
-        state.prepare(resume=True)
+        state.check(resume=True)
     state.save({})
-    state.prepare(resume=True)
+    state.check(resume=True)
     with pytest.raises(UserError, match=r"holds a run already.*--resume"):
-        state.prepare(resume=False)
+        state.check(resume=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
-        RunState(tmp_path / "file" / "run").prepare(resume=False)
+        claim(RunState(tmp_path / "file" / "run"), resume=False).__enter__()
