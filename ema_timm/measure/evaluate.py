@@ -23,8 +23,10 @@ from ema_timm.checkpoints.results import read_results
 from ema_timm.checkpoints.write import build_for, describe, write_folder
 from ema_timm.errors import UserError
 from ema_timm.files import sha256
-from ema_timm.measure.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
+from ema_timm.measure.check import check_readable
+from ema_timm.measure.data import FolderDataset, open_folder, open_split
 from ema_timm.measure.device import pick_device
+from ema_timm.measure.folders import TRAIN, VAL, find_split
 from ema_timm.measure.metrics import Tally, tally
 from ema_timm.measure.settings import EvaluateConfig
 from ema_timm.measure.versions import versions
@@ -99,9 +101,9 @@ def _labels(config: EvaluateConfig) -> Labels:
     if config.labels:
         return read_labels(config.labels)
     names = _split(config)
-    if any((Path(config.data_dir) / name).is_dir() for name in TRAIN):
-        names = TRAIN
-    return Labels(open_folder(config.data_dir, names).class_names)
+    if find_split(config.data_dir, TRAIN):
+        return Labels(open_folder(config.data_dir, TRAIN).class_names)
+    return Labels(open_split(config.data_dir, names, config.val_split).class_names)
 
 
 def _split(config: EvaluateConfig) -> tuple[str, ...]:
@@ -113,14 +115,15 @@ def _split(config: EvaluateConfig) -> tuple[str, ...]:
 def _measure_folder(path: Path, config: EvaluateConfig, progress: bool) -> dict:
     hub = check_network(path)
     names = _class_names(path, hub, config)
-    dataset = open_folder(
-        config.data_dir, _split(config), {name: index for index, name in enumerate(names)}
-    )
+    indices = {name: index for index, name in enumerate(names)}
+    dataset = open_split(config.data_dir, _split(config), config.val_split, indices)
     network = build_network(path, hub)
     network.load_state_dict(load_file(path / WEIGHTS))
     data = preprocessing(network, hub.get("model_args", {}), {}, use_test_size=True)
     dataset.read_channels(data["input_size"][0])
-    check_readable(dataset, progress)
+    notes = dataset.notes + check_readable(dataset, progress)
+    if progress:
+        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     CheckpointWriter(path).make()  # said before the measurement, not after it
     device = torch.device(pick_device(config.device))
     counts = tally(
@@ -198,11 +201,10 @@ def _conditions(
     config: EvaluateConfig, dataset: FolderDataset, network: nn.Module, device: torch.device
 ) -> dict:
     """How the measurement was made, for others to repeat it; no path of this machine."""
-    root = Path(dataset.reader.root)
     return {
         "data": {
-            "name": root.resolve().parent.name,
-            "split": root.name,
+            "name": dataset.name,
+            "split": dataset.split,
             "images": len(dataset),
             "fingerprint": dataset.fingerprint(),
         },
