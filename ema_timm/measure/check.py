@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ema_timm.errors import UnreadableImageError
 from ema_timm.files import write_whole
-from ema_timm.measure.data import FolderDataset
-from ema_timm.measure.images import Seen, look, unreadable
+from ema_timm.measure.images import Seen, unreadable
+from ema_timm.measure.select import Dataset
 
 _CHUNK = 64
 
@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def check_readable(
-    dataset: FolderDataset,
+    dataset: Dataset,
     progress: bool = True,
     decode: bool = False,
     share: tuple[int, int] = (0, 1),
@@ -55,7 +55,7 @@ def check_readable(
     return _notes(found, dataset)
 
 
-def _look_at_all(dataset: FolderDataset, indices: range, decode: bool, progress: bool) -> Seen:
+def _look_at_all(dataset: Dataset, indices: range, decode: bool, progress: bool) -> Seen:
     rotated = deep = 0
     faults = []
     bar = tqdm(total=len(indices), desc="checking images", disable=None if progress else True,
@@ -73,12 +73,12 @@ def _look_at_all(dataset: FolderDataset, indices: range, decode: bool, progress:
 
 
 def _looks(
-    dataset: FolderDataset, indices: range, decode: bool
+    dataset: Dataset, indices: range, decode: bool
 ) -> Iterator[tuple[int, Seen | Exception]]:
     """Each image's number and what was seen, in order. Pillow decodes without Python's lock."""
 
     def look_at(chunk: range) -> list:
-        return [look(dataset.source(index)[0], decode) for index in chunk]
+        return [dataset.look(index, decode) for index in chunk]
 
     chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -89,20 +89,18 @@ def _looks(
         pool.shutdown(cancel_futures=True)
 
 
-def _all_unreadable(
-    dataset: FolderDataset, faults: list[tuple[int, Exception]]
-) -> UnreadableImageError:
+def _all_unreadable(dataset: Dataset, faults: list[tuple[int, Exception]]) -> UnreadableImageError:
     """One line that names the first ones, so that all can be repaired at once."""
     (first, error), *others = faults
-    said = str(unreadable(dataset.source(first)[1], error, dataset.remedy))
+    said = str(unreadable(dataset.file_name(first), error, dataset.remedy))
     if others:
-        names = ", ".join(dataset.source(index)[1] for index, _ in others[:20])
+        names = ", ".join(dataset.file_name(index) for index, _ in others[:20])
         more = " ..." if len(others) > 20 else ""
         said += f" The same goes for {len(others)} more: {names}{more}"
     return UnreadableImageError(said)
 
 
-def _notes(seen: Seen, dataset: FolderDataset) -> list[str]:
+def _notes(seen: Seen, dataset: Dataset) -> list[str]:
     notes = []
     if seen.rotated:
         notes.append(
@@ -124,7 +122,7 @@ class _Known:
     size and time of every image.
     """
 
-    def __init__(self, dataset: FolderDataset, indices: range):
+    def __init__(self, dataset: Dataset, indices: range):
         digest = hashlib.sha256(f"Pillow {PIL.__version__}\n".encode())
         for index in indices:
             with contextlib.suppress(FileNotFoundError):  # a broken link; the look says so

@@ -10,7 +10,7 @@ from timm.data.readers.reader import Reader
 
 from ema_timm.errors import UserError
 from ema_timm.measure.folders import TRAIN, Listing, find_split, list_images
-from ema_timm.measure.images import read_image
+from ema_timm.measure.images import Seen, look, read_image
 
 
 class FolderReader(Reader):
@@ -54,6 +54,7 @@ class FolderDataset(ImageDataset):
     def __init__(self, listing: Listing, class_to_idx: dict[str, int]):
         super().__init__(listing.root, reader=FolderReader(listing, class_to_idx))
         self.name, self.split, self.notes = listing.name, listing.split, listing.notes
+        self.place = str(listing.root)
         self.remedy = "Repair or remove it."
 
     def __getitem__(self, index: int):
@@ -83,10 +84,13 @@ class FolderDataset(ImageDataset):
         counts = Counter(target for _, target in self.reader.samples)
         return [counts[self.class_to_idx[name]] for name in self.class_names]
 
-    def source(self, index: int) -> tuple[str, str]:
-        """What to open for an image, and what to call it."""
-        path = self.reader.samples[index][0]
-        return path, path
+    def file_name(self, index: int) -> str:
+        """What to call an image in an error."""
+        return self.reader.samples[index][0]
+
+    def look(self, index: int, decode: bool) -> Seen | Exception:
+        """See `ema_timm.measure.images.look`."""
+        return look(self.reader.samples[index][0], decode)
 
     def stamp(self, index: int) -> str:
         """What changes when somebody changes the file."""
@@ -163,7 +167,7 @@ def split_folder(
     aside = {path for paths in by_class.values() for path in _set_aside(paths, whole.root, part)}
     trained = [pair for pair in whole.images if pair[0] not in aside]
     held = [pair for pair in whole.images if pair[0] in aside]
-    class_map = class_map or _numbered(whole)
+    class_map = number(str(whole.root), whole.classes, class_map)
     return (
         _dataset(Listing(whole.root, name, "train", trained, whole.notes), class_map),
         _dataset(Listing(whole.root, name, f"{part:g} set aside", held), class_map),
@@ -185,16 +189,6 @@ def fraction(text: str) -> float | None:
     return part
 
 
-def open_split(
-    data_dir: str | Path, names: tuple[str, ...], val_split: str, class_map: dict | None = None
-) -> FolderDataset:
-    """One split, or what `split_folder` sets aside if ``val_split`` is a part."""
-    part = fraction(val_split)
-    if part is not None:
-        return split_folder(data_dir, part, class_map)[1]
-    return open_folder(data_dir, (val_split,) if val_split else names, class_map)
-
-
 def _set_aside(paths: list[str], root: Path, part: float) -> list[str]:
     if len(paths) < 2:
         raise UserError(
@@ -210,15 +204,21 @@ def _set_aside(paths: list[str], root: Path, part: float) -> list[str]:
 
 
 def _dataset(listing: Listing, class_map: dict | None) -> FolderDataset:
-    if class_map is not None:
-        unknown = [name for name in listing.classes if name not in class_map]
-        if unknown:
-            raise UserError(
-                f"{listing.root} has classes that the training images lack: "
-                f"{', '.join(sorted(unknown)[:5])}. Both splits take the same class folders."
-            )
-    return FolderDataset(listing, class_map or _numbered(listing))
+    return FolderDataset(listing, number(str(listing.root), listing.classes, class_map))
 
 
-def _numbered(listing: Listing) -> dict[str, int]:
-    return {name: index for index, name in enumerate(listing.classes)}
+def number(place: str, classes: list[str], class_map: dict | None) -> dict[str, int]:
+    """Indices of classes: those of ``class_map``, else in the order of their names.
+
+    Raises:
+        UserError: If ``class_map`` lacks one.
+    """
+    if class_map is None:
+        return {name: index for index, name in enumerate(classes)}
+    unknown = [name for name in classes if name not in class_map]
+    if unknown:
+        raise UserError(
+            f"{place} has classes that the training images lack: "
+            f"{', '.join(sorted(unknown)[:5])}. Both splits take the same classes."
+        )
+    return class_map

@@ -24,10 +24,9 @@ from ema_timm.checkpoints.write import build_for, describe, write_folder
 from ema_timm.errors import UserError
 from ema_timm.files import sha256
 from ema_timm.measure.check import check_readable
-from ema_timm.measure.data import FolderDataset, open_folder, open_split
 from ema_timm.measure.device import pick_device
-from ema_timm.measure.folders import TRAIN, VAL, find_split
 from ema_timm.measure.metrics import Tally, tally
+from ema_timm.measure.select import Dataset, class_names, open_measured
 from ema_timm.measure.settings import EvaluateConfig
 from ema_timm.measure.versions import versions
 
@@ -100,23 +99,21 @@ def _labels(config: EvaluateConfig) -> Labels:
     """Class names of a checkpoint file, which has none: as told, else the class folders."""
     if config.labels:
         return read_labels(config.labels)
-    names = _split(config)
-    if find_split(config.data_dir, TRAIN):
-        return Labels(open_folder(config.data_dir, TRAIN).class_names)
-    return Labels(open_split(config.data_dir, names, config.val_split).class_names)
+    return Labels(class_names(*_images(config)))
 
 
-def _split(config: EvaluateConfig) -> tuple[str, ...]:
+def _images(config: EvaluateConfig) -> tuple[str, str, str, str]:
+    """What names the images."""
     if not config.data_dir:
         raise UserError("evaluate needs --data-dir; see ema-timm evaluate --help.")
-    return (config.split,) if config.split else VAL
+    return config.data_dir, config.split, config.val_split, config.dataset
 
 
 def _measure_folder(path: Path, config: EvaluateConfig, progress: bool) -> dict:
     hub = check_network(path)
     names = _class_names(path, hub, config)
     indices = {name: index for index, name in enumerate(names)}
-    dataset = open_split(config.data_dir, _split(config), config.val_split, indices)
+    dataset = open_measured(*_images(config), indices)
     network = build_network(path, hub)
     network.load_state_dict(load_file(path / WEIGHTS))
     data = preprocessing(network, hub.get("model_args", {}), {}, use_test_size=True)
@@ -157,7 +154,7 @@ def _class_names(path: Path, hub: dict, config: EvaluateConfig) -> list[str]:
     return labels.names
 
 
-def _loader(dataset: FolderDataset, data: dict, config: EvaluateConfig, device: torch.device):
+def _loader(dataset: Dataset, data: dict, config: EvaluateConfig, device: torch.device):
     """The loader as timm's validation script sets it up."""
     return create_loader(
         dataset,
@@ -198,7 +195,7 @@ def _measured(counts: Tally, names: list[str], device: torch.device) -> dict:
 
 
 def _conditions(
-    config: EvaluateConfig, dataset: FolderDataset, network: nn.Module, device: torch.device
+    config: EvaluateConfig, dataset: Dataset, network: nn.Module, device: torch.device
 ) -> dict:
     """How the measurement was made, for others to repeat it; no path of this machine."""
     return {

@@ -8,6 +8,7 @@ from ema_timm.checkpoints.card import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.results import FORMAT, PREPROCESSING
 from ema_timm.measure.metrics import Metrics
+from ema_timm.measure.named import public_name
 from ema_timm.measure.versions import versions
 from ema_timm.training.history import History
 from ema_timm.training.network import Network
@@ -84,6 +85,7 @@ def public_arguments(config: FinetuneConfig) -> dict:
     arguments = dataclasses.asdict(config)
     for key in ("data_dir", "output", "weights"):
         arguments[key] = Path(arguments[key]).name
+    arguments["dataset"] = public_name(config.dataset)
     if config.model.startswith("local-dir:"):
         arguments["model"] = f"local-dir:{Path(config.model.removeprefix('local-dir:')).name}"
     return arguments

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from ema_timm.errors import UserError
 from ema_timm.measure.check import check_readable
-from ema_timm.measure.data import FolderDataset, fraction, open_folder, split_folder
-from ema_timm.measure.folders import TRAIN, VAL, find_split
+from ema_timm.measure.folders import find_split
+from ema_timm.measure.select import Dataset, open_both
 from ema_timm.training.processes import Process
 from ema_timm.training.settings import FinetuneConfig
 
@@ -23,8 +23,8 @@ _LISTED = 20
 class Images:
     """Images to train on, and images of the same classes to validate on."""
 
-    train: FolderDataset
-    val: FolderDataset
+    train: Dataset
+    val: Dataset
 
     def read_channels(self, channels: int) -> None:
         """Read them for a network of so many input channels; UserError if they have no such."""
@@ -46,7 +46,7 @@ def open_images(config: FinetuneConfig, process: Process, progress: bool) -> Ima
         UserError: If a split or its images are missing, do not suit a classifier, or cannot be
             read.
     """
-    train, val = _open_splits(config)
+    train, val = open_both(config.data_dir, config.val_split, config.dataset)
     notes = [*train.notes, *val.notes, *_counts(train, val), *_left_for_the_end(config)]
     if Path(config.output, "training", "state.pt").exists():
         train.remedy = val.remedy = _remedy(config)  # of a run that continues
@@ -61,33 +61,7 @@ def open_images(config: FinetuneConfig, process: Process, progress: bool) -> Ima
     return Images(train, val)
 
 
-def _open_splits(config: FinetuneConfig) -> tuple[FolderDataset, FolderDataset]:
-    part = fraction(config.val_split)
-    if part is None:
-        train = open_folder(config.data_dir, TRAIN)
-        _check_classes(train)
-        names = (config.val_split,) if config.val_split else VAL
-        return train, open_folder(config.data_dir, names, train.class_to_idx)
-    given = find_split(config.data_dir, VAL)
-    if given is not None:
-        raise UserError(
-            f"--val-split {config.val_split} sets images aside to validate on, and {given} holds "
-            "some. Leave --val-split out, or take that folder away."
-        )
-    train, val = split_folder(config.data_dir, part)
-    _check_classes(train)
-    return train, val
-
-
-def _check_classes(train: FolderDataset) -> None:
-    if len(train.class_to_idx) < 2:
-        raise UserError(
-            f"{train.reader.root} has one class ({train.class_names[0]}), and a classifier needs "
-            "at least two. Put each class in a folder of its own."
-        )
-
-
-def _counts(train: FolderDataset, val: FolderDataset) -> list[str]:
+def _counts(train: Dataset, val: Dataset) -> list[str]:
     """Images of each class, and the classes that are not validated."""
     pairs = list(zip(train.class_names, train.class_counts(), val.class_counts(), strict=True))
     if len(pairs) <= _LISTED:
@@ -111,7 +85,7 @@ def _counts(train: FolderDataset, val: FolderDataset) -> list[str]:
 
 def _left_for_the_end(config: FinetuneConfig) -> list[str]:
     test = find_split(config.data_dir, ("test",))
-    if test is None or config.val_split.lower() == test.name.lower():
+    if config.dataset or test is None or config.val_split.lower() == test.name.lower():
         return []
     return [
         f"{test} is left for the end: ema-timm evaluate {config.output} "
@@ -129,7 +103,7 @@ def _remedy(config: FinetuneConfig) -> str:
 
 
 def train_loader(
-    config: FinetuneConfig, dataset: FolderDataset, preprocessing: dict, process: Process
+    config: FinetuneConfig, dataset: Dataset, preprocessing: dict, process: Process
 ) -> DataLoader:
     """Batches of augmented images, as timm makes them.
 
@@ -162,7 +136,7 @@ def train_loader(
 
 
 def val_loader(
-    config: FinetuneConfig, dataset: FolderDataset, preprocessing: dict, process: Process
+    config: FinetuneConfig, dataset: Dataset, preprocessing: dict, process: Process
 ) -> DataLoader:
     """Batches of images as they will be classified; takes what `train_loader` takes."""
     return create_loader(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset
 
-import ema_timm.measure.check as check_module
+import ema_timm.measure.data as data_module
 from ema_timm.errors import UnreadableImageError
 from ema_timm.measure.check import check_readable
 from ema_timm.measure.data import open_folder
@@ -130,7 +130,7 @@ def test_the_check_says_what_a_full_decoding_says(form):
 
 def test_what_was_whole_is_not_read_again_until_it_changes(folder, cache, monkeypatch):
     looked = []
-    monkeypatch.setattr(check_module, "look", lambda *a: looked.append(a) or look(*a))
+    monkeypatch.setattr(data_module, "look", lambda *a: looked.append(a) or look(*a))
     image = Image.fromarray(noise())
     exif = image.getexif()
     exif[0x0112] = 6
