@@ -142,6 +142,12 @@ def stage(hub_env):
         assert not hub.leaks  # the token has gone to the Hub alone, not to where large files are
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """What tests look at is not noted in the user's own cache."""
+    os.environ["EMA_TIMM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

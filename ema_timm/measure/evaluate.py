@@ -19,11 +19,12 @@ from ema_timm.checkpoints.network import check_network, load_network
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.results import describe, read_results
 from ema_timm.files import sha256
-from ema_timm.measure.data import FolderDataset, check_readable, open_folder
+from ema_timm.measure.check import check_readable
 from ema_timm.measure.device import pick_device
 from ema_timm.measure.metrics import Tally, tally
+from ema_timm.measure.select import Dataset, open_measured
 from ema_timm.measure.settings import EvaluateConfig
-from ema_timm.measure.source import folder_to_measure, split_names, with_class_names
+from ema_timm.measure.source import folder_to_measure, images_of, with_class_names
 from ema_timm.measure.versions import versions
 
 try:
@@ -55,11 +56,13 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
     saved = with_class_names(check_network(path), path, config)
     names = saved["label_names"]
     indices = {name: index for index, name in enumerate(names)}
-    dataset = open_folder(config.data_dir, split_names(config), indices)
+    dataset = open_measured(*images_of(config), indices)
     network = load_network(path, saved)
     data = preprocessing(network, saved.get("model_args", {}), {}, use_test_size=True)
     dataset.read_channels(data["input_size"][0])
-    check_readable(dataset, progress)
+    notes = dataset.notes + check_readable(dataset, progress)
+    if progress:
+        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     folder = CheckpointWriter(path)
     folder.make()  # said before the measurement, not after it
     device = torch.device(pick_device(config.device))
@@ -79,7 +82,7 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
 
 def _count(
     network: nn.Module,
-    dataset: FolderDataset,
+    dataset: Dataset,
     data: dict,
     config: EvaluateConfig,
     device: torch.device,
@@ -124,14 +127,13 @@ def _per_class(counts: Tally, names: list[str]) -> dict:
 
 
 def _conditions(
-    config: EvaluateConfig, dataset: FolderDataset, network: nn.Module, device: torch.device
+    config: EvaluateConfig, dataset: Dataset, network: nn.Module, device: torch.device
 ) -> dict:
     """How the measurement was made, for others to repeat it; no path of this machine."""
-    root = Path(dataset.reader.root)
     return {
         "data": {
-            "name": root.resolve().parent.name,
-            "split": root.name,
+            "name": dataset.name,
+            "split": dataset.split,
             "images": len(dataset),
             "fingerprint": dataset.fingerprint(),
         },

@@ -16,6 +16,12 @@ class EvaluateConfig:
     source: str
     data_dir: str = option("", "image folder with val/CLASS/*.png (and train/, for class names)")
     split: str = option("", "name of the folder to measure on (default: val or validation)")
+    dataset: str = option(
+        "", "timm's data set by name, torch/NAME or hfds/NAME, which lies in --data-dir"
+    )
+    val_split: str = option(
+        "", "measure on the part that finetune --val-split set aside, such as 0.2"
+    )
     labels: str = option(
         "", "class names in the order of the outputs: one a line, or JSON with descriptions"
     )

@@ -7,7 +7,7 @@ from ema_timm.checkpoints.network import rebuild
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.checkpoints.write import write_folder
 from ema_timm.errors import UserError
-from ema_timm.measure.data import TRAIN, VAL, open_folder
+from ema_timm.measure.select import class_names
 from ema_timm.measure.settings import EvaluateConfig
 
 
@@ -30,15 +30,15 @@ def folder_to_measure(config: EvaluateConfig) -> Path:
     return _write_folder_of(source, config)
 
 
-def split_names(config: EvaluateConfig) -> tuple[str, ...]:
-    """Names of the folder to measure on; the first that exists counts.
+def images_of(config: EvaluateConfig) -> tuple[str, str, str, str]:
+    """What names the images: folder, split, part held out, timm's data set.
 
     Raises:
         UserError: If there are no images to measure on.
     """
     if not config.data_dir:
         raise UserError("evaluate needs --data-dir; see ema-timm evaluate --help.")
-    return (config.split,) if config.split else VAL
+    return config.data_dir, config.split, config.val_split, config.dataset
 
 
 def with_class_names(saved: dict, path: Path, config: EvaluateConfig) -> dict:
@@ -95,9 +95,6 @@ def _labels(config: EvaluateConfig, classes: int) -> Labels:
     if config.labels:
         labels = read_labels(config.labels)
     else:
-        names = split_names(config)
-        if any((Path(config.data_dir) / name).is_dir() for name in TRAIN):
-            names = TRAIN
-        labels = Labels(open_folder(config.data_dir, names).class_names)
+        labels = Labels(class_names(*images_of(config)))
     check_count(labels, classes, config.labels or config.data_dir)
     return labels

@@ -10,6 +10,7 @@ from ema_timm.checkpoints.preprocessing import PREPROCESSING
 from ema_timm.checkpoints.results import FORMAT, hide_places
 from ema_timm.files import sha256
 from ema_timm.measure.metrics import Metrics
+from ema_timm.measure.named import public_name
 from ema_timm.measure.versions import versions
 from ema_timm.training.history import History
 from ema_timm.training.network import Network
@@ -89,4 +90,5 @@ class RunCheckpoint:
 
 def public_arguments(config: FinetuneConfig) -> dict:
     """All settings, for results that are published: names of folders, not where they are."""
-    return hide_places(dataclasses.asdict(config))
+    public = hide_places(dataclasses.asdict(config))
+    return {**public, "dataset": public_name(config.dataset)}

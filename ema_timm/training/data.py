@@ -1,23 +1,31 @@
 """The images of a run: opened and checked, then read by timm's loaders."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from timm.data import create_loader
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ema_timm.errors import UserError
-from ema_timm.measure.data import TRAIN, VAL, FolderDataset, check_readable, open_folder
+from ema_timm.measure.check import check_readable
+from ema_timm.measure.folders import find_split
+from ema_timm.measure.select import Dataset, open_both
 from ema_timm.training.processes import Process
 from ema_timm.training.repeatable import RepeatableImages
 from ema_timm.training.settings import FinetuneConfig
+
+_LISTED = 20
+"""Up to so many classes their images are counted one by one."""
 
 
 @dataclass(frozen=True)
 class Images:
     """Images to train on, and images of the same classes to validate on."""
 
-    train: FolderDataset
-    val: FolderDataset
+    train: Dataset
+    val: Dataset
 
     def read_channels(self, channels: int) -> None:
         """Read them for a network of so many input channels; UserError if they have no such."""
@@ -32,23 +40,67 @@ class Images:
         }
 
 
-def open_images(config: FinetuneConfig, progress: bool) -> Images:
-    """Open both splits of the image folder and check every image.
+def open_images(config: FinetuneConfig, process: Process, progress: bool) -> Images:
+    """Open both splits, decode every image, and tell what they hold.
 
     Raises:
         UserError: If a split or its images are missing, do not suit a classifier, or cannot be
             read.
     """
-    train = open_folder(config.data_dir, TRAIN)
-    if len(train.class_to_idx) < 2:
-        raise UserError(
-            f"{train.reader.root} has one class ({train.class_names[0]}), and a classifier needs "
-            "at least two. Put each class in a folder of its own."
-        )
-    val = open_folder(config.data_dir, VAL, train.class_to_idx)
-    for dataset in (train, val):
-        check_readable(dataset, progress)
+    train, val = open_both(config.data_dir, config.val_split, config.dataset)
+    notes = [*train.notes, *val.notes, *_counts(train, val), *_left_for_the_end(config)]
+    if Path(config.output, "training", "state.pt").exists():
+        train.remedy = val.remedy = _remedy(config)  # of a run that continues
+    if config.check:
+        share = (process.rank, process.count)
+        for dataset in (train, val):
+            notes += check_readable(dataset, progress, decode=True, share=share)
+    train.remedy = val.remedy = _remedy(config)
+    if progress:
+        for note in notes:
+            tqdm.write(note, file=sys.stderr)
     return Images(train, val)
+
+
+def _counts(train: Dataset, val: Dataset) -> list[str]:
+    """Images of each class, and the classes that are not validated."""
+    pairs = list(zip(train.class_names, train.class_counts(), val.class_counts(), strict=True))
+    if len(pairs) <= _LISTED:
+        listed = ", ".join(f"{name} {there}+{here}" for name, there, here in pairs)
+        notes = [f"images to train on + to validate on, by class: {listed}"]
+    else:
+        few, many = min(pairs, key=lambda p: p[1]), max(pairs, key=lambda p: p[1])
+        notes = [
+            f"{len(pairs)} classes of {few[1]} ({few[0]}) to {many[1]} ({many[0]}) images to train "
+            f"on, and {min(p[2] for p in pairs)} to {max(p[2] for p in pairs)} to validate on"
+        ]
+    without = [name for name, _, here in pairs if not here]
+    if without:
+        more = f" and {len(without) - _LISTED} more" if len(without) > _LISTED else ""
+        notes.append(
+            f"no images to validate on, so the accuracy does not speak of: "
+            f"{', '.join(without[:_LISTED])}{more}"
+        )
+    return notes
+
+
+def _left_for_the_end(config: FinetuneConfig) -> list[str]:
+    test = find_split(config.data_dir, ("test",))
+    if config.dataset or test is None or config.val_split.lower() == test.name.lower():
+        return []
+    return [
+        f"{test} is left for the end: ema-timm evaluate {config.output} "
+        f"--data-dir {config.data_dir} --split {test.name}"
+    ]
+
+
+def _remedy(config: FinetuneConfig) -> str:
+    """What to do about an image that a run under way cannot read."""
+    return (
+        "Put the file back as it was, and go on with --resume (or start again, if no epoch was "
+        "done yet). If it is lost, this run cannot go on: remove the file and train on from the "
+        f"best weights, with --model local-dir:{config.output} and another --output."
+    )
 
 
 def train_loader(
@@ -85,7 +137,7 @@ def train_loader(
 
 
 def val_loader(
-    config: FinetuneConfig, dataset: FolderDataset, preprocessing: dict, process: Process
+    config: FinetuneConfig, dataset: Dataset, preprocessing: dict, process: Process
 ) -> DataLoader:
     """Batches of images as they will be classified; takes what `train_loader` takes."""
     return create_loader(

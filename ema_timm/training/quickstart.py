@@ -12,7 +12,8 @@ from timm.data import create_loader, resolve_data_config
 from torch import nn
 
 from ema_timm.errors import UserError
-from ema_timm.measure.data import VAL, open_folder
+from ema_timm.measure.data import open_folder
+from ema_timm.measure.folders import VAL
 from ema_timm.measure.metrics import measure
 from ema_timm.training.finetune import finetune
 from ema_timm.training.settings import FinetuneConfig

@@ -10,7 +10,7 @@ from timm.data import create_transform
 from torch.utils.data import Dataset
 
 from ema_timm.errors import UserError
-from ema_timm.measure.data import FolderDataset
+from ema_timm.measure.select import Dataset as Images
 from ema_timm.training.settings import FinetuneConfig
 
 
@@ -29,7 +29,7 @@ class RepeatableImages(Dataset):
             is when they start.
     """
 
-    def __init__(self, images: FolderDataset, seed: int):
+    def __init__(self, images: Images, seed: int):
         self.images, self.seed, self.epoch = images, seed, 0
 
     def __len__(self) -> int:

@@ -39,7 +39,7 @@ class Run:
     ):
         check_settings(config)
         self.config, self.process, self.progress = config, process, progress
-        self.images = open_images(config, progress)
+        self.images = open_images(config, process, progress)
         # Once: the fingerprints in it look at every image file.
         self.identity = identify(config, process.count, self.images.describe())
         self.saved = RunState(config.output)

@@ -14,6 +14,15 @@ class FinetuneConfig:
 
     model: str = option("", "timm model name; hf-hub:USER/NAME and local-dir:FOLDER too")
     data_dir: str = option("", "image folder with train/CLASS/*.png and val/CLASS/*.png")
+    dataset: str = option(
+        "", "timm's data set by name, torch/NAME or hfds/NAME, which lies in --data-dir"
+    )
+    val_split: str = option(
+        "",
+        "part of the training images to validate on, such as 0.2, where no folder holds some; or "
+        "the name of the split that does (default: val or validation)",
+    )
+    check: bool = option(True, "decode every image before training", flag=True)
     output: str = option("", "run folder to write: the checkpoint in timm's Hub format")
 
     pretrained: bool | None = option(
@@ -56,8 +65,11 @@ class FinetuneConfig:
     workers: int = option(2, "data loading processes")
     seed: int = option(42, "random seed")
 
-    ANYTIME = ("data_dir", "output", "device", "workers")
-    """Fields that may differ when a run resumes; every other one is part of what it computes."""
+    ANYTIME = ("data_dir", "dataset", "val_split", "check", "output", "device", "workers")
+    """Fields that may differ when a run resumes; every other one is part of what it computes.
+
+    Which images are taken is compared by their fingerprints.
+    """
 
 
 def check_settings(config: FinetuneConfig) -> None:

@@ -7,7 +7,9 @@ from PIL import Image
 from torchvision.transforms import ToTensor
 
 from ema_timm.errors import UnreadableImageError, UserError
-from ema_timm.measure.data import TRAIN, VAL, check_readable, open_folder
+from ema_timm.measure.check import check_readable
+from ema_timm.measure.data import open_folder
+from ema_timm.measure.folders import TRAIN, VAL
 
 
 @pytest.fixture

@@ -1,0 +1,162 @@
+"""What a run takes for its images is said before it trains; a damaged one is never a dead end."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ema_timm.cli import main
+from ema_timm.errors import UnreadableImageError, UserError
+from ema_timm.measure.evaluate import evaluate
+from ema_timm.measure.settings import EvaluateConfig
+from ema_timm.training.finetune import continue_run, finetune
+from ema_timm.training.settings import FinetuneConfig
+from ema_timm.training.step import TrainStep
+
+
+@pytest.fixture
+def data(digits, tmp_path):
+    return shutil.copytree(digits, tmp_path / "data")
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return FinetuneConfig(
+        model="test_resnet_ema",
+        data_dir=str(data),
+        output=str(tmp_path / "run"),
+        pretrained=False,
+        img_size=32,
+        epochs=2,
+        batch_size=12,
+        hflip=0.0,
+        device="cpu",
+        workers=0,
+    )
+
+
+def run(config, progress=False, **changes):
+    return finetune(dataclasses.replace(config, **changes), progress=progress)
+
+
+def test_what_is_taken_is_told_before_training(config, data, capsys):
+    shutil.rmtree(data / "val" / "digit_3")
+    shutil.copytree(data / "val", data / "Test")
+    picture = next((data / "train" / "digit_0").iterdir())
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(picture)
+    run(config, progress=True, epochs=1)
+    told = capsys.readouterr().err.split("epoch 1/1")[0]
+    there = len(list((data / "train" / "digit_0").iterdir()))
+    here = len(list((data / "val" / "digit_0").iterdir()))
+    assert f"by class: digit_0 {there}+{here}, digit_1" in told
+    assert "no images to validate on, so the accuracy does not speak of: digit_3" in told
+    assert "train: 1 images have 16-bit grey" in told
+    assert f"ema-timm evaluate {config.output} --data-dir {data} --split Test" in told
+
+
+def test_evaluate_measures_the_test_folder(config, data):
+    (data / "val").rename(data / "Test")
+    shutil.copytree(data / "Test", data / "valid")
+    run(config, epochs=1)
+    measured = evaluate(
+        EvaluateConfig(config.output, data_dir=str(data), split="test", device="cpu", workers=0),
+        progress=False,
+    )
+    assert measured["evaluation"]["data"]["split"] == "Test"
+    assert measured["metrics"]["images"] == 23
+
+
+def truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-30])
+    return content
+
+
+def test_a_truncated_image_ends_the_run_before_it_starts(config, data, tmp_path):
+    bad = sorted(data.glob("train/*/*.png"))[40]
+    truncate(bad)
+    with pytest.raises(UnreadableImageError, match=rf"read {bad}: .*\. Repair or remove it\.$"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UnreadableImageError, match=r"go on with --resume"):
+        run(config, check=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_in_mid_run_loses_nothing(
+    config, data, monkeypatch, tmp_path, workers
+):
+    """Restored, the run ends as one that was never interrupted; what the message says works."""
+    config = dataclasses.replace(config, workers=workers)
+    whole = run(config, output=str(tmp_path / "whole"))
+    bad, content = sorted(data.glob("train/*/*.png"))[7], []
+    step = TrainStep.__call__
+
+    def breaking(self, images, targets, done):
+        if done == 4:  # the last step of the first of two epochs
+            content.append(truncate(bad))
+        return step(self, images, targets, done)
+
+    monkeypatch.setattr(TrainStep, "__call__", breaking)
+    with pytest.raises(UserError, match=rf"read {bad}.* Put the file back as it was, and go on"):
+        run(config)
+    monkeypatch.undo()
+    with pytest.raises(
+        UserError, match=rf"read {bad}.*local-dir:{config.output} and another --out"
+    ):
+        continue_run({"output": config.output}, progress=False)
+    other = bad.rename(tmp_path / "kept.png")
+    more = run(config, model=f"local-dir:{config.output}", pretrained=True, epochs=1,
+               output=str(tmp_path / "more"))  # fmt: skip
+    assert more["data"]["train"]["images"] == 59
+    other.unlink()
+    bad.write_bytes(content[0])
+    continued = continue_run({"output": config.output}, progress=False)
+    assert continued["weights_sha256"] == whole["weights_sha256"]
+    assert [e["loss"] for e in continued["history"]] == [e["loss"] for e in whole["history"]]
+
+
+def test_a_flat_folder_is_divided_and_measured_alike(config, data, tmp_path):
+    flat = str(data / "train")
+    first = run(config, data_dir=flat, val_split="0.2", epochs=1)
+    other = run(
+        config, data_dir=flat, val_split="0.2", epochs=1, seed=7, output=str(tmp_path / "b")
+    )
+    assert first["data"] == other["data"]  # whatever the seed
+    counts = first["data"]
+    assert counts["train"]["images"] + counts["val"]["images"] == 60
+    measured = evaluate(
+        EvaluateConfig(config.output, data_dir=flat, val_split="0.2", device="cpu", workers=0),
+        progress=False,
+    )
+    assert measured["metrics"]["correct"] == first["metrics"]["correct"]
+    assert measured["evaluation"]["data"]["fingerprint"] == counts["val"]["fingerprint"]
+    assert measured["evaluation"]["data"]["split"] == "0.2 set aside"
+    assert json.dumps(measured).count(str(tmp_path)) == 0
+    with pytest.raises(UserError, match="images in --data-dir are not those"):
+        continue_run({"output": config.output, "val_split": "0.4"}, progress=False)
+
+
+def test_another_folder_can_be_validated_on(config, data):
+    (data / "val").rename(data / "dev")
+    assert run(config, val_split="dev", epochs=1)["metrics"]["images"] == 23
+
+
+@pytest.mark.parametrize(
+    ("val_split", "said"),
+    [
+        ("0.2", "and {data}/val holds some. Leave --val-split out"),
+        ("1.5", "--val-split 1.5: a part is between 0 and 1"),
+        ("nowhere", "has no folder nowhere/"),
+    ],
+)
+def test_val_split_that_cannot_be_gets_one_line(config, data, capsys, val_split, said):
+    args = ["finetune", "--model", config.model, "--data-dir", config.data_dir]
+    assert main([*args, "--output", config.output, "--val-split", val_split]) == 2
+    error = capsys.readouterr().err
+    assert said.format(data=data) in error and len(error.splitlines()) == 1
+    assert not Path(config.output).exists()
