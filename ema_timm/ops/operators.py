@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from ema_timm.ops.closed_form import autograd
 from ema_timm.ops.closed_form.eager import Saved, new_saved
@@ -75,7 +74,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
     return operator
 
 
-def _register_forward(name: str, forward: Callable) -> CustomOpDef:
+def _register_forward(name: str, forward: Callable) -> Callable:
     @torch.library.custom_op(
         f"ema_timm::{name}",
         mutates_args=(),
@@ -100,7 +99,7 @@ def _register_forward(name: str, forward: Callable) -> CustomOpDef:
     return operator
 
 
-def _register_backward(name: str, backward: Callable) -> CustomOpDef:
+def _register_backward(name: str, backward: Callable) -> Callable:
     @torch.library.custom_op(
         f"ema_timm::{name}",
         mutates_args=(),

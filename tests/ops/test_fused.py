@@ -103,7 +103,7 @@ def test_a_split_tile_is_the_same_as_a_whole_one(monkeypatch, layout):
     monkeypatch.setattr(plan, "TILE_BYTES", 0)
     monkeypatch.setattr(plan, "BLOCK", 64)
     assert not launch.plan(case.x, 2).whole
-    assert launch.plan(case.x, 2).blocks(5, 19) > 1
+    assert launch.plan(case.x, 2).blocks > 1
     split = oracle.output_and_gradients(run, case)
     for name, value in whole.items():
         assert oracle.relative_error(split[name], value.double()) < 1e-5, name

@@ -19,11 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ema_timm.ops.closed_form.formula import fold
-from ema_timm.ops.fused import launch, split_tile, whole_tile
+from ema_timm.ops.fused import launch
 
-if __name__ == "__main__":
-    pass
-
+_MODULES = ("whole_tile", "whole_tile_backward", "split_tile", "split_tile_backward")
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -56,23 +54,35 @@ class Recorder:
         return self.launch
 
     def launch(self, *args, **kwargs):
+        """Compile for the types and values of one launch."""
         options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
         constants = {p.name for p in self.kernel.params if p.is_constexpr}
         signature, constexprs, attrs = {}, {}, {}
         for index, (name, value) in enumerate(bound.items()):
-            if name in constants or (isinstance(value, int) and value == 1):
+            if name in constants:
                 signature[name], constexprs[(index,)] = "constexpr", value
-                continue
-            signature[name] = _TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
-                attrs[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = _specialize(value, (index,), constexprs, attrs)
         source = ASTSource(self.kernel, signature, constexprs=constexprs, attrs=attrs)
         done = triton.compile(source, GPUTarget("cuda", self.capability, 32), options=options)
         registers, spilled = _assemble(done.asm["ptx"], self.capability)
         name = self.kernel.fn.__name__
         warps = options["num_warps"]
         self.found.append(Compiled(name, registers, spilled, done.metadata.shared, warps))
+
+
+def _specialize(value, path: tuple[int, ...], constexprs: dict, attrs: dict):
+    """The type of one argument, or of each in a bundle; what a launch would know of its value."""
+    if isinstance(value, tuple):
+        types = [_specialize(v, (*path, i), constexprs, attrs) for i, v in enumerate(value)]
+        return type(value)(*types)
+    if isinstance(value, int) and value == 1:
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or value % 16 == 0:
+        attrs[path] = [["tt.divisibility", 16]]
+    return _TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
 
 
 class _Recorders:
@@ -83,7 +93,9 @@ class _Recorders:
 
     def __getattr__(self, name):
         module, capability, found = self._all
-        return Recorder(getattr(module, name), capability, found)
+        value = getattr(module, name)
+        kernel = isinstance(value, triton.runtime.JITFunction)
+        return Recorder(value, capability, found) if kernel else value
 
 
 def compile_call(
@@ -91,7 +103,7 @@ def compile_call(
 ) -> list[Compiled]:
     """Every kernel of one forward and one backward, without ``grad`` of inference; runs nothing."""
     found: list[Compiled] = []
-    modules = {"whole_tile": whole_tile, "split_tile": split_tile}
+    modules = {name: getattr(launch, name) for name in _MODULES}
     try:
         for name, module in modules.items():
             setattr(launch, name, _Recorders(module, capability, found))
@@ -127,6 +139,7 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
 
 
 def main() -> None:
+    """Print the table of ResNet-50's stages."""
     from oracle import make_case  # beside this script
 
     print("| stage | layout | kernel | warps | registers | spilled | shared | warps an SM |")

@@ -14,7 +14,8 @@ are taken from per-tile vectors in a fixed order: no atomics, the same bits ever
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -22,8 +23,11 @@ from torch import Tensor
 
 from ema_timm.ops.closed_form.eager import Saved, finish_weights, new_saved, spread_taps
 from ema_timm.ops.closed_form.formula import fold, shifted_means, vote
-from ema_timm.ops.fused import split_tile, whole_tile
+from ema_timm.ops.fused import split_tile, split_tile_backward, whole_tile, whole_tile_backward
+from ema_timm.ops.fused.bundles import Map
 from ema_timm.ops.fused.plan import Plan, plan, vectors_of
+from ema_timm.ops.fused.split_tile import LineSums
+from ema_timm.ops.fused.split_tile_backward import NormTerms
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 
@@ -37,7 +41,7 @@ def forward(
         weights = FoldedWeights(*[w.contiguous() for w in weights])
         cut = plan(x, groups)
         with _launching(x, groups):
-            (_forward_whole if cut.whole else _forward_split)(x, weights, groups, out, saved, cut)
+            (_forward_whole if cut.whole else _forward_split)(x, out, saved, weights, cut)
     return out, saved
 
 
@@ -59,65 +63,49 @@ def backward(
     cut = plan(x, groups)
     with _launching(x, groups):
         run = _backward_whole if cut.whole else _backward_split
-        found, logits = run(grad, x, dx, saved, folded, groups, cut)
+        found, logits = run(grad, x, dx, saved, folded, cut)
         dw = finish_weights(found, logits, weights) if need_weights else None
     return dx if need_x else None, dw
 
 
-def _forward_whole(x, w: FoldedWeights, groups, out, saved: Saved | None, cut: Plan) -> None:
-    tiles, n = x.shape[0] * groups, x.shape[1] // groups
-    kept = saved or [x.new_empty(0, dtype=torch.float32)] * 3
-    whole_tile.forward_tile[(tiles,)](
-        x,
-        out,
-        *kept,
-        *w[:5],
-        w.gn_weight,
-        w.gn_bias,
-        tiles,
-        groups,
-        *x.shape[2:],
-        *x.stride(),
-        *out.stride(),
-        **cut.sizes(n),
-        DROPPED=n - w.vote_bias.shape[0],
+def _run(kernel: Callable, cut: Plan, *arguments: Any, grid: tuple = (), **constants: Any) -> None:
+    """Launch ``kernel`` on every tile.
+
+    Args:
+        kernel: One of the kernels' modules.
+        cut: Gives the first axis of the grid, the last of the bundles, the constants of the cut.
+        arguments: The kernel's other bundles and tensors.
+        grid: The other axes of the grid.
+        constants: Other constants; ``num_warps`` where it is not that of the cut.
+    """
+    constants = {"num_warps": cut.warps, **cut.constants, **constants}
+    kernel[(cut.tiles, *grid)](*arguments, cut.size, **constants)
+
+
+def _forward_whole(x, out, saved: Saved | None, w: FoldedWeights, cut: Plan) -> None:
+    _run(
+        whole_tile.forward_tile,
+        cut,
+        Map.of(x),
+        Map.of(out),
+        saved or Saved(*[x.new_empty(0, dtype=torch.float32)] * 3),
+        w,
+        DROPPED=cut.n - w.vote_bias.shape[0],
         SAVE=saved is not None,
-        **vectors_of(n, x, out),
-        num_warps=cut.warps,
+        **vectors_of(cut.n, x, out),
     )
 
 
 def _backward_whole(
-    grad, x, dx, saved: Saved, w: FoldedWeights, groups, cut: Plan
+    grad, x, dx, saved: Saved, w: FoldedWeights, cut: Plan
 ) -> tuple[FoldedWeights, Tensor]:
-    tiles, n = x.shape[0] * groups, x.shape[1] // groups
+    n = cut.n
     vectors = vectors_of(n, grad, x, dx)
-    dl = _gate_gradient(grad, x, saved, groups, cut, vectors)
-    parts = x.new_empty((tiles, 13 * n + n * n + 1), dtype=torch.float32)
-    means = x.new_empty((tiles, 9 * n), dtype=torch.float32)
-    whole_tile.backward_tile[(tiles,)](
-        grad,
-        x,
-        dx,
-        *saved,
-        dl,
-        w.mix_weight,
-        w.kernel,
-        w.vote_weight,
-        w.gn_weight,
-        w.gn_bias,
-        parts,
-        means,
-        tiles,
-        groups,
-        *x.shape[2:],
-        *grad.stride(),
-        *x.stride(),
-        *dx.stride(),
-        **cut.sizes(n),
-        **vectors,
-        num_warps=8,
-    )
+    dl = _gate_gradient(grad, x, saved, cut, vectors)
+    parts = _empty(x, cut.tiles, 13 * n + n * n + 1)
+    means = _empty(x, cut.tiles, 9 * n)
+    arguments = Map.of(grad), Map.of(x), Map.of(dx), saved, dl, w, parts, means
+    _run(whole_tile_backward.backward_tile, cut, *arguments, **vectors, num_warps=8)
     dm = parts[:, 9 * n : 10 * n]
     # Copies: an operator's results must not share memory.
     kernel, dm_sum, dgamma, dbeta, mix_bias, mix, logits = (
@@ -129,129 +117,55 @@ def _backward_whole(
     return found, logits
 
 
-def _gate_gradient(grad, x, saved: Saved, groups, cut: Plan, vectors: dict) -> Tensor:
+def _gate_gradient(grad, x, saved: Saved, cut: Plan, vectors: dict) -> Tensor:
     """dL, (B·G, H, W), of any shape: programs take blocks of pixels."""
-    tiles, n = x.shape[0] * groups, x.shape[1] // groups
     dl = torch.empty_like(saved.gate_map)
-    whole_tile.gate_gradient[(tiles, *cut.grid(*x.shape[2:]))](
-        grad,
-        x,
-        saved.gate_map,
-        dl,
-        groups,
-        *x.shape[2:],
-        *grad.stride(),
-        *x.stride(),
-        **cut.sizes(n),
-        **vectors,
-        num_warps=cut.warps,
-    )
+    kernel = whole_tile_backward.gate_gradient
+    _run(kernel, cut, Map.of(grad), Map.of(x), saved.gate_map, dl, grid=cut.grid, **vectors)
     return dl
 
 
-def _forward_split(x, w: FoldedWeights, groups, out, saved: Saved | None, cut: Plan) -> None:
-    tiles, n, height, width = x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:]
-    kept = saved or new_saved(x, groups, torch.float32)
-    pooled, means = _pool(x, groups, cut)
+def _forward_split(x, out, saved: Saved | None, w: FoldedWeights, cut: Plan) -> None:
+    kept = saved or new_saved(x, cut.groups, torch.float32)
+    pooled, means = _pool(x, cut)
     torch.matmul(w.mix_weight, pooled, out=kept.gates)
     kept.gates.add_(w.mix_bias[:, None]).sigmoid_()
     kept.vectors[3] = vote(means, w)
-    blocks, channel_blocks = cut.blocks(height, width), triton.cdiv(n, cut.channels)
-    parts = x.new_empty((3, blocks, tiles, n), dtype=torch.float32)
-    split_tile.block_statistics[(tiles, blocks, channel_blocks)](
-        x,
-        kept.gates,
-        parts,
-        tiles,
-        groups,
-        height,
-        width,
-        *x.stride(),
-        **cut.sizes(n),
-        num_warps=cut.warps,
-    )
-    split_tile.merge_statistics[(tiles, channel_blocks)](
-        parts, kept.vectors, blocks, tiles, height, width, **cut.sizes(n), BB=16, num_warps=4
-    )
-    split_tile.apply_gate[(tiles, blocks)](
-        x,
-        out,
-        *kept,
-        w.kernel,
-        w.gn_weight,
-        w.gn_bias,
-        tiles,
-        groups,
-        height,
-        width,
-        *x.stride(),
-        *out.stride(),
-        SAVE=saved is not None,
-        **cut.sizes(n),
-        num_warps=cut.warps,
-    )
+    _statistics(x, kept, cut)
+    maps, grid = (Map.of(x), Map.of(out)), (cut.blocks,)
+    _run(split_tile.apply_gate, cut, *maps, kept, w, grid=grid, SAVE=saved is not None)
+
+
+def _statistics(x: Tensor, kept: Saved, cut: Plan) -> None:
+    """Write mean, rest and 1/std of y to ``kept``, whose gates are there."""
+    parts = _empty(x, 3, cut.blocks, cut.tiles, cut.n)
+    _run(split_tile.block_statistics, cut, Map.of(x), kept, parts, grid=cut.block_grid)
+    grid, merge = (cut.channel_blocks,), split_tile.merge_statistics
+    _run(merge, cut, parts, kept, cut.blocks, grid=grid, BB=16, num_warps=4)
 
 
 def _backward_split(
-    grad, x, dx, saved: Saved, w: FoldedWeights, groups, cut: Plan
+    grad, x, dx, saved: Saved, w: FoldedWeights, cut: Plan
 ) -> tuple[FoldedWeights, Tensor]:
-    tiles, n, height, width = x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:]
-    area = height * width
-    blocks, channel_blocks = cut.blocks(height, width), triton.cdiv(n, cut.channels)
-    grid = tiles, blocks, channel_blocks
-    where = tiles, groups, height, width, *x.stride()
-    _, _, r, u = saved.vectors
-    pooled, means = _pool(x, groups, cut)
-
-    dl = _gate_gradient(grad, x, saved, groups, cut, {"VECTOR": 1, "LAST": False})
+    area = cut.height * cut.width
+    r, u = saved.vectors[2:]
+    pooled, means = _pool(x, cut)
+    dl = _gate_gradient(grad, x, saved, cut, {"VECTOR": 1, "LAST": False})
     dl_sum = dl.sum((1, 2))[:, None]  # (BG, 1)
-    parts = x.new_empty((blocks, tiles, 10, n), dtype=torch.float32)
-    split_tile.block_gradient_sums[grid](
-        x, saved.gates, saved.vectors, dl, parts, *where, **cut.sizes(n), num_warps=cut.warps
-    )
-    sums = parts.sum(0)  # (BG, 10, n)
-    y_dot = sums[:, 9] * r
+    dkernel, y_dot = _gradient_sums(x, saved, dl, cut)
+    y_dot = y_dot * r
     du = w.gn_weight * y_dot + w.gn_bias * dl_sum
     dm = u * (du - (u * du).sum(1, keepdim=True))
 
-    norm = dl_sum / area, r * y_dot / area, w.gn_weight
-    rows, columns = _line_sums(x, groups, cut)
-    split_tile.block_gate_gradients[grid](
-        x, saved.gates, saved.vectors, dl, *norm, rows, columns, *where, **cut.sizes(n),
-        num_warps=cut.warps,
-    )  # fmt: skip
-    dmix = torch.cat([rows.sum(0), columns.sum(0)], -1)
-    dmix.mul_(saved.gates).mul_(1 - saved.gates)  # (BG, n, H + W)
-
-    taps = (dm @ w.vote_weight).div_(area).view(tiles, n, 3, 3)
-    terms = torch.matmul(w.mix_weight.t(), dmix)
-    terms[..., :height] /= width
-    terms[..., height:] /= height
-    spread_taps(taps, terms[..., :height], terms[..., height:])
-    split_tile.input_gradient[grid](
-        grad,
-        x,
-        dx,
-        *saved,
-        dl,
-        *norm,
-        w.kernel,
-        terms,
-        taps,
-        tiles,
-        groups,
-        height,
-        width,
-        *grad.stride(),
-        *x.stride(),
-        *dx.stride(),
-        **cut.sizes(n),
-        num_warps=cut.warps,
-    )
+    norm = NormTerms(dl_sum / area, r * y_dot / area, w.gn_weight)
+    dmix = _mix_gradient(x, saved, dl, norm, cut)
+    terms, taps = _border_terms(dm, dmix, w, cut)
+    arguments = Map.of(grad), Map.of(x), Map.of(dx), saved, dl, norm, w.kernel, terms, taps
+    _run(split_tile_backward.input_gradient, cut, *arguments, grid=cut.block_grid)
     found = FoldedWeights(
         torch.matmul(dmix, pooled.mT).sum(0),
         dmix.sum((0, 2)),
-        sums[:, :9].sum(0),
+        dkernel,
         dm.t() @ means,
         dm.sum(0),
         (u * y_dot).sum(0),
@@ -260,36 +174,59 @@ def _backward_split(
     return found, dl_sum.sum(0)
 
 
-def _pool(x: Tensor, groups: int, cut: Plan) -> tuple[Tensor, Tensor]:
+def _gradient_sums(x, saved: Saved, dl: Tensor, cut: Plan) -> tuple[Tensor, Tensor]:
+    """dk, (9, n), and of each tile Σ dL·(y − μ), (B·G, n)."""
+    parts = _empty(x, cut.blocks, cut.tiles, 10, cut.n)
+    kernel = split_tile_backward.block_gradient_sums
+    _run(kernel, cut, Map.of(x), saved, dl, parts, grid=cut.block_grid)
+    sums = parts.sum(0)  # (BG, 10, n)
+    return sums[:, :9].sum(0), sums[:, 9]
+
+
+def _mix_gradient(x, saved: Saved, dl: Tensor, norm: NormTerms, cut: Plan) -> Tensor:
+    """[dp | dq], the gradient before the gates, (B·G, n, H + W)."""
+    sums = _line_sums(x, cut)
+    kernel = split_tile_backward.block_gate_gradients
+    _run(kernel, cut, Map.of(x), saved, dl, norm, sums, grid=cut.block_grid)
+    dmix = torch.cat([sums.rows.sum(0), sums.columns.sum(0)], -1)
+    return dmix.mul_(saved.gates).mul_(1 - saved.gates)
+
+
+def _border_terms(dm, dmix, w: FoldedWeights, cut: Plan) -> tuple[Tensor, Tensor]:
+    """What reaches a pixel through its row and its column, (B·G, n, H + W), and a corner."""
+    height, width = cut.height, cut.width
+    taps = (dm @ w.vote_weight).div_(height * width).view(cut.tiles, cut.n, 3, 3)
+    terms = torch.matmul(w.mix_weight.t(), dmix)
+    rows, columns = terms[..., :height], terms[..., height:]
+    rows /= width
+    columns /= height
+    spread_taps(taps, rows, columns)
+    return terms, taps
+
+
+def _pool(x: Tensor, cut: Plan) -> tuple[Tensor, Tensor]:
     """Row and column means (B·G, n, H + W) and shifted means (B·G, 9n) of a split tile."""
-    tiles, n, height, width = x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:]
-    rows, columns = _line_sums(x, groups, cut)
-    grid = tiles, cut.blocks(height, width), triton.cdiv(n, cut.channels)
-    split_tile.pool_blocks[grid](
-        x,
-        rows,
-        columns,
-        tiles,
-        groups,
-        height,
-        width,
-        *x.stride(),
-        **cut.sizes(n),
-        num_warps=cut.warps,
-    )
-    row, col = rows.sum(0) / width, columns.sum(0) / height
+    sums = _line_sums(x, cut)
+    _run(split_tile.pool_blocks, cut, Map.of(x), sums, grid=cut.block_grid)
+    row, col = sums.rows.sum(0) / cut.width, sums.columns.sum(0) / cut.height
     # Of the map itself the shifted means need the corner pixels alone.
-    corners = x[..., :: max(height - 1, 1), :: max(width - 1, 1)].float()
-    corners = corners.reshape(tiles, n, *corners.shape[2:])
+    corners = x[..., :: max(cut.height - 1, 1), :: max(cut.width - 1, 1)].float()
+    corners = corners.reshape(cut.tiles, cut.n, *corners.shape[2:])
     return torch.cat([row, col], -1), shifted_means(corners, row, col).flatten(1)
 
 
-def _line_sums(x: Tensor, groups: int, cut: Plan) -> tuple[Tensor, Tensor]:
+def _line_sums(x: Tensor, cut: Plan) -> LineSums:
     """Memory for each block's sums along W and along H."""
-    tiles, n, height, width = x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:]
-    down, across = cut.grid(height, width)
-    rows = x.new_empty((across, tiles, n, height), dtype=torch.float32)
-    return rows, x.new_empty((down, tiles, n, width), dtype=torch.float32)
+    down, across = cut.grid
+    return LineSums(
+        _empty(x, across, cut.tiles, cut.n, cut.height),
+        _empty(x, down, cut.tiles, cut.n, cut.width),
+    )
+
+
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    """Memory for what kernels tell each other, beside ``x``."""
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ema_timm.ops.fused import whole_tile
+from ema_timm.ops.fused.bundles import Size
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 128
@@ -66,6 +67,11 @@ class Plan(NamedTuple):
         rows: Rows of a block.
         columns: Columns of a block.
         warps: Warps of a program.
+        tiles: B·G.
+        groups: G.
+        n: Channels of a group.
+        height: H.
+        width: W.
     """
 
     whole: bool
@@ -73,23 +79,46 @@ class Plan(NamedTuple):
     rows: int
     columns: int
     warps: int
+    tiles: int
+    groups: int
+    n: int
+    height: int
+    width: int
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
+    @property
+    def grid(self) -> tuple[int, int]:
         """Blocks that cover a map, down and across."""
-        return triton.cdiv(height, self.rows), triton.cdiv(width, self.columns)
+        return triton.cdiv(self.height, self.rows), triton.cdiv(self.width, self.columns)
 
-    def blocks(self, height: int, width: int) -> int:
+    @property
+    def blocks(self) -> int:
         """Blocks of pixels that cover a map."""
-        down, across = self.grid(height, width)
+        down, across = self.grid
         return down * across
 
-    def sizes(self, n: int) -> dict:
+    @property
+    def channel_blocks(self) -> int:
+        """Blocks of channels that cover a group."""
+        return triton.cdiv(self.n, self.channels)
+
+    @property
+    def block_grid(self) -> tuple[int, int]:
+        """Axes of a grid in which a program takes one block of pixels and channels."""
+        return self.blocks, self.channel_blocks
+
+    @property
+    def size(self) -> Size:
+        """What a kernel is told of the shape when it runs."""
+        return Size(self.groups, self.height, self.width)
+
+    @property
+    def constants(self) -> dict:
         """What a kernel must know of the cut when it is compiled."""
-        return {"n": n, "BN": self.channels, "BH": self.rows, "BW": self.columns}
+        return {"n": self.n, "BN": self.channels, "BH": self.rows, "BW": self.columns}
 
 
 def plan(x: Tensor, groups: int) -> Plan:
-    """How to cut ``x``."""
+    """How to cut ``x``, (B, C, H, W)."""
     n, height, width = x.shape[1] // groups, *x.shape[2:]
     channels, columns = triton.next_power_of_2(n), triton.next_power_of_2(width)
     whole = (
@@ -101,7 +130,9 @@ def plan(x: Tensor, groups: int) -> Plan:
     if not whole:
         channels, columns = min(channels, 32), min(columns, 64)
     rows = min(triton.next_power_of_2(height), max(1, BLOCK // (channels * columns)))
-    return Plan(whole, channels, rows, columns, warps=8 if channels >= 32 else 4)
+    warps = 8 if channels >= 32 else 4
+    tiles = x.shape[0] * groups
+    return Plan(whole, channels, rows, columns, warps, tiles, groups, n, height, width)
 
 
 def vectors_of(n: int, *maps: Tensor) -> dict:
