@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ema_timm.ops.closed_form import autograd
-from ema_timm.ops.closed_form.eager import Saved, new_saved
 from ema_timm.ops.closed_form.formula import fold, statistics_type
+from ema_timm.ops.closed_form.saved import Saved, new_saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 # Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].

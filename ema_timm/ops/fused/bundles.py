@@ -5,7 +5,7 @@ B batch, C channels, G groups, n = C / G, H height, W width; a tile is one group
 and columns, each a power of two, at the positions c, h and w.
 
 A kernel takes feature maps as `Map`, what the forward keeps as
-`ema_timm.ops.closed_form.eager.Saved`, parameters as `ema_timm.ops.weights.FoldedWeights` and the
+`ema_timm.ops.closed_form.saved.Saved`, parameters as `ema_timm.ops.weights.FoldedWeights` and the
 sizes as `Size`: named tuples, which Triton takes apart like single arguments. Maps come with any
 strides; everything else is contiguous float32. What must be known when a kernel is compiled stays
 outside of the bundles, because Triton 3.3 finds no attributes in a constant:

@@ -21,8 +21,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ema_timm.ops.closed_form.eager import Saved, finish_weights, new_saved, spread_taps
 from ema_timm.ops.closed_form.formula import fold, shifted_means, vote
+from ema_timm.ops.closed_form.gradients import finish_weights, spread_taps
+from ema_timm.ops.closed_form.saved import Saved, new_saved
 from ema_timm.ops.fused import split_tile, split_tile_backward, whole_tile, whole_tile_backward
 from ema_timm.ops.fused.bundles import Map
 from ema_timm.ops.fused.plan import Plan, plan, vectors_of

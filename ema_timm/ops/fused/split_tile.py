@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ema_timm.ops.closed_form.eager import Saved
+from ema_timm.ops.closed_form.saved import Saved
 from ema_timm.ops.fused.blocks import EPS, centred
 from ema_timm.ops.fused.bundles import (
     Map,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ema_timm.ops.closed_form.eager import Saved
+from ema_timm.ops.closed_form.saved import Saved
 from ema_timm.ops.fused.blocks import Slope, centred, kernel_gradient, norm_gradient, spread
 from ema_timm.ops.fused.bundles import (
     Map,

@@ -12,7 +12,7 @@ Nothing here is shared between programs: every output number is written by one p
 import triton
 import triton.language as tl
 
-from ema_timm.ops.closed_form.eager import Saved
+from ema_timm.ops.closed_form.saved import Saved
 from ema_timm.ops.fused.blocks import (
     EPS,
     centred,
