@@ -56,13 +56,13 @@ def test_an_augmented_image_depends_on_seed_epoch_and_index_alone(eventful):
     from ema_timm.training.processes import Process
     from ema_timm.training.repeatable import RepeatableImages
 
-    opened = open_images(eventful, progress=False).train
+    process = Process(0, 1, torch.device("cpu"))
+    opened = open_images(eventful, process, progress=False).train
     opened.read_channels(3)
     images = RepeatableImages(opened, seed=1)
     preprocessing = {
         "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3,
     }  # fmt: skip
-    process = Process(0, 1, torch.device("cpu"))
     train_loader(eventful, images, preprocessing, process)  # gives them timm's augmentation
     first = images[3][0]
     random.random(), np.random.rand(), torch.rand(1)

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from ema_timm.ops.closed_form.eager_backward import TileSums, backward_chunk
 from ema_timm.ops.closed_form.formula import fold, shifted_means, vote
-from ema_timm.ops.closed_form.gradients import finish_weights, spread_taps
+from ema_timm.ops.closed_form.gradients import finish_weights
 from ema_timm.ops.closed_form.saved import Saved, new_saved
 from ema_timm.ops.closed_form.shifts import add_convolution
 from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
-
-__all__ = ["CHUNK", "Saved", "backward", "finish_weights", "forward", "new_saved", "spread_taps"]
 
 CHUNK = 1 << 19
 """Numbers of the input in one chunk, 2 MiB in float32."""

@@ -23,7 +23,7 @@ typedef struct { /* layouts as in weights.FoldedWeights, float32 */
     const float *mix_weight, *mix_bias, *kernel, *vote_weight, *vote_bias, *gn_weight, *gn_bias;
 } Weights;
 
-typedef struct { /* layouts as in eager.Saved, float32; or all null */
+typedef struct { /* layouts as in saved.Saved, float32; or all null */
     float *gates, *gate_map, *vectors;
 } Saved;
 
