@@ -30,7 +30,7 @@ def check_preprocessing(values: dict, said: str) -> None:
 
 def _is_size(value: Any) -> bool:
     three = isinstance(value, list | tuple) and len(value) == 3
-    return three and all(isinstance(length, int) and length >= 1 for length in value)
+    return three and all(isinstance(length, int) and 1 <= length <= _LONGEST for length in value)
 
 
 def _is_number(value: Any) -> bool:
@@ -41,7 +41,8 @@ def _are_numbers(values: Any) -> bool:
     return isinstance(values, list | tuple) and all(map(_is_number, values)) and len(values) > 0
 
 
-_SIZE = ("[channels, height, width], each at least 1", _is_size)
+_LONGEST = 10_000  # beyond it two images alone could take a machine's memory
+_SIZE = (f"[channels, height, width], each from 1 to {_LONGEST:,}", _is_size)
 _RULES = {
     "input_size": _SIZE,
     "test_input_size": _SIZE,

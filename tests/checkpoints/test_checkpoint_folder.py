@@ -237,6 +237,10 @@ DAMAGE = {
         edit("config.json", lambda c: c["pretrained_cfg"].update(input_size=[3, -5, 0])),
         r"input_size must be \[channels, height, width\].*got \[3, -5, 0\]",
     ),
+    "images larger than memory": (
+        edit("config.json", lambda c: c["pretrained_cfg"].update(input_size=[3, 10**6, 10**6])),
+        r"input_size must be .* from 1 to 10,000, got \[3, 1000000, 1000000\]",
+    ),
     "a size that is no size": (
         edit("config.json", lambda c: c["pretrained_cfg"].update(input_size="32")),
         "input_size must be .*got '32'",
