@@ -24,7 +24,6 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "ema_timm").rglob("README.md"))
 ELSEWHERE = {
     "ema-timm quickstart": "training/test_quickstart.py, and in a fresh environment CI",
     "-m pytest": "this is the test run",
-    "timm_suite.py": "CI runs its fast part",
     "train.py": "with_timm/test_timm_scripts.py, where TIMM_REPO is set",
     "pip install": "nothing is installed while tests run; CI installs the extras",
     "torchrun": "training/test_finetune.py, on two processes",
