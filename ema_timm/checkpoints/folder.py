@@ -13,6 +13,12 @@ from ema_timm.checkpoints.layout import CONFIG, WEIGHTS
 from ema_timm.files import make_writable, sha256, write_whole
 
 
+def weights_content(model: nn.Module) -> bytes:
+    """The content of ``model.safetensors``; save_file would make one that its owner alone reads."""
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return safetensors.torch.save(weights, metadata={"format": "pt"})
+
+
 class CheckpointWriter:
     """Writes the files of one folder.
 
@@ -62,9 +68,7 @@ class CheckpointWriter:
         Returns:
             sha256 of the weights file.
         """
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        # save_file would leave the file readable to its owner alone.
-        content = safetensors.torch.save(weights, metadata={"format": "pt"})
+        content = weights_content(model)
         self.write(WEIGHTS, lambda path: path.write_bytes(content))
         config = hub_config(model, model_args, data_config, class_names, self.path, descriptions)
         self.save_config(config)

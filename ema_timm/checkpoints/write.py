@@ -1,13 +1,15 @@
 """A checkpoint of any origin -> a checkpoint folder in timm's Hub format, not measured yet."""
 
+import hashlib
 import json
 from pathlib import Path
 
 from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
+from ema_timm.checkpoints.config import hub_config
 from ema_timm.checkpoints.convert import Conversion, convert_checkpoint
-from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.folder import CheckpointWriter, weights_content
 from ema_timm.checkpoints.labels import Labels, check_count, read_labels
 from ema_timm.checkpoints.layout import RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import check_network, rebuild
@@ -49,10 +51,14 @@ def write_folder(
     folder.make()
     names = labels.names if labels else None
     descriptions = labels.descriptions if labels else None
-    digest = folder.save_model(network, model_args, data, names, descriptions)
-    check_network(folder.path)  # what was written loads
+    folder.save_config(hub_config(network, model_args, data, names, folder.path, descriptions))
+    content = weights_content(network)
+    digest = hashlib.sha256(content).hexdigest()
     classes = names or [str(index) for index in range(network.num_classes)]
     folder.write_json(RESULTS, describe(network, digest, classes, data) | _origin(checkpoint))
+    # Last: a folder with weights is whole, and one without is written anew by the next call.
+    folder.write(WEIGHTS, lambda path: path.write_bytes(content))
+    check_network(folder.path)  # what was written loads
     return folder.path
 
 

@@ -111,7 +111,10 @@ def _carried(path: Path, digest: str, progress: bool) -> dict:
     if old["weights_sha256"] == digest:
         return old
     kept = path / "results.previous.json"
-    (path / RESULTS).replace(kept)
+    # A copy: what was told is lost with results.json where this call does not come to its end.
+    CheckpointWriter(path).write(
+        kept.name, lambda file: file.write_bytes((path / RESULTS).read_bytes())
+    )
     if progress:
         print(f"{RESULTS} was of other weights, and is now {kept}", file=sys.stderr)
     return {"card": old["card"]} if "card" in old else {}

@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 
+from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.network import check_network
 from ema_timm.checkpoints.results import public_name
 from ema_timm.checkpoints.write import write_converted
 from ema_timm.cli import main
@@ -44,6 +46,26 @@ def test_results_do_not_say_where_files_of_the_training_were(tmp_path):
     assert results["arguments"]["data_dir"] == "flowers"
     assert results["arguments"]["class_map"] == "classes.txt"
     assert results["arguments"]["model_kwargs"] == {"in_chans": 3}
+
+
+@pytest.mark.parametrize("at", ["config.json", "results.json", "model.safetensors"])
+def test_a_conversion_that_is_killed_is_made_by_the_next_call(at, tmp_path, monkeypatch):
+    model = timm.create_model("test_resnet_ema", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    write = CheckpointWriter.write
+
+    def killed(self, name, content):
+        if name == at:
+            raise KeyboardInterrupt
+        write(self, name, content)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CheckpointWriter, "write", killed)
+        write_converted(tmp_path / "w.pt", tmp_path / "out", model="test_resnet_ema")
+    write_converted(tmp_path / "w.pt", tmp_path / "out", model="test_resnet_ema")
+    assert check_network(tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["checkpoint"]["file"] == "w.pt"
 
 
 def test_a_measured_file_does_not_say_where_its_weights_were_cached(digits, tmp_path):

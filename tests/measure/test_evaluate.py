@@ -228,6 +228,27 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_the_measurement(
         run(folder, digits)
 
 
+def test_an_evaluation_that_is_killed_loses_nothing_of_the_results_before(
+    folder, digits, weights, monkeypatch
+):
+    """Of other weights: what was told for the card is taken over by whichever call ends."""
+    write_card(folder, {"license": "mit"})
+    save_file(
+        {k: v + 0 if k != "fc.bias" else v + 1 for k, v in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluate_module, "describe", killed)
+        run(folder, digits)
+    assert (folder / "results.json").is_file()
+    assert run(folder, digits)["card"] == {"license": "mit"}
+
+
 class Evil:
     def __reduce__(self):
         return (exec, ("raise SystemExit('a checkpoint was run')",))
