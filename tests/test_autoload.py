@@ -233,6 +233,7 @@ print(len(ours), *ours)
     else:
         assert first == "1.0.23"
         assert "needs timm >= 1.0.24, found 1.0.23: pip install -U" in second
+        assert "reinstall" not in second  # one remedy
 
 
 @pytest.mark.parametrize(

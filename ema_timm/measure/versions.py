@@ -6,7 +6,7 @@ import timm
 import torch
 
 from ema_timm import __version__
-from ema_timm.ops.closed_form import native
+from ema_timm.ops.closed_form import library
 from ema_timm.ops.dispatch import fused_unavailable
 
 
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
         **versions(),
         "CUDA": torch.cuda.get_device_name() if cuda else "not available",
         "reference": "runs anywhere",
-        "closed_form": f"runs anywhere; on the CPU {native.status()}, "
+        "closed_form": f"runs anywhere; on the CPU {library.status()}, "
         f"{torch.get_num_threads()} threads",
         "fused": f"cannot run here: {reason}" if reason else "runs",
     }

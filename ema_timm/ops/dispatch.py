@@ -8,9 +8,10 @@ from torch.autograd import forward_ad
 
 from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
 from ema_timm.ops.closed_form.formula import closed_form, closed_form_folded
+from ema_timm.ops.closed_form.native import is_watched
 from ema_timm.ops.parallel import parallel
 from ema_timm.ops.reference import reference
-from ema_timm.ops.weights import EmaWeights, FoldedWeights
+from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
 
 # Before PyTorch 2.7 nothing tells compiling from exporting; the form that suits both is taken.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
@@ -49,7 +50,7 @@ def ema_attention(
     """
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing():
-            _validate(x, weights.gn_weight.shape[0], groups, impl)
+            _validate(x, weights, groups, impl)
             if not cross_spatial:
                 _require_auto(impl)
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
@@ -81,7 +82,7 @@ def folded_ema_attention(
     """
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing():
-            _validate(x, weights.gn_weight.shape[0], groups, impl)
+            _validate(x, weights, groups, impl)
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return _run_folded(x, weights, groups, impl)
@@ -188,6 +189,7 @@ def _closed_form(x: Tensor) -> str:
         or (x.device.type != "cpu" and not x.is_contiguous())
         or torch._C._are_functorch_transforms_active()
         or forward_ad.unpack_dual(x).tangent is not None
+        or is_watched()
     ):
         return "traceable"
     return "eager"
@@ -207,7 +209,7 @@ def require_implementation(impl: str) -> None:
         raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}.")
 
 
-def _validate(x: Tensor, n: int, groups: int, impl: str) -> None:
+def _validate(x: Tensor, weights: EmaWeights | FoldedWeights, groups: int, impl: str) -> None:
     require_implementation(impl)
     if x.dim() != 4:
         raise ValueError(
@@ -224,6 +226,9 @@ def _validate(x: Tensor, n: int, groups: int, impl: str) -> None:
         raise TypeError(f"groups must be an int, got {groups!r} ({type(groups).__name__}).")
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}.")
+    n = weights.gn_weight.numel()
+    if not fits(weights, n):
+        raise ValueError(misfit(weights, x.shape[1] // groups))
     if x.shape[1] != groups * n:
         raise ValueError(
             f"The layer's weights are for {groups * n} channels ({groups} groups of {n}), got "

@@ -16,7 +16,7 @@ from torch import Tensor
 from ema_timm.ops.closed_form import autograd
 from ema_timm.ops.closed_form.formula import fold, statistics_type
 from ema_timm.ops.closed_form.saved import Saved, new_saved
-from ema_timm.ops.weights import EmaWeights, FoldedWeights
+from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
 
 # Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
 _PARAMETERS = (
@@ -83,14 +83,22 @@ def _register_forward(name: str, forward: Callable) -> Callable:
     )
     def operator(x, *rest):
         """Output and, where asked for, what the backward needs; else empty tensors."""
-        *weights, groups, save = rest
-        folded = fold(statistics_type(x, EmaWeights(*weights)))
+        weights, (groups, save) = EmaWeights(*rest[:6]), rest[6:]
+        n = x.shape[1] // groups
+        if not fits(weights, n):  # whoever calls the operator by name has passed no other check
+            raise ValueError(misfit(weights, n))
+        folded = fold(statistics_type(x, weights))
         out, saved = forward(x, folded, groups, save)
         return out, *(saved or (x.new_empty(0), x.new_empty(0), x.new_empty(0)))
 
     @operator.register_fake
     def _(x, *rest):
-        groups, save = rest[6:]
+        weights, (groups, save) = rest[:6], rest[6:]
+        if any(w.device != x.device for w in weights):  # a meta tensor ends up here, in any call
+            raise RuntimeError(
+                f"EMA attention needs its input and weights on one device, got {x.device} and "
+                f"{[str(w.device) for w in weights]}. Move the layer with layer.to(x.device)."
+            )
         saved = (x.new_empty(0), x.new_empty(0), x.new_empty(0))
         if save:
             saved = new_saved(x, groups, torch.promote_types(x.dtype, torch.float32))
@@ -109,9 +117,8 @@ def _register_backward(name: str, backward: Callable) -> Callable:
     def gradient(grad, x, gates, gate_map, vectors, *rest):
         """The gradient of ``x``, empty where not needed, then those of the parameters."""
         weights, (groups, need_x, need_weights) = rest[:6], rest[6:]
-        wide = statistics_type(x, EmaWeights(*weights))
         saved = Saved(gates, gate_map, vectors)
-        dx, dw = backward(grad, x, saved, wide, groups, need_x, need_weights)
+        dx, dw = backward(grad, x, saved, EmaWeights(*weights), groups, need_x, need_weights)
         found = [x.new_empty(0) if dx is None else dx]
         if dw is not None:
             found += [d.to(w.dtype) for d, w in zip(dw, weights, strict=True)]
@@ -148,12 +155,8 @@ def _differentiate(gradient: Callable, ctx, grad: Tensor, *_) -> tuple:
     return dx if need_x else None, *dw, None, None
 
 
-def _closed_form_forward(x, *rest):
-    return autograd.kernel(x).forward(x, *rest)
-
-
-def _closed_form_backward(grad, x, *rest):
-    return autograd.kernel(x).backward(grad, x, *rest)
+def _closed_form_forward(x, folded, *rest):
+    return autograd.kernel(x, folded).forward(x, folded, *rest)
 
 
 def _fused_forward(*arguments):
@@ -162,13 +165,13 @@ def _fused_forward(*arguments):
     return launch.forward(*arguments)
 
 
-def _fused_backward(*arguments):
+def _fused_backward(grad, x, saved, weights, *rest):
     from ema_timm.ops.fused import launch
 
-    return launch.backward(*arguments)
+    return launch.backward(grad, x, saved, statistics_type(x, weights), *rest)
 
 
-_closed_form = _register("closed_form", _closed_form_forward, _closed_form_backward)
+_closed_form = _register("closed_form", _closed_form_forward, autograd.hand_written_backward)
 _fused = _register("fused", _fused_forward, _fused_backward)
 
 

@@ -49,3 +49,29 @@ class FoldedWeights(NamedTuple):
     vote_bias: Tensor
     gn_weight: Tensor
     gn_bias: Tensor
+
+
+def shapes(weights: EmaWeights | FoldedWeights, n: int) -> tuple[tuple[int, ...], ...]:
+    """What the shapes of ``weights`` must be in groups of ``n`` channels, in their order."""
+    if isinstance(weights, EmaWeights):
+        return (n, n, 1, 1), (n,), (n, n, 3, 3), (n,), (n,), (n,)
+    votes = n if weights.vote_bias.numel() == n else n - 1
+    return (n, n), (n,), (9, n), (votes, 9 * n), (votes,), (n,), (n,)
+
+
+def fits(weights: EmaWeights | FoldedWeights, n: int) -> bool:
+    """Whether all ``weights`` are of groups of ``n`` channels."""
+    return tuple([w.shape for w in weights]) == shapes(weights, n)
+
+
+def misfit(weights: EmaWeights | FoldedWeights, n: int) -> str:
+    """The error for ``weights`` that are not of groups of ``n`` channels."""
+    wrong = [
+        f"{name} must be {shape}, got {tuple(w.shape)}"
+        for name, w, shape in zip(weights._fields, weights, shapes(weights, n), strict=True)
+        if w.shape != shape
+    ]
+    return (
+        f"The layer's weights do not fit together; in groups of {n} channels {', '.join(wrong)}. "
+        "Give the layer the parameters that it was made with."
+    )

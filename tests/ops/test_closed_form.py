@@ -13,7 +13,7 @@ from ema_timm.attention import EmaAttn
 from ema_timm.bench.layer import AuthorsForm
 from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
 from ema_timm.ops import ema_attention
-from ema_timm.ops.closed_form import eager, native
+from ema_timm.ops.closed_form import eager, library, native
 from ema_timm.ops.closed_form.autograd import closed_form_eager
 from ema_timm.ops.closed_form.formula import (
     closed_form,
@@ -31,7 +31,7 @@ from ema_timm.publishing.export import open_onnx, write_onnx
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
 
 needs_native = pytest.mark.skipif(
-    native.library() is None, reason=f"no native kernel: {native.status()}"
+    library.library() is None, reason=f"no native kernel: {library.status()}"
 )
 
 
@@ -53,7 +53,7 @@ FORMS = {
 )
 def form(request, monkeypatch):
     if request.param == "operators":
-        monkeypatch.setattr(native, "takes", lambda x: False)
+        monkeypatch.setattr(native, "takes", lambda *_: False)
     return FORMS[request.param]
 
 
@@ -252,7 +252,7 @@ def test_two_runs_are_bit_equal(form):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("chunk", [1, 1 << 40])
 def test_the_size_of_chunks_changes_nothing(chunk, layout, monkeypatch):
-    monkeypatch.setattr(native, "takes", lambda x: False)
+    monkeypatch.setattr(native, "takes", lambda *_: False)
     monkeypatch.setattr(eager, "CHUNK", chunk)
     oracle.assert_matches(closed_form_eager, oracle.make_case((3, 12, 5, 6), 4, layout=layout))
 
@@ -272,7 +272,7 @@ def test_the_size_of_chunks_changes_nothing(chunk, layout, monkeypatch):
 @pytest.mark.parametrize("built", [False, pytest.param(True, marks=needs_native)])
 def test_saved_for_backward_beyond_the_input(shape, share, built, monkeypatch):
     if not built:
-        monkeypatch.setattr(native, "takes", lambda x: False)
+        monkeypatch.setattr(native, "takes", lambda *_: False)
     layer, x = EmaAttn(shape[1]), torch.randn(shape, requires_grad=True)
     kept = saved_bytes(lambda: layer(x), [x, *layer.parameters()])
     assert 0 < kept <= share * x.nbytes
@@ -281,7 +281,7 @@ def test_saved_for_backward_beyond_the_input(shape, share, built, monkeypatch):
 @pytest.mark.parametrize("built", [False, pytest.param(True, marks=needs_native)])
 def test_inference_holds_at_most_two_temporaries_of_the_inputs_size(built, monkeypatch):
     if not built:
-        monkeypatch.setattr(native, "takes", lambda x: False)
+        monkeypatch.setattr(native, "takes", lambda *_: False)
     layer, x = EmaAttn(256), torch.randn(4, 256, 56, 56)
 
     @torch.no_grad()
@@ -445,17 +445,18 @@ def test_native_kernel_is_right_at_any_number_of_threads(threads):
 
 def test_a_missing_native_kernel_is_said_once(monkeypatch, caplog):
     monkeypatch.setenv("EMA_TIMM_NATIVE", "0")
-    for cached in (native.library, native._find):
+    caches = (library.library, library.has_float16, library._find, native._dtypes)
+    for cached in caches:
         cached.cache_clear()
     try:
         case = oracle.make_case((1, 8, 3, 4), 2)
         for _ in range(2):
             oracle.assert_matches(closed_form_eager, case)
         assert len([r for r in caplog.records if "EMA_TIMM_NATIVE" in r.message]) == 1
-        assert "switched off" in native.status()
+        assert "switched off" in library.status()
     finally:
         monkeypatch.undo()
-        for cached in (native.library, native._find):
+        for cached in caches:
             cached.cache_clear()
 
 

@@ -1,6 +1,6 @@
 """What autograd sees of the closed form: one node, whose backward is written out by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ema_timm.ops.closed_form import eager, native
 from ema_timm.ops.closed_form.formula import closed_form, fold, statistics_type
-from ema_timm.ops.closed_form.saved import Saved
+from ema_timm.ops.closed_form.saved import Saved, restored
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 
@@ -27,10 +27,11 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
     """
+    x = _with_memory(x)
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
         return _ClosedForm.apply(x, groups, *weights)
     folded = fold(statistics_type(x, weights))
-    return kernel(x).forward(x, folded, groups, save=False)[0]
+    return kernel(x, weights).forward(x, folded, groups, save=False)[0]
 
 
 def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
@@ -44,15 +45,58 @@ def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> 
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
     """
-    return kernel(x).forward(x, weights, groups, save=False)[0]
+    x = _with_memory(x)
+    return kernel(x, weights).forward(x, weights, groups, save=False)[0]
 
 
-def kernel(x: Tensor) -> ModuleType:
+def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:
     """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
 
-    Both modules have a ``forward`` and a ``backward`` of one signature.
+    Both modules have a ``forward`` and a ``backward`` of one signature; `native.takes` says what
+    the arguments are.
     """
-    return native if native.takes(x) else eager
+    return native if native.takes(x, others) else eager
+
+
+def hand_written_backward(
+    grad: Tensor,
+    x: Tensor,
+    saved: Saved,
+    weights: EmaWeights,
+    groups: int,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, EmaWeights | None]:
+    """Gradients by `kernel`, from what the forward saved and autograd handed back.
+
+    Args:
+        grad: Gradient of the output, (B, C, H, W).
+        x: The input, (B, C, H, W).
+        saved: From the forward.
+        weights: Parameters of the layer.
+        groups: G.
+        need_x: Whether the gradient of ``x`` is wanted.
+        need_weights: Whether the gradients of the parameters are wanted.
+
+    Returns:
+        The gradient of ``x`` in its type and layout, and those of the parameters; None where not
+        wanted.
+    """
+    grad = _with_memory(grad)
+    x, saved, weights = restored(grad, x, saved, weights, groups)
+    chosen = kernel(x, (*weights, *saved, grad))
+    return chosen.backward(grad, x, saved, weights, groups, need_x, need_weights)
+
+
+def _with_memory(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy where it is autograd's tensor of zeros that has no memory."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands for many, as in ``torch.autograd.grad(is_grads_batched=True)``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -60,7 +104,7 @@ class _ClosedForm(torch.autograd.Function):
     def forward(ctx, x, groups, *weights):
         """Gate ``x``, (B, C, H, W), by the six `EmaWeights` of a layer, and keep `Saved`."""
         folded = fold(statistics_type(x, EmaWeights(*weights)))
-        out, saved = kernel(x).forward(x, folded, groups, save=True)
+        out, saved = kernel(x, weights).forward(x, folded, groups, save=True)
         ctx.save_for_backward(x, *weights, *saved)
         ctx.groups = groups
         return out
@@ -71,12 +115,11 @@ class _ClosedForm(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         weights, saved = EmaWeights(*rest[:6]), Saved(*rest[6:])
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
+        if torch.is_grad_enabled() or _is_batched(grad) or native.is_watched():
+            # create_graph, whose result must be differentiable again; or vmap, or a tracer.
             dx, dw = differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
             return dx, None, *dw
-        dx, dw = kernel(x).backward(
-            grad, x, saved, statistics_type(x, weights), ctx.groups, need_x, any(need)
-        )
+        dx, dw = hand_written_backward(grad, x, saved, weights, ctx.groups, need_x, any(need))
         if dw is None:
             return dx, None, *[None] * 6
         dw = [d.to(w.dtype) if n else None for d, w, n in zip(dw, weights, need, strict=True)]
@@ -99,7 +142,7 @@ def differentiable_backward(
     need_x: bool,
     need: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of ``x`` and of the weights as recorded operations, for derivatives of them.
+    """Gradients of ``x`` and the weights by autograd of the formula, recorded in grad mode.
 
     Args:
         grad: Gradient of the output, (B, C, H, W).
@@ -112,10 +155,13 @@ def differentiable_backward(
     Returns:
         The gradient of ``x``, (B, C, H, W), and those of the parameters; None where not wanted.
     """
-    # Aliases, so that a path from x back to the same weights (a layer used twice) stays outside.
-    inputs = [x.view_as(x), *[w.view_as(w) for w in weights]]
-    wanted = [t for t, n in zip(inputs, [need_x, *need], strict=True) if n]
-    out = closed_form(inputs[0], EmaWeights(*inputs[1:]), groups)
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that a path from x back to the same weights (a layer used twice) stays
+        # outside.
+        inputs = [x.view_as(x), *[w.view_as(w) for w in weights]]
+        wanted = [t for t, n in zip(inputs, [need_x, *need], strict=True) if n]
+        out = closed_form(inputs[0], EmaWeights(*inputs[1:]), groups)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=recorded))
     dx, *dw = [next(found) if n else None for n in [need_x, *need]]
     return dx, dw

@@ -2,17 +2,14 @@
 
 The library holds no PyTorch symbol, so one build serves every PyTorch. It shares the OpenMP
 threads that PyTorch has started. Where it is absent (no compiler at install time, a platform it
-does not know) `eager` does the same in PyTorch, and the log says so once.
+does not know) `eager` does the same in PyTorch, and `library` logs it once.
 
 B batch, C channels, G groups, n = C / G, H height, W width; BG = B·G tiles.
 """
 
 import ctypes
-import importlib.machinery
-import logging
-import os
+from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,15 +17,15 @@ from torch import Tensor
 
 from ema_timm.ops.closed_form.formula import fold
 from ema_timm.ops.closed_form.gradients import finish_weights
+from ema_timm.ops.closed_form.library import has_float16, library
 from ema_timm.ops.closed_form.saved import Saved, new_saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
-_logger = logging.getLogger(__name__)
-
-ABI = 1
-"""What ``ema_abi()`` of a library built from this version's source returns."""
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_STRIDED = torch.strided
+# What has no memory points at null plus its offset; asking the storage itself costs more.
+_LOW = 1 << 32
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 class _Shape(ctypes.Structure):
@@ -67,54 +64,59 @@ class _Sums(NamedTuple):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The library, or None where there is none; the reason is in the log and in `status`."""
-    library, reason = _find()
-    if library is None:
-        _logger.warning("EMA attention runs on PyTorch operators on the CPU: %s.", reason)
-    return library
+def _dtypes() -> dict[torch.dtype, int]:
+    """The types of maps that the library takes, and its numbers for them; empty without one."""
+    if library() is None:
+        return {}
+    found = {torch.float32: 0, torch.bfloat16: 1}
+    return {**found, torch.float16: 2} if has_float16() else found
 
 
-def status() -> str:
-    """One line on the CPU kernel, for people: in use, or why not."""
-    library, reason = _find()
-    return reason if library is None else "native kernel"
+def takes(x: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether the kernel can run; it gets bare pointers, so every tensor is looked at.
 
+    It can on plain, strided CPU tensors, where a library was built and no dispatch mode is on,
+    which would not see what the kernel does.
 
-@cache
-def _find() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("EMA_TIMM_NATIVE", "1") == "0":
-        return None, "the native kernel is switched off by EMA_TIMM_NATIVE=0"
-    here = Path(__file__).parent
-    names = [f"_kernel{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((here / name for name in names if (here / name).exists()), None)
-    if path is None:
-        return None, "the native kernel was not built (it needs GCC or clang with OpenMP)"
-    try:
-        found = ctypes.CDLL(str(path))
-        abi = found.ema_abi()
-    except (OSError, AttributeError) as error:
-        return None, f"the native kernel did not load ({error})"
-    if abi != ABI:
-        return None, f"the native kernel is of another version ({abi}, not {ABI}): reinstall"
-    found.ema_sums_size.restype = ctypes.c_int64
-    found.ema_sums_size.argtypes = [ctypes.c_int64]
-    return found, ""
+    Args:
+        x: (B, C, H, W).
+        others: All else from outside: the layer's parameters, folded or not, and in the backward
+            what `Saved` keeps and the gradient.
 
-
-def takes(x: Tensor) -> bool:
-    """Whether the kernel can run on ``x``, (B, C, H, W).
-
-    It can on a plain, strided CPU tensor of at most 32 bits a number, where a library was built.
+    Raises:
+        RuntimeError: If the memory of a tensor was freed: PyTorch's operators would crash on it.
     """
+    if not x.is_cpu or x.dtype not in _dtypes():
+        return False
+    if x.numel() == 0 or torch._C._len_torch_dispatch_stack():
+        return False
+    # Every call comes through here, so the loop stands alone and asks the cheapest way.
+    for tensor in (x, *others):
+        if (
+            type(tensor) not in _PLAIN
+            or not tensor.is_cpu
+            or tensor.layout is not _STRIDED
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
+        ):
+            return False
+        if tensor.data_ptr() < _LOW and _is_freed(tensor):
+            raise RuntimeError(
+                f"The memory of a tensor of shape {tuple(tensor.shape)} was freed before EMA "
+                "attention read it. Call the layer, and its backward, while its tensors are there."
+            )
+    return True
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode is on, as in make_fx and under fake tensors."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and x.layout == torch.strided
-        and x.dtype in _DTYPES
-        and not x.is_neg()
-        and x.numel() > 0
-        and library() is not None
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     )
 
 
@@ -203,7 +205,7 @@ def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int, w: FoldedWe
         channels // groups,
         height,
         width,
-        _DTYPES[x.dtype],
+        _dtypes()[x.dtype],
         torch.get_num_threads(),
         w.vote_bias.shape[0],
         strides(*x.stride()),

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_timm.ops.weights import EmaWeights, shapes
+
 
 class Saved(NamedTuple):
     """What the backward needs; BG = B·G tiles, n = C / G channels of a group, H height, W width.
@@ -35,3 +37,41 @@ def new_saved(x: Tensor, groups: int, dtype: torch.dtype) -> Saved:
         x.new_empty((tiles, height, width), dtype=dtype),
         x.new_empty((4, tiles, n), dtype=dtype),
     )
+
+
+def restored(
+    grad: Tensor, x: Tensor, saved: Saved, weights: EmaWeights, groups: int
+) -> tuple[Tensor, Saved, EmaWeights]:
+    """``x``, ``saved`` and ``weights`` as the forward had them, the weights in its wide type.
+
+    Hooks on saved tensors may hand back equal numbers in another type or at other strides.
+
+    Args:
+        grad: The gradient of the output, (B, C, H, W), in the type that ``x`` had.
+        x: What came back for the input.
+        saved: What came back for the rest.
+        weights: What came back for the parameters.
+        groups: G.
+
+    Raises:
+        RuntimeError: If something came back in another shape.
+    """
+    batch, channels, height, width = grad.shape
+    tiles, n = batch * groups, channels // groups
+    back = (x, *saved, *weights)
+    if tuple([t.shape for t in back]) != (
+        grad.shape,
+        (tiles, n, height + width),
+        (tiles, height, width),
+        (4, tiles, n),
+        *shapes(weights, n),
+    ):
+        raise RuntimeError(
+            "A hook on saved tensors must give back the shape that it was given; EMA attention "
+            f"got {[tuple(t.shape) for t in back]} for an input of shape {tuple(grad.shape)}."
+        )
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    # A `to` that changes nothing takes longer than all the checks here.
+    wide = [t if t.dtype is dtype else t.to(dtype) for t in (*saved, *weights)]
+    x = x if x.dtype is grad.dtype else x.to(grad.dtype)
+    return x, Saved(*[t.contiguous() for t in wide[:3]]), EmaWeights(*wide[3:])

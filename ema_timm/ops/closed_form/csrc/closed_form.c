@@ -5,6 +5,9 @@
  * instruction set and chosen at run time, so a binary built on one machine runs on another.
  */
 #include "interface.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -14,12 +17,24 @@ typedef struct {
     Backward *backward;
 } Variant;
 
+#if defined(__x86_64__)
+/* Not every clang knows the name "f16c" below. Asked once: a virtual machine stops for cpuid. */
+static int has_f16c;
+
+__attribute__((constructor)) static void ask_for_f16c(void) {
+    unsigned a, b, c = 0, d;
+    has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+/* All that a variant's target names is asked for. */
 static Variant best_variant(void) {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-        return (Variant){forward_avx512, backward_avx512};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c) {
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
+            return (Variant){forward_avx512, backward_avx512};
         return (Variant){forward_avx2, backward_avx2};
+    }
 #endif
     return (Variant){forward_baseline, backward_baseline};
 }
@@ -39,7 +54,15 @@ static void use_large_pages(const Shape *s, void *map) {
 #endif
 }
 
-int ema_abi(void) { return EMA_ABI; }
+uint64_t ema_abi(void) { return EMA_ABI; }
+
+int ema_features(void) {
+#ifdef EMA_FLOAT16
+    return HAS_FLOAT16;
+#else
+    return 0;
+#endif
+}
 
 int64_t ema_sums_size(int64_t n) { return sums_size(n); }
 

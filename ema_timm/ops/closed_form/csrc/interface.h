@@ -8,8 +8,17 @@
 
 #include <stdint.h>
 
-/* Whoever changes a structure below, or what one of them means, counts up here and in native.py. */
-#define EMA_ABI 1
+/* The digest of this folder's files: library.py takes only a library built from those it has. */
+#ifndef EMA_ABI
+#define EMA_ABI 0 /* built by hand, and never taken */
+#endif
+
+/* Bits of ema_features(): what not every compiler has. -DEMA_NO_FLOAT16 leaves it out. */
+enum { HAS_FLOAT16 = 1 };
+
+#if defined(__FLT16_MANT_DIG__) && !defined(EMA_NO_FLOAT16)
+#define EMA_FLOAT16
+#endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 

@@ -25,7 +25,7 @@ INLINE void load_row(float *to, const void *from, int64_t offset, int64_t step, 
             memcpy(to + w, &bits, 4);
         }
     } else {
-#ifdef __FLT16_MANT_DIG__
+#ifdef EMA_FLOAT16
         const _Float16 *p = (const _Float16 *)from + offset;
         for (int64_t w = 0; w < width; w++) to[w] = (float)p[w * step];
 #endif
@@ -50,7 +50,7 @@ INLINE void store_row(void *to, int64_t offset, int64_t step, const float *from,
             p[w * step] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : even);
         }
     } else {
-#ifdef __FLT16_MANT_DIG__
+#ifdef EMA_FLOAT16
         _Float16 *p = (_Float16 *)to + offset;
         for (int64_t w = 0; w < width; w++) p[w * step] = (_Float16)from[w];
 #endif
