@@ -8,7 +8,6 @@ B batch, C channels, G groups, n = C / G, H height, W width; BG = B·G tiles.
 """
 
 import ctypes
-import importlib.machinery
 import logging
 import os
 from functools import cache
@@ -85,13 +84,11 @@ def status() -> str:
 def _find() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("EMA_TIMM_NATIVE", "1") == "0":
         return None, "the native kernel is switched off by EMA_TIMM_NATIVE=0"
-    here = Path(__file__).parent
-    names = [f"_kernel{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((here / name for name in names if (here / name).exists()), None)
-    if path is None:
+    path = Path(__file__).parent / "_kernel.so"
+    if not path.exists():
         return None, "the native kernel was not built (it needs GCC or clang with OpenMP)"
     try:
-        found = ctypes.CDLL(str(path))
+        found = _open(path)
         abi = found.ema_abi()
     except (OSError, AttributeError) as error:
         return None, f"the native kernel did not load ({error})"
@@ -100,6 +97,19 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     found.ema_sums_size.restype = ctypes.c_int64
     found.ema_sums_size.argtypes = [ctypes.c_int64]
     return found, ""
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """The library, with the OpenMP that PyTorch has loaded."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        # A PyTorch that keeps its OpenMP to itself: the same library again, or the system's.
+        try:
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            raise error from None
+        return ctypes.CDLL(str(path))
 
 
 def takes(x: Tensor) -> bool:
