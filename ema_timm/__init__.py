@@ -6,7 +6,7 @@ when timm is imported; it imports neither torch nor timm by itself.
 
 import ema_timm_autoload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "EmaAttn": "ema_timm.attention",

@@ -7,7 +7,6 @@ does not have, and why the compiler failed, where it did.
 
 import ctypes
 import hashlib
-import importlib.machinery
 import json
 import logging
 import os
@@ -15,6 +14,9 @@ from functools import cache
 from pathlib import Path
 
 _logger = logging.getLogger(__name__)
+
+NAME = "_kernel.so"
+"""The library's file, whatever Python is installed."""
 
 NOTE = "_kernel.json"
 """What the build leaves beside the library: ``abi``, and ``failure``, one line or null."""
@@ -64,14 +66,12 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("EMA_TIMM_NATIVE", "1") == "0":
         return None, "the native kernel is switched off by EMA_TIMM_NATIVE=0"
     abi, failure = _built()
-    names = [f"_kernel{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((_HERE / name for name in names if (_HERE / name).exists()), None)
     if failure:
         return None, f"the native kernel could not be built ({failure}); it needs {_COMPILERS}"
-    if path is None:
+    if not (_HERE / NAME).exists():
         return None, f"the native kernel was not built (it needs {_COMPILERS})"
     try:
-        found = ctypes.CDLL(str(path))
+        found = _open(_HERE / NAME)
         found.ema_abi.restype = ctypes.c_uint64
         same = found.ema_abi() == abi
     except (OSError, AttributeError) as error:
@@ -81,6 +81,19 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     found.ema_sums_size.restype = ctypes.c_int64
     found.ema_sums_size.argtypes = [ctypes.c_int64]
     return found, ""
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """The library, with the OpenMP that PyTorch has loaded."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        # A PyTorch that keeps its OpenMP to itself: the same library again, or the system's.
+        try:
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            raise error from None
+        return ctypes.CDLL(str(path))
 
 
 def _built() -> tuple[int | None, str | None]:

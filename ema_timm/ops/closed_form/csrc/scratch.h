@@ -5,7 +5,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #ifdef _OPENMP
-#include <omp.h>
+/* What is needed of omp.h, which compilers without an OpenMP of their own do not bring. */
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
 #endif
 
 /* Memory handed out part by part. A layout is taken twice: without memory, to learn in `used` how
