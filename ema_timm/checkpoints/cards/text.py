@@ -98,7 +98,7 @@ def _training(results: dict) -> str:
     text = (
         f"## How it was trained\n\n{_start(base)}"
         f"{f' on {images} images' if images else ''} with `{script}`"
-        f"{_epoch(results)}.\n\nSettings: {used}. Every setting"
+        f"{_epoch(results)}.{_in_parts(results)}\n\nSettings: {used}. Every setting"
         f"{' and the history of all epochs are' if results.get('history') else ' is'} in "
         "`results.json`."
     )
@@ -126,6 +126,18 @@ def _epoch(results: dict) -> str:
         kind = "averaged weights (the other EMA)" if averaged else "weights"
         return f"; these are the {kind} of epoch {results['epoch']}"
     return ""
+
+
+def _in_parts(results: dict) -> str:
+    """That the run went on after its end, so that its settings say not all of its schedule."""
+    ends = results.get("extended_after")
+    if not ends:
+        return ""
+    once = f"epoch {ends[0]}" if len(ends) == 1 else f"epochs {', '.join(map(str, ends))}"
+    return (
+        f" The run was finished after {once} and extended, each time as a new run from its last "
+        "weights with a schedule of its own."
+    )
 
 
 def _plots(results: dict, name: str, shown: str) -> list[str]:
