@@ -129,15 +129,20 @@ def _epoch(results: dict) -> str:
 
 
 def _in_parts(results: dict) -> str:
-    """That the run went on after its end, so that its settings say not all of its schedule."""
-    ends = results.get("extended_after")
-    if not ends:
-        return ""
-    once = f"epoch {ends[0]}" if len(ends) == 1 else f"epochs {', '.join(map(str, ends))}"
-    return (
-        f" The run was finished after {once} and extended, each time as a new run from its last "
-        "weights with a schedule of its own."
-    )
+    """That the run went on after its end, or ended before: its settings say not all of it."""
+    ends, early, text = results.get("extended_after"), results.get("stopped_early"), ""
+    if ends:
+        once = f"epoch {ends[0]}" if len(ends) == 1 else f"epochs {', '.join(map(str, ends))}"
+        text = (
+            f" The run was finished after {once} and extended, each time as a new run from its "
+            "last weights with a schedule of its own."
+        )
+    if early:
+        text += (
+            f" It ended after epoch {early['epoch']}: the last {early['patience']} had brought "
+            "nothing better."
+        )
+    return text
 
 
 def _plots(results: dict, name: str, shown: str) -> list[str]:
