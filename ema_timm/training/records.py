@@ -25,7 +25,7 @@ _SCALARS = {
 
 
 class Records:
-    """What ``--log`` asks for, in the folder of the run's states.
+    """What ``--record`` asks for, in the folder of the run's states.
 
     Args:
         config: The run's settings.
@@ -37,8 +37,8 @@ class Records:
 
     def __init__(self, config: FinetuneConfig, main: bool):
         self.folder = Path(config.output) / "training"
-        self.table = self.folder / "summary.csv" if main and "csv" in config.log else None
-        self.writer = _summary_writer() if main and "tensorboard" in config.log else None
+        self.table = self.folder / "summary.csv" if main and "csv" in config.record else None
+        self.writer = _summary_writer() if main and "tensorboard" in config.record else None
         self.board = None
 
     @contextlib.contextmanager
@@ -94,6 +94,6 @@ def _summary_writer() -> type:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
-            "--log tensorboard needs TensorBoard: pip install 'ema-timm[tensorboard]'"
+            "--record tensorboard needs TensorBoard: pip install 'ema-timm[tensorboard]'"
         ) from error
     return SummaryWriter

@@ -75,10 +75,11 @@ class FinetuneConfig:
     channels_last: bool = option(False, "channels-last memory format", flag=True)
     workers: int = option(2, "data loading processes")
     seed: int = option(42, "random seed")
-    log: list[str] = field(
+    # Not --log: torchrun takes that for the start of an option of its own.
+    record: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "records of the epochs to write into OUTPUT/training",
+            "help": "what to write the epochs into as well, in OUTPUT/training",
             "several": True,
             "choices": ("csv", "tensorboard"),
         },
@@ -86,7 +87,7 @@ class FinetuneConfig:
 
     ANYTIME = (
         *("data_dir", "dataset", "val_split", "check", "output", "device", "workers"),
-        *("log", "patience"),
+        *("record", "patience"),
     )
     """Fields that may differ when a run resumes; every other one is part of what it computes.
 

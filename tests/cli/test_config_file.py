@@ -33,7 +33,7 @@ def file(tmp_path):
 def test_a_file_says_what_options_would_and_the_command_line_wins(file, started):
     text = (
         "model: test_resnet_ema\ndata_dir: flowers\noutput: runs/a\nlr: 5e-4\nval-split: 0.2\n"
-        "epochs: 7\namp: true\nmodel_kwargs: {ema_groups: 8}\nlog: [csv]\nweights:\n"
+        "epochs: 7\namp: true\nmodel_kwargs: {ema_groups: 8}\nrecord: [csv]\nweights:\n"
     )
     assert main(["finetune", "-c", file(text), "--epochs", "3", "--no-amp"]) == 0
     assert (
@@ -41,7 +41,7 @@ def test_a_file_says_what_options_would_and_the_command_line_wins(file, started)
             [
                 *("finetune", "--model", "test_resnet_ema", "--data-dir", "flowers"),
                 *("--output", "runs/a", "--lr", "5e-4", "--val-split", "0.2", "--epochs", "3"),
-                *("--no-amp", "--model-kwargs", "ema_groups=8", "--log", "csv"),
+                *("--no-amp", "--model-kwargs", "ema_groups=8", "--record", "csv"),
             ]
         )
         == 0
@@ -60,7 +60,7 @@ def test_a_file_says_what_options_would_and_the_command_line_wins(file, started)
         ("lr: true", "lr must be a number"),
         ("amp: 'on'", "amp must be true or false"),
         ("amp_dtype: float8", "amp_dtype must be one of bfloat16, float16"),
-        ("log: [wandb]", "log must be a list of csv, tensorboard"),
+        ("record: [wandb]", "record must be a list of csv, tensorboard"),
         ("model_kwargs: 3", "model_kwargs must be a mapping"),
         ("model: [a]", "model must be text"),
         ("- lr", "must hold lines such as"),

@@ -80,7 +80,7 @@ def test_a_run_that_is_older_than_a_setting_continues(config):
     first = run(config, epochs=1)
     saved = RunState(config.output)
     state = saved.load()
-    for name in (*ALL, "patience", "log"):
+    for name in (*ALL, "patience", "record"):
         state["config"].pop(name)
         state["identity"]["arguments"].pop(name, None)
     for name in ("averaged", "gradients"):
@@ -167,7 +167,7 @@ def test_two_processes_with_every_setting_keep_one_network(config, tmp_path):
     """DDP is told anew what learns; the averages of both are of the same statistics."""
     more = [f"--{name.replace('_', '-')}={value}" for name, value in ALL.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    args = cli(config, "--epochs", 3, "--batch-size", 6, "--log", "csv", "--patience", 5, *more)
+    args = cli(config, "--epochs", 3, "--batch-size", 6, "--record", "csv", "--patience", 5, *more)
     done = subprocess.run(
         [*command, "2", "-m", "ema_timm", *args],
         capture_output=True,
@@ -281,7 +281,7 @@ def test_logs_hold_every_epoch_once_whatever_interrupts(config, tmp_path, monkey
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = dataclasses.replace(config, epochs=3, log=["csv", "tensorboard"])
+    config = dataclasses.replace(config, epochs=3, record=["csv", "tensorboard"])
     folder = tmp_path / "run" / "training"
     interrupt(monkeypatch, 8)
     with pytest.raises(InterruptedRunError):
@@ -304,7 +304,7 @@ def test_logs_hold_every_epoch_once_whatever_interrupts(config, tmp_path, monkey
 
 def test_tensorboard_that_is_missing_is_said_before_training(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    assert main(cli(config, "--log", "csv", "tensorboard")) == 2
+    assert main(cli(config, "--record", "csv", "tensorboard")) == 2
     assert "pip install 'ema-timm[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
