@@ -117,7 +117,8 @@ class Run:
         """
         loss, seconds = self.loop.mean_loss(self.position), self.position.seconds
         if self.process.count > 1:
-            for model in {self.parts.network.model, self.network.model}:
+            # In one order on every process.
+            for model in dict.fromkeys((self.parts.network.model, self.network.model)):
                 distribute_bn(model, self.process.count, reduce=True)
         metrics = self._measure()
         self.position.end_epoch()

@@ -68,6 +68,7 @@ class TrainStep:
             self.averaged = ModelEmaV3(model, decay=config.average_weights)
         self.backbone, self.freeze_epochs = Backbone(model), config.freeze_epochs
         self.parallel = None
+        self.begin_epoch(first)
 
     @property
     def evaluated(self) -> nn.Module:
