@@ -132,6 +132,7 @@ def test_averaged_weights_are_measured_and_kept(config, digits, tmp_path):
     state, kept = RunState(config.output).load(), load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(state["averaged"][name], tensor) for name, tensor in kept.items())
     assert not torch.equal(state["model"]["fc.weight"], kept["fc.weight"])
+    assert "averaged weights (decay 0.8)" in (tmp_path / "run" / "README.md").read_text()
     model = timm.create_model(f"local-dir:{config.output}", pretrained=True)
     assert validate(model, digits)["correct"] == results["metrics"]["correct"]
 

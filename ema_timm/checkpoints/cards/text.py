@@ -117,8 +117,10 @@ def _start(base: dict | None) -> str:
 
 def _epoch(results: dict) -> str:
     if results.get("best_epoch"):
+        decay = results.get("arguments", {}).get("average_weights")
+        kind = f"averaged weights (decay {decay:g})" if decay else "weights"
         return (
-            f"; these are the weights of epoch {results['best_epoch']}, the best by top-1 on the "
+            f"; these are the {kind} of epoch {results['best_epoch']}, the best by top-1 on the "
             "validation images"
         )
     if results.get("epoch"):
