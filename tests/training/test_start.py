@@ -7,8 +7,9 @@ import struct
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from support.runs import cli, run
+from timm.models import get_pretrained_cfg
 
 from ema_timm.checkpoints.bounds import LONGEST_HEADER
 from ema_timm.cli import main
@@ -100,3 +101,18 @@ def test_weights_of_a_folder_are_bounded_too(config, tmp_path, capsys):
     file.write_bytes(struct.pack("<Q", len(header)) + header)
     more = ["--model", f"local-dir:{tmp_path / 'run'}", "--output", tmp_path / "b", "--pretrained"]
     assert "has a header of" in refused(cli(config, *more), capsys)
+
+
+def test_a_timm_name_starts_from_the_file_of_its_repository(stage, config, tmp_path):
+    hub, worker = stage
+    state, repository = weights_of(PLAIN), get_pretrained_cfg(PLAIN).hf_hub_id
+    hub.store.put(repository, {"model.safetensors": save(state)}, "Publish")
+    done = worker.run(*cli(config, "--model", PLAIN, "--pretrained", "--epochs", 1, "--lr", 1e-12))
+    assert done["code"] == 0, done["err"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["base"]["hub_repository"] == repository
+    trained = load_file(tmp_path / "run" / "model.safetensors")
+    name = "layer1.0.conv1.weight"
+    torch.testing.assert_close(trained[name], state[name], rtol=1e-4, atol=1e-6)
+    assert str(tmp_path) not in (tmp_path / "run" / "config.json").read_text()
+    assert '"file"' not in (tmp_path / "run" / "config.json").read_text()
