@@ -3,11 +3,15 @@
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ema_timm.errors import UserError
+
+_PASSING = re.compile(r"\..+\.(\d+)\.tmp|\.(\d+)\.writable")
+"""Names of files that are just being written, with the process that writes them."""
 
 
 def write_whole(final: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
@@ -51,6 +55,31 @@ def make_writable(folder: Path) -> None:
             f"cannot write to {folder}: {error.strerror}. Free or unlock it, or give another "
             "folder."
         ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone were just writing in ``folder``, under passing names.
+
+    Those of this process's number too: where it is always the same, as in a container, it was
+    another process's.
+    """
+    for file in folder.glob(".*"):
+        found = _PASSING.fullmatch(file.name)
+        if found and not _lives_elsewhere(int(found[1] or found[2])):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _lives_elsewhere(process: int) -> bool:
+    if process == os.getpid() or os.name != "posix":  # Windows keeps the open files of the living
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def sha256(path: Path) -> str:

@@ -43,6 +43,9 @@ def _add_option(command: argparse.ArgumentParser, setting) -> None:
     shown = {"default": argparse.SUPPRESS}
     if setting.metadata.get("pairs"):
         command.add_argument(flag, nargs="+", type=pair, metavar="KEY=VALUE", help=help, **shown)
+    elif setting.metadata.get("several"):
+        choices = setting.metadata["choices"]
+        command.add_argument(flag, nargs="+", choices=choices, help=help, **shown)
     elif setting.metadata.get("flag"):
         command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help, **shown)
     else:

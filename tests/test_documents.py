@@ -16,6 +16,7 @@ from support.stand_in_hub import StandInHub
 from timm.models import get_pretrained_cfg
 
 from ema_timm.training.quickstart import write_digits
+from ema_timm.training.settings import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "ema_timm").rglob("README.md"))]
@@ -32,17 +33,25 @@ ELSEWHERE = {
     "pytest -m gpu": "needs a GPU",
     'YOLO("yolo11n.pt")': "integrations/test_yolo_inject.py; these weights are downloaded",
 }
-# Commands run as they stand; only the work that they give the machine is cut down.
+# Commands run as they stand; only the work that they give the machine is cut down: smaller images
+# and batches, and a twentieth of the epochs.
 LESS_WORK = {
-    "finetune": "--epochs 1 --batch-size 12 --img-size 32 --workers 0 --device cpu",
+    "finetune": "--batch-size 12 --img-size 32 --workers 0 --device cpu",
     "evaluate": "--workers 0 --device cpu",
 }
+EPOCHS_AS_ONE = FinetuneConfig.epochs
 FEWER_STEPS = "epochs=1, batch_size=12, img_size=32, device='cpu', workers=0"
-SHIM = """#!/bin/sh
-case " $* " in
-{cases}
-esac
-exec {python} -m ema_timm "$@"
+SHIM = f"""#!{sys.executable}
+import os, sys
+args = sys.argv[1:]
+if args[0] == "finetune":
+    if "--epochs" in args:
+        at = args.index("--epochs") + 1
+        args[at] = str(-(-int(args[at]) // {EPOCHS_AS_ONE}))
+    elif "--resume" not in args:
+        args += ["--epochs", "1"]
+args += {LESS_WORK}.get(args[0], "").split()
+os.execv(sys.executable, [sys.executable, "-m", "ema_timm", *args])
 """
 PRELUDE = (
     "import timm, torch\n"
@@ -104,11 +113,8 @@ def desk(tmp_path_factory, digits, trained, hub_env):
     write_digits(place / "runs" / "quickstart" / "digits")
     shutil.copytree(trained, place / "runs" / "quickstart" / "run")
     (place / "bin").mkdir()
-    cases = "\n".join(
-        f'    *" {name} "*) set -- "$@" {more} ;;' for name, more in LESS_WORK.items()
-    )
     for name, text in {
-        "ema-timm": SHIM.format(cases=cases, python=sys.executable),
+        "ema-timm": SHIM,
         "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
     }.items():
         (place / "bin" / name).write_text(text)

@@ -35,6 +35,9 @@ Of a training, where one is known (`ema_timm.training.finetune` writes all of th
   ``versions``.
 - ``extended_after``: numbers of epochs after which a finished run was extended: there a new run
   began, from the last weights, with a schedule of its own.
+- ``stopped_early``: where a run ended before its last epoch: the ``epoch``, and the ``patience``
+  that it had: so many epochs in a row brought none better.
+- ``class_weights``: weights of the classes in the loss, by name, where there were some.
 - ``trained_with``: the script, where it is not `ema_timm.training.finetune`; ``epoch`` of its
   checkpoint.
 - ``checkpoint``: ``file`` that the folder was written from, and whether its ``averaged`` weights.
@@ -68,6 +71,7 @@ _PATHS = (
     "initial_checkpoint",
     "pretrained_path",
     "config",
+    "class_weights",
 )
 _SYSTEMS = (PurePosixPath, PureWindowsPath)
 

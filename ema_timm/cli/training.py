@@ -6,6 +6,7 @@ import os
 from ema_timm.errors import UserError
 from ema_timm.options import add_options, given_options
 from ema_timm.training.settings import FinetuneConfig
+from ema_timm.training.settings_file import read_settings
 
 
 def add_commands(commands) -> None:
@@ -32,11 +33,20 @@ def _add_finetune(commands) -> None:
         help="continue the interrupted run in --output, with its settings; a finished one "
         "with more --epochs, as a new run from its last weights",
     )
+    command.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE.yaml",
+        default=argparse.SUPPRESS,
+        help="settings from a YAML file; those on the command line win over it",
+    )
     command.set_defaults(run=_finetune)
 
 
 def _finetune(args: argparse.Namespace) -> int:
     given = given_options(args, FinetuneConfig)
+    if hasattr(args, "config"):
+        given = {**read_settings(args.config), **given}
     _check_given(given, ["output"] if args.resume else ["model", "data_dir", "output"])
 
     from ema_timm.training.finetune import continue_run, finetune

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import PIL
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ema_timm.errors import UnreadableImageError
 from ema_timm.files import write_whole

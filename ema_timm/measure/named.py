@@ -139,8 +139,8 @@ def open_named(
     if kind not in _KINDS:
         raise UserError(
             f"--dataset {name}: a run that can continue exactly takes images by their number, "
-            f"from {' or '.join(f'{kind}/NAME' for kind in _KINDS)} or a folder. Train on "
-            "streams with timm's train.py."
+            f"from {' or '.join(f'{kind}/NAME' for kind in _KINDS)} or a folder. Unpack the "
+            "shards of a stream, or train on it with timm's train.py."
         )
     try:
         inner = create_dataset(name, root=str(data_dir), split=split)

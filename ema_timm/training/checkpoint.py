@@ -34,9 +34,18 @@ class RunCheckpoint:
         network: Its network.
         data: What identifies its images.
         process: This process.
+        class_weights: Weights of the classes in its loss.
     """
 
-    def __init__(self, config: FinetuneConfig, network: Network, data: dict, process: Process):
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        network: Network,
+        data: dict,
+        process: Process,
+        class_weights: list[float] | None = None,
+    ):
+        self.class_weights = class_weights
         self.config, self.network, self.data, self.process = config, network, data, process
         self.folder = CheckpointWriter(config.output)
 
@@ -80,12 +89,24 @@ class RunCheckpoint:
             "data": self.data,
             "arguments": public_arguments(self.config),
             "history": history.entries,
-            **({"extended_after": history.extended} if history.extended else {}),
+            **self._where_there_are(history),
             "plots": PLOTS,
             "device": str(self.process.device.type),
             "processes": self.process.count,
             "versions": versions(),
         }
+
+    def _where_there_are(self, history: History) -> dict:
+        """Keys of results.json that not every run has."""
+        epoch, patience = history.entries[-1]["epoch"], self.config.patience
+        early = history.stalled(patience) and epoch < self.config.epochs
+        weights, names = self.class_weights, self.network.classes
+        found = {
+            "extended_after": history.extended,
+            "stopped_early": {"epoch": epoch, "patience": patience} if early else None,
+            "class_weights": dict(zip(names, weights, strict=True)) if weights else None,
+        }
+        return {key: value for key, value in found.items() if value}
 
 
 def public_arguments(config: FinetuneConfig) -> dict:

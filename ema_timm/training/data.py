@@ -6,7 +6,7 @@ from pathlib import Path
 
 from timm.data import create_loader
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ema_timm.errors import UserError
 from ema_timm.measure.check import check_readable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ema_timm.measure.metrics import sum_over_processes
 from ema_timm.training.processes import Process
@@ -74,7 +74,7 @@ class EpochLoop:
         self.loader.dataset.epoch = position.epoch
         if self.process.count > 1:
             self.loader.sampler.set_epoch(position.epoch)
-        self.train_step.parallel.train()
+        self.train_step.begin_epoch(position.epoch)
         started = time.perf_counter() - position.seconds
         with self._bar(position.epoch) as bar:
             self._steps(position, stop, bar)

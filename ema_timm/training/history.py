@@ -27,7 +27,20 @@ class History:
         """Epochs done before the schedule that now runs began."""
         return self.extended[-1] if self.extended else 0
 
-    def add(self, epoch: int, train_loss: float, seconds: float, metrics: Metrics) -> bool:
+    def stalled(self, patience: int) -> bool:
+        """Whether the last ``patience`` epochs of this schedule have brought none better; 0: no."""
+        if not patience or self.best is None:
+            return False
+        return self.entries[-1]["epoch"] - max(self.best["epoch"], self.first) >= patience
+
+    def add(
+        self,
+        epoch: int,
+        train_loss: float,
+        seconds: float,
+        metrics: Metrics,
+        lr: float | None = None,
+    ) -> bool:
         """Note an epoch.
 
         Args:
@@ -35,11 +48,13 @@ class History:
             train_loss: Mean loss of its steps, as optimised.
             seconds: Time of its training.
             metrics: Counts on the validation images after it.
+            lr: Learning rate of its last step, the mean over the groups of parameters.
 
         Returns:
             Whether it is the best so far.
         """
         entry = {"epoch": epoch, "train_loss": train_loss, "seconds": round(seconds, 2)}
+        entry |= {} if lr is None else {"lr": lr}
         entry |= metrics._asdict()
         self.entries.append(entry)
         best = self.best

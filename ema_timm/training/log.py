@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ema_timm.training.checkpoint import PLOTS
 from ema_timm.training.data import Images
@@ -59,6 +59,14 @@ class Log:
             f"epoch {last['epoch']}/{self.config.epochs}  train loss {last['train_loss']:.4f}  "
             f"top-1 {last['top1']:.2f}% of {last['images']} images  "
             f"(best {history.best['top1']:.2f}%)  {last['seconds']:.1f} s"
+        )
+
+    def stopped_early(self, history: History) -> None:
+        """Tell that the run ended before its last epoch, and why."""
+        self._tell(
+            f"no epoch was better than {history.best['epoch']} in the last {self.config.patience}: "
+            f"the run ends after {history.entries[-1]['epoch']} of {self.config.epochs}. --resume "
+            "with more --patience goes on"
         )
 
     def _tell(self, line: str) -> None:

@@ -9,7 +9,12 @@ import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from timm.models import is_model_pretrained, load_model_config_from_hf
+from timm.models import (
+    get_pretrained_cfg,
+    is_model,
+    is_model_pretrained,
+    load_model_config_from_hf,
+)
 from timm.models._factory import parse_model_name
 from timm.models._hub import load_model_config_from_path
 from torch import nn
@@ -17,9 +22,10 @@ from torch import nn
 from ema_timm.backbones.complexity import count_macs
 from ema_timm.checkpoints.bounds import check_bounds
 from ema_timm.checkpoints.preprocessing import preprocessing
-from ema_timm.errors import HubError, UserError
+from ema_timm.errors import HubError, UserError, first_line
 from ema_timm.hub.fetch import WEIGHTS, fetch
 from ema_timm.training.settings import FinetuneConfig
+from ema_timm.training.start import check_folder, check_start
 
 _WITHOUT_NETWORK = (
     " Without network give the weights as --weights FILE, or start from none with --no-pretrained."
@@ -98,25 +104,32 @@ def create_model(
         The network, and the arguments that rebuild it beside name and classes.
 
     Raises:
-        UserError: If timm does not know the name or the arguments, or has no such weights.
+        UserError: If timm does not know the name or the arguments, or has no such weights, or
+            those are of another network.
         HubError: If the Hub does not give them, or gives them damaged.
     """
     kwargs = dict(config.model_kwargs)
-    pretrained = wants_pretrained(config)
+    pretrained = wants_pretrained(config) and fetch_weights
+    rng = torch.get_rng_state()
     try:
         model_args = {**_saved_model_args(config.model), **kwargs}
         if config.drop_path:
             kwargs["drop_path_rate"] = config.drop_path
         model = timm.create_model(
             config.model,
-            pretrained=pretrained and fetch_weights,
+            pretrained=pretrained,
             num_classes=num_classes,
-            pretrained_cfg_overlay=_weights_file(config, pretrained and fetch_weights),
+            pretrained_cfg_overlay=_weights_file(config, pretrained),
             **kwargs,
         )
+        if pretrained:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(rng)
+                blank = timm.create_model(config.model, num_classes=num_classes, **kwargs)
+            check_start(model, blank, _said_of(config))
     except (HfHubHTTPError, HFValidationError, OSError, UnpicklingError, SafetensorError) as error:
         raise UserError(
-            f"cannot load the weights of {config.model}: {_first_line(error)}{_WITHOUT_NETWORK}"
+            f"cannot load the weights of {config.model}: {_sentence(error)}{_WITHOUT_NETWORK}"
         ) from error
     except HubError as error:
         hint = "" if ":" in config.model else _WITHOUT_NETWORK
@@ -167,12 +180,33 @@ def known_descriptions(model: nn.Module, classes: list[str]) -> dict[str, str] |
 def _weights_file(config: FinetuneConfig, wanted: bool) -> dict | None:
     """The overlay of the pretrained cfg that names a file, in place of what timm would fetch."""
     file = config.weights
-    source, model_id = parse_model_name(config.model)
-    if wanted and not file and source == "hf-hub":
-        file = fetch(model_id, WEIGHTS)
+    if wanted and not file:
+        file = _start_of_name(config)
     if file and wanted:
         check_bounds(Path(file))
     return {"file": str(file), "source": ""} if file else None
+
+
+def _start_of_name(config: FinetuneConfig) -> Path | None:
+    """The file that a name stands for, fetched; None leaves it to timm."""
+    source, model_id = parse_model_name(config.model)
+    cache_dir = config.model_kwargs.get("cache_dir")
+    if source == "hf-hub":
+        return fetch(model_id, WEIGHTS, cache_dir)
+    if source == "local-dir":
+        check_folder(Path(model_id))
+        return None
+    if not is_model(model_id.partition(".")[0]) or "pretrained_cfg" in config.model_kwargs:
+        return None
+    cfg = get_pretrained_cfg(model_id)
+    if cfg is None or not cfg.hf_hub_id or cfg.hf_hub_filename or cfg.custom_load or cfg.file:
+        return None
+    return fetch(cfg.hf_hub_id, WEIGHTS, cache_dir)
+
+
+def _said_of(config: FinetuneConfig) -> str:
+    """What the weights of a start are called where they are refused."""
+    return f"--weights {config.weights}" if config.weights else f"what {config.model} names"
 
 
 def _saved_model_args(name: str) -> dict:
@@ -188,7 +222,7 @@ def _saved_model_args(name: str) -> dict:
 
 
 def _explain(error: Exception, name: str) -> str:
-    text = _first_line(error)
+    text = _sentence(error)
     if "Unknown model" in text:
         known = timm.list_models()
         near = get_close_matches(name.partition(".")[0], known, n=3)
@@ -197,6 +231,5 @@ def _explain(error: Exception, name: str) -> str:
     return text
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ") + "."
+def _sentence(error: Exception) -> str:
+    return first_line(error).rstrip(". ") + "."

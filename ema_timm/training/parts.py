@@ -29,6 +29,7 @@ def assemble(
     process: Process,
     base: dict | None = None,
     first: int = 0,
+    weights: list[float] | None = None,
 ) -> Parts:
     """Put a run together.
 
@@ -38,6 +39,7 @@ def assemble(
         process: This process.
         base: Where the first weights came from, of a run that continues.
         first: Epochs done before its schedule begins.
+        weights: Weights of the classes in its loss.
 
     Raises:
         UserError: If timm cannot build what the settings say, or the images do not suit it.
@@ -51,6 +53,6 @@ def assemble(
     training = train_loader(config, repeatable, network.preprocessing, process)
     validation = val_loader(config, images.val, network.preprocessing, process)
     train_step = TrainStep(
-        config, network.model, len(network.classes), len(training), process, first
+        config, network.model, len(network.classes), len(training), process, first, weights
     )
     return Parts(network, training, validation, train_step)

@@ -46,6 +46,7 @@ class RepeatableImages(Dataset):
 
     @transform.setter
     def transform(self, transform: Callable) -> None:
+        """Set it, on the images: they apply it where they are read."""
         self.images.transform = transform
 
 

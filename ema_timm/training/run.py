@@ -1,5 +1,6 @@
 """A run from its first epoch to its last: train, measure, note, save."""
 
+import dataclasses
 import math
 
 from timm.utils import distribute_bn
@@ -7,6 +8,7 @@ from timm.utils import distribute_bn
 from ema_timm.errors import InterruptedRunError
 from ema_timm.measure.metrics import Metrics, measure
 from ema_timm.training.checkpoint import RunCheckpoint
+from ema_timm.training.class_weights import class_weights
 from ema_timm.training.data import open_images
 from ema_timm.training.epoch import EpochLoop, Position
 from ema_timm.training.history import History
@@ -14,6 +16,7 @@ from ema_timm.training.identity import check_same_run, extends, identify
 from ema_timm.training.log import Log
 from ema_timm.training.parts import assemble
 from ema_timm.training.processes import Process
+from ema_timm.training.records import Records
 from ema_timm.training.settings import FinetuneConfig, check_settings
 from ema_timm.training.snapshot import restore, snapshot
 from ema_timm.training.state import RunState
@@ -41,7 +44,8 @@ class Run:
         self.config, self.process, self.progress = config, process, progress
         self.images = open_images(config, process, progress)
         # Once: the fingerprints in it look at every image file.
-        self.identity = identify(config, process.count, self.images.describe())
+        weights = class_weights(config.class_weights, self.images.train)
+        self.identity = identify(config, process.count, self.images.describe(), weights)
         self.saved = RunState(config.output)
         self.position, self.history = Position(), History()
         self.starts = state is None or extends(state, config)
@@ -50,12 +54,16 @@ class Run:
             done = [state["epoch"]] if self.starts else []
             self.history = History(state["history"], state["best"], state["extended"] + done)
         base = state["base"] if state else None
-        self.parts = assemble(config, self.images, process, base, self.history.first)
+        self.parts = assemble(config, self.images, process, base, self.history.first, weights)
         if state:
             self.position = restore(state, self.parts, weights_alone=self.starts)
-        network, train_step = self.parts.network, self.parts.train_step
+        train_step = self.parts.train_step
+        self.network = dataclasses.replace(self.parts.network, model=train_step.evaluated)
         self.loop = EpochLoop(config, train_step, self.parts.train_loader, process, progress)
-        self.checkpoint = RunCheckpoint(config, network, self.identity["data"], process)
+        self.checkpoint = RunCheckpoint(
+            config, self.network, self.identity["data"], process, weights
+        )
+        self.records = Records(config, process.main)
         self.log = Log(config, resumed=state is not None, shown=progress)
 
     def train(self, stop: Stop) -> dict:
@@ -67,18 +75,30 @@ class Run:
         Raises:
             InterruptedRunError: When ``stop`` was requested.
         """
-        network, device = self.parts.network, self.process.device
-        self.log.start(network, self.images, device, self.position, self.history)
+        device, best = self.process.device, self.history.best
+        self.log.start(self.network, self.images, device, self.position, self.history)
         if self.starts and self.process.main:
             # Before anything else, so that whatever the run is killed at it can continue.
             if self.position.epoch == 0:
                 self.saved.discard()
             self._save_state()
-        best = self.history.best
-        if best and self.position.epoch < self.config.epochs and not self.checkpoint.holds(best):
+        if best and not self._finished and not self.checkpoint.holds(best):
             # The run was killed after it had written better weights, and before it said so.
             self.history.best = None
-        while self.position.epoch < self.config.epochs:
+        with self.records.open(self.history):
+            self._epochs(stop)
+        if self.position.epoch < self.config.epochs:
+            self.log.stopped_early(self.history)
+        return self.checkpoint.results(self.history)
+
+    @property
+    def _finished(self) -> bool:
+        all_done = self.position.epoch >= self.config.epochs
+        return all_done or self.history.stalled(self.config.patience)
+
+    def _epochs(self, stop: Stop) -> None:
+        """The epochs that are left."""
+        while not self._finished:
             if not self.loop.run(self.position, stop):
                 # Several processes get the signal at different steps: they leave without saving,
                 # and the epoch is repeated from its start, with the same outcome.
@@ -86,9 +106,8 @@ class Run:
                     self._save_state()
                 raise self._interrupted()
             self._end_epoch()
-            if stop.requested and self.position.epoch < self.config.epochs:
+            if stop.requested and not self._finished:
                 raise self._interrupted()
-        return self.checkpoint.results(self.history)
 
     def _end_epoch(self) -> None:
         """Measure, note and save.
@@ -98,19 +117,23 @@ class Run:
         """
         loss, seconds = self.loop.mean_loss(self.position), self.position.seconds
         if self.process.count > 1:
-            distribute_bn(self.parts.network.model, self.process.count, reduce=True)
+            # In one order on every process.
+            for model in dict.fromkeys((self.parts.network.model, self.network.model)):
+                distribute_bn(model, self.process.count, reduce=True)
         metrics = self._measure()
         self.position.end_epoch()
-        improved = self.history.add(self.position.epoch, loss, seconds, metrics)
+        lr = self.parts.train_step.lr
+        improved = self.history.add(self.position.epoch, loss, seconds, metrics, lr)
         self.log.epoch(self.history)
         if self.process.main:
             self.checkpoint.save(self.history, improved)
             self._save_state()
+        self.records.epoch(self.history)
 
     def _measure(self) -> Metrics:
         count = len(self.images.val)
         return measure(
-            self.parts.network.model,
+            self.network.model,
             self.parts.val_loader,
             self.process.device,
             amp_dtype=self.parts.train_step.amp_dtype,

@@ -38,7 +38,15 @@ class FinetuneConfig:
     grad_checkpointing: bool = option(False, "recompute activations to save memory", flag=True)
 
     epochs: int = option(20, "passes over the training images")
+    patience: int = option(0, "end after so many epochs in a row without a better one (0: off)")
+    freeze_epochs: int = option(0, "epochs at the start in which head and EMA layers alone learn")
     batch_size: int = option(64, "images in a batch, on each device")
+    grad_accum_steps: int = option(1, "batches whose gradients make one step")
+    average_weights: float = option(
+        0.0,
+        "decay of averaged weights, such as 0.999, which are then measured and kept; --model-ema "
+        "of timm's train.py (0: off)",
+    )
     opt: str = option("adamw", "timm optimiser name")
     lr: float = option(5e-4, "peak learning rate")
     weight_decay: float = option(0.05, "weight decay")
@@ -49,6 +57,9 @@ class FinetuneConfig:
     warmup_epochs: int = option(1, "epochs of linear warm-up")
     min_lr: float = option(1e-6, "learning rate at the end")
 
+    class_weights: str = option(
+        "", "weights of the classes in the loss: balanced, or a JSON file of names and numbers"
+    )
     smoothing: float = option(0.1, "label smoothing")
     mixup: float = option(0.0, "mixup alpha (0: off)")
     cutmix: float = option(0.0, "cutmix alpha (0: off)")
@@ -64,11 +75,24 @@ class FinetuneConfig:
     channels_last: bool = option(False, "channels-last memory format", flag=True)
     workers: int = option(2, "data loading processes")
     seed: int = option(42, "random seed")
+    # Not --log: torchrun takes that for the start of an option of its own.
+    record: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "what to write the epochs into as well, in OUTPUT/training",
+            "several": True,
+            "choices": ("csv", "tensorboard"),
+        },
+    )
 
-    ANYTIME = ("data_dir", "dataset", "val_split", "check", "output", "device", "workers")
+    ANYTIME = (
+        *("data_dir", "dataset", "val_split", "check", "output", "device", "workers"),
+        *("record", "patience"),
+    )
     """Fields that may differ when a run resumes; every other one is part of what it computes.
 
-    Which images are taken is compared by their fingerprints.
+    Which images are taken is compared by their fingerprints. Patience says when a run ends, and
+    nothing of what its epochs come to.
     """
 
 
@@ -76,6 +100,14 @@ def check_settings(config: FinetuneConfig) -> None:
     """Raise UserError for settings that cannot work together."""
     if config.epochs < 1 or config.batch_size < 1:
         raise UserError("--epochs and --batch-size must be at least 1.")
+    if config.grad_accum_steps < 1 or config.patience < 0 or config.freeze_epochs < 0:
+        raise UserError(
+            "--grad-accum-steps must be at least 1, --patience and --freeze-epochs at least 0."
+        )
+    if not 0 <= config.average_weights < 1:
+        raise UserError(
+            f"--average-weights is a decay below 1, such as 0.999, got {config.average_weights}."
+        )
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise UserError(
             "--mixup and --cutmix pair the images of a batch: --batch-size must be even."

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ema_timm.errors import UserError
-from ema_timm.files import write_whole
+from ema_timm.files import remove_leftovers, write_whole
 
 
 class RunState:
@@ -102,10 +102,9 @@ class RunState:
         )
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed run was just writing: the two large files, under passing names."""
-        for final in (self.weights, self.file):
-            for leftover in final.parent.glob(f".{final.name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
+        """Remove what killed processes were just writing into the run's folder."""
+        for folder in (self.run, self.folder):
+            remove_leftovers(folder)
 
 
 def _serialized(state: dict) -> memoryview:

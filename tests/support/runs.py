@@ -22,7 +22,7 @@ def cli(config, *more):
     args = ["finetune"]
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default or field.name == "model_kwargs":
+        if value == field.default or value in ({}, []):
             continue
         if isinstance(value, bool):
             args.append(f"--{name}" if value else f"--no-{name}")

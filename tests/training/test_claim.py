@@ -167,6 +167,25 @@ def test_a_killed_run_leaves_a_lock_that_is_recognised(config, tmp_path, workers
     assert not lock.exists() and not leftover.exists()
 
 
+def test_a_run_removes_what_killed_processes_left_half_written(config, tmp_path):
+    """Of whichever file, in both folders; a process that lives may still be writing its own."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder, alive = tmp_path / "run", os.getppid()
+    (folder / "training").mkdir(parents=True)
+    left = [
+        folder / f".{dead.pid}.writable",
+        *(folder / f".{name}.{dead.pid}.tmp" for name in ("results.json", "confusion.png")),
+        folder / "training" / f".state.pt.{dead.pid}.tmp",
+    ]
+    kept = [folder / f".README.md.{alive}.tmp", folder / ".notes.tmp", folder / ".x.12a.tmp"]
+    for file in (*left, *kept):
+        file.write_bytes(b"half")
+    run(config, epochs=1)
+    assert not [file.name for file in left if file.exists()]
+    assert all(file.read_bytes() == b"half" for file in kept)
+
+
 def test_a_lock_of_another_machine_says_how_to_get_rid_of_it(config, tmp_path, capsys):
     run(config, epochs=1)
     lock = tmp_path / "run" / "training" / "lock"

@@ -33,6 +33,8 @@ def test_a_finished_run_goes_on_from_its_last_weights(config, tmp_path, capsys):
     assert seen[0][1] == 0  # an optimiser of its own
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["extended_after"] == [2]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "finished after epoch 2 and extended" in card, card
     assert results["arguments"]["epochs"] == 4
     assert timeless(results)[:2] == timeless(first)
     assert [entry["epoch"] for entry in results["history"]] == [1, 2, 3, 4]

@@ -379,9 +379,10 @@ sys.exit(code)
 """
 
 
-def test_without_network_nothing_is_waited_for_in_vain(config, tmp_path):
+@pytest.mark.parametrize("model", ["hf-hub:ada/none", "test_resnet", "test_vit.r160_in1k"])
+def test_without_network_nothing_is_waited_for_in_vain(config, tmp_path, model):
     """The client alone sleeps 23 s between its calls before it gives up, and says nothing."""
-    args = [sys.executable, "-c", IMPATIENT, *cli(config, "--model", "hf-hub:ada/none")]
+    args = [sys.executable, "-c", IMPATIENT, *cli(config, "--model", model, "--pretrained")]
     refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
     done = subprocess.run(args, capture_output=True, text=True, env={**os.environ, **refused})
     assert done.returncode == 1, done.stderr

@@ -98,7 +98,7 @@ def _training(results: dict) -> str:
     text = (
         f"## How it was trained\n\n{_start(base)}"
         f"{f' on {images} images' if images else ''} with `{script}`"
-        f"{_epoch(results)}.\n\nSettings: {used}. Every setting"
+        f"{_epoch(results)}.{_in_parts(results)}\n\nSettings: {used}. Every setting"
         f"{' and the history of all epochs are' if results.get('history') else ' is'} in "
         "`results.json`."
     )
@@ -117,8 +117,10 @@ def _start(base: dict | None) -> str:
 
 def _epoch(results: dict) -> str:
     if results.get("best_epoch"):
+        decay = results.get("arguments", {}).get("average_weights")
+        kind = f"averaged weights (decay {decay:g})" if decay else "weights"
         return (
-            f"; these are the weights of epoch {results['best_epoch']}, the best by top-1 on the "
+            f"; these are the {kind} of epoch {results['best_epoch']}, the best by top-1 on the "
             "validation images"
         )
     if results.get("epoch"):
@@ -126,6 +128,23 @@ def _epoch(results: dict) -> str:
         kind = "averaged weights (the other EMA)" if averaged else "weights"
         return f"; these are the {kind} of epoch {results['epoch']}"
     return ""
+
+
+def _in_parts(results: dict) -> str:
+    """That the run went on after its end, or ended before: its settings say not all of it."""
+    ends, early, text = results.get("extended_after"), results.get("stopped_early"), ""
+    if ends:
+        once = f"epoch {ends[0]}" if len(ends) == 1 else f"epochs {', '.join(map(str, ends))}"
+        text = (
+            f" The run was finished after {once} and extended, each time as a new run from its "
+            "last weights with a schedule of its own."
+        )
+    if early:
+        text += (
+            f" It ended after epoch {early['epoch']}: the last {early['patience']} had brought "
+            "nothing better."
+        )
+    return text
 
 
 def _plots(results: dict, name: str, shown: str) -> list[str]:
