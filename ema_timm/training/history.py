@@ -27,7 +27,9 @@ class History:
         """Epochs done before the schedule that now runs began."""
         return self.extended[-1] if self.extended else 0
 
-    def add(self, epoch: int, train_loss: float, seconds: float, metrics: Metrics) -> bool:
+    def add(
+        self, epoch: int, train_loss: float, seconds: float, metrics: Metrics, cost: dict
+    ) -> bool:
         """Note an epoch.
 
         Args:
@@ -35,12 +37,13 @@ class History:
             train_loss: Mean loss of its steps, as optimised.
             seconds: Time of its training.
             metrics: Counts on the validation images after it.
+            cost: What it cost, as `ema_timm.training.cost` has it.
 
         Returns:
             Whether it is the best so far.
         """
         entry = {"epoch": epoch, "train_loss": train_loss, "seconds": round(seconds, 2)}
-        entry |= metrics._asdict()
+        entry |= cost | metrics._asdict()
         self.entries.append(entry)
         best = self.best
         improved = best is None or (metrics.top1, -metrics.loss) > (best["top1"], -best["loss"])

@@ -7,6 +7,7 @@ from timm.utils import distribute_bn
 from ema_timm.errors import InterruptedRunError
 from ema_timm.measure.metrics import Metrics, measure
 from ema_timm.training.checkpoint import RunCheckpoint
+from ema_timm.training.cost import epoch_cost
 from ema_timm.training.data import open_images
 from ema_timm.training.epoch import EpochLoop, Position
 from ema_timm.training.history import History
@@ -99,9 +100,11 @@ class Run:
         loss, seconds = self.loop.mean_loss(self.position), self.position.seconds
         if self.process.count > 1:
             distribute_bn(self.parts.network.model, self.process.count, reduce=True)
+        trained = self.loop.steps * self.config.batch_size * self.process.count
+        cost = epoch_cost(trained, seconds, self.process.device)
         metrics = self._measure()
         self.position.end_epoch()
-        improved = self.history.add(self.position.epoch, loss, seconds, metrics)
+        improved = self.history.add(self.position.epoch, loss, seconds, metrics, cost)
         self.log.epoch(self.history)
         if self.process.main:
             self.checkpoint.save(self.history, improved)
