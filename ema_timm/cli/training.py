@@ -94,7 +94,7 @@ def _compare(args: argparse.Namespace) -> int:
     plan = make_plan(given_options(args, FinetuneConfig), args.attention, own.get("seeds"))
 
     from ema_timm.training.compare.compare import collect, compare, list_commands
-    from ema_timm.training.compare.report import markdown
+    from ema_timm.training.compare.tables import markdown
 
     if args.list:
         print(*list_commands(plan), sep="\n")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ema_timm.checkpoints.results import hide_places
 from ema_timm.errors import UserError, first_line
 from ema_timm.files import make_writable
+from ema_timm.measure.device import pick_device
 from ema_timm.measure.evaluate import evaluate
 from ema_timm.measure.settings import EvaluateConfig
 from ema_timm.measure.versions import versions
@@ -42,6 +43,8 @@ def compare(
         UserError: For bad input.
         InterruptedRunError: After Ctrl-C or SIGTERM; the same call goes on.
     """
+    for name in filter(None, devices):
+        pick_device(name)
     variants, runs = _prepare(plan)
     device = devices[0]
     failed = _measure_trained(runs, device)

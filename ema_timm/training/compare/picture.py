@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ema_timm.training.compare.rows import NO_DIFFERENCE
+from ema_timm.training.compare.rows import BETTER, NO_DIFFERENCE, WORSE
 
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
@@ -59,7 +59,7 @@ def _draw_differences(axes: Axes, rows: list[dict], looks: list[dict], content: 
         bounds = None
         if found and found["low"] is not None:
             bounds = [[mean - found["low"]], [found["high"] - mean]]
-        hollow = {} if found and found["verdict"] != NO_DIFFERENCE else {"markerfacecolor": "white"}
+        hollow = {"markerfacecolor": "white"} if found and _unclear(found) else {}
         axes.errorbar(mean, place, xerr=bounds, **look, **hollow)
     axes.axvline(0, color="grey", linewidth=1, zorder=0)
     axes.set_yticks(places, [row["variant"] for row in rows])
@@ -67,3 +67,7 @@ def _draw_differences(axes: Axes, rows: list[dict], looks: list[dict], content: 
     axes.set_xlabel("difference to none, paired by seed (points)")
     axes.set_title(f"{content['confidence']:.0%} intervals; hollow: {NO_DIFFERENCE}", fontsize=9)
     axes.grid(alpha=0.3, axis="x")
+
+
+def _unclear(difference: dict) -> bool:
+    return difference["verdict"] not in (BETTER, WORSE)

@@ -11,7 +11,7 @@ from ema_timm.training.compare.schedule import reason
 from ema_timm.training.compare.statistics import interval, spread
 from ema_timm.training.compare.variants import NONE, Variant, start_of
 
-NO_DIFFERENCE = "no difference shown"
+NO_DIFFERENCE, BETTER, WORSE = "no difference shown", "better", "worse"
 
 
 def measured_runs(runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[dict]:
@@ -24,8 +24,7 @@ def measured_runs(runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[di
     Returns:
         An object a run: ``variant``, ``seed``, ``folder``, and either ``why_not`` or its numbers.
     """
-    objects = []
-    first = None
+    objects, first = [], None
     for run in runs:
         entry = {"variant": run.variant.name, "seed": run.seed, "folder": run.folder.name}
         stand = run.stand()
@@ -33,8 +32,8 @@ def measured_runs(runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[di
         if stand is not Stand.DONE or results is None:
             objects.append(entry | {"why_not": failed.get(run.name) or _why_not(run, stand)})
             continue
-        first = first or results
-        other = _other_images(results, first)
+        first = first or (run.folder.name, _images(results))
+        other = _other_images(results, *first)
         objects.append(entry | ({"why_not": other} if other else _numbers(results)))
     return objects
 
@@ -45,11 +44,11 @@ def _why_not(run: PlannedRun, stand: Stand) -> str:
     return reason(run.log)
 
 
-def _other_images(results: dict, first: dict) -> str:
-    """Why a run cannot be compared with the first one: the images differ."""
+def _other_images(results: dict, name: str, images: dict) -> str:
+    """Why a run cannot be compared with the one called ``name``, of these images; else empty."""
     for part, data in _images(results).items():
-        if data != _images(first).get(part):
-            return f"its {part} images are not those of the other runs"
+        if data != images.get(part):
+            return f"its {part} images are not those of {name}"
     return ""
 
 
@@ -153,5 +152,5 @@ def _difference(done: Sequence[dict], plain: dict[int, float]) -> dict | None:
     bounds = interval(differences)
     if bounds is None:
         return found | {"low": None, "high": None, "verdict": "one seed tells nothing of chance"}
-    verdict = NO_DIFFERENCE if bounds.holds_zero else "better" if bounds.mean > 0 else "worse"
+    verdict = NO_DIFFERENCE if bounds.holds_zero else BETTER if bounds.mean > 0 else WORSE
     return found | {"low": bounds.low, "high": bounds.high, "verdict": verdict}
