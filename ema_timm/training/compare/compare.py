@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 
-from ema_timm.checkpoints.results import hide_places
 from ema_timm.errors import UserError, first_line
 from ema_timm.files import make_writable
 from ema_timm.measure.device import pick_device
@@ -11,6 +10,7 @@ from ema_timm.measure.evaluate import evaluate
 from ema_timm.measure.settings import EvaluateConfig
 from ema_timm.measure.versions import versions
 from ema_timm.options import spelled
+from ema_timm.training.checkpoint import public_arguments
 from ema_timm.training.compare.latency import exported_latencies, latencies
 from ema_timm.training.compare.report import write_report
 from ema_timm.training.compare.rows import make_rows, measured_runs
@@ -47,7 +47,7 @@ def compare(
         pick_device(name)
     variants, runs = _prepare(plan)
     device = devices[0]
-    failed = _measure_trained(runs, device)
+    failed = _measure_trained(runs, device, progress)
     left = [run for run in runs if run.stand() in (Stand.NEW, Stand.BEGUN)]
     if progress:
         done = f", {len(runs) - len(left)} are there" if len(left) < len(runs) else ""
@@ -56,19 +56,28 @@ def compare(
     return _write(plan, variants, runs, failed, config or CompareConfig(), device)
 
 
-def collect(plan: Plan, device: str | None = None, config: CompareConfig | None = None) -> dict:
+def collect(
+    plan: Plan,
+    device: str | None = None,
+    config: CompareConfig | None = None,
+    progress: bool = True,
+) -> dict:
     """Make the table of whatever is there; trains nothing.
 
     Args:
         plan: As in `compare`.
         device: Where test images are measured that were not yet.
         config: What else is measured.
+        progress: Tell on stderr what is measured.
 
     Returns:
         The content of compare.json.
+
+    Raises:
+        UserError: For bad input.
     """
     variants, runs = _prepare(plan)
-    failed = _measure_trained(runs, device)
+    failed = _measure_trained(runs, device, progress)
     return _write(plan, variants, runs, failed, config or CompareConfig(), device)
 
 
@@ -89,15 +98,20 @@ def _prepare(plan: Plan) -> tuple[list[Variant], list[PlannedRun]]:
     return variants, runs
 
 
-def _measure_trained(runs: Sequence[PlannedRun], device: str | None) -> dict[str, str]:
+def _measure_trained(
+    runs: Sequence[PlannedRun], device: str | None, progress: bool
+) -> dict[str, str]:
     """Measure what came back from elsewhere; why that failed, by the runs' names."""
     failed = {}
     for run in runs:
-        if run.stand() is Stand.TRAINED:
-            try:
-                _measure(run, device)
-            except UserError as error:
-                failed[run.name] = first_line(error)
+        if run.stand() is not Stand.TRAINED:
+            continue
+        try:
+            line = _finish(run, device)
+        except UserError as error:
+            line = failed[run.name] = first_line(error)
+        if progress:
+            print(f"{run.name}: {line}", file=sys.stderr)
     return failed
 
 
@@ -134,17 +148,19 @@ def _write(
 ) -> dict:
     """Gather the numbers and write them."""
     measured = measured_runs(runs, failed)
+    public = public_arguments(FinetuneConfig(**plan.settings))
+    settings = {name: public[name] for name in plan.settings}
     rows = make_rows(measured, variants, plan.settings.get("model_kwargs", {}))
     content = {
         "format": 1,
         "model": plan.settings["model"],
-        "command": _command(plan),
+        "command": _command(plan, settings),
         "images": _images(runs, measured),
         "seeds": plan.seed_numbers,
         "confidence": LEVEL,
         "rows": rows,
         "runs": measured,
-        "settings": hide_places(plan.settings),
+        "settings": settings,
         "versions": versions(),
     }
     folders = {m["variant"]: plan.output / m["folder"] for m in reversed(measured) if "top1" in m}
@@ -156,11 +172,10 @@ def _write(
     return content
 
 
-def _command(plan: Plan) -> str:
-    """The command of the comparison, without where on a machine its files were."""
-    settings = spelled(hide_places(plan.settings), FinetuneConfig)
+def _command(plan: Plan, settings: dict) -> str:
+    """The command of a comparison of these settings."""
     more = ["--attention", *plan.attention, "--seeds", str(plan.seeds)]
-    return command_line(["compare", *settings, *more])
+    return command_line(["compare", *spelled(settings, FinetuneConfig), *more])
 
 
 def _images(runs: Sequence[PlannedRun], measured: Sequence[dict]) -> dict:

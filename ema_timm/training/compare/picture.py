@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ema_timm.training.compare.rows import BETTER, NO_DIFFERENCE, WORSE
+from ema_timm.training.compare.variants import NONE
 
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
@@ -55,6 +56,8 @@ def _draw_differences(axes: Axes, rows: list[dict], looks: list[dict], content: 
     places = range(len(rows))
     for place, row, look in zip(places, rows, looks, strict=True):
         found = row["difference"]
+        if not found and row["variant"] != NONE:
+            continue
         mean = found["mean"] if found else 0.0
         bounds = None
         if found and found["low"] is not None:

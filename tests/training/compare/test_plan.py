@@ -4,6 +4,10 @@ import dataclasses
 import json
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from support.networks import shake
 
 from ema_timm.cli import build_parser
 from ema_timm.errors import UserError
@@ -11,6 +15,7 @@ from ema_timm.options import given_options, spelled
 from ema_timm.training.compare.runs import plan_runs
 from ema_timm.training.compare.settings import ATTENTION, make_plan
 from ema_timm.training.compare.variants import read_variants, start_of
+from ema_timm.training.network import create_model
 from ema_timm.training.settings import FinetuneConfig
 
 
@@ -70,6 +75,21 @@ def test_how_each_started():
         "plain weights, layer as timm starts it",
     ]
     assert start_of(se, se.model_kwargs, "random start") == "random start"
+
+
+def test_with_weights_every_variant_starts_with_the_function_of_the_plain_network(tmp_path, given):
+    plain = shake(timm.create_model("test_resnet")).eval()
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    names = [*ATTENTION, "ema-no-cross-spatial", "ema@groups=8"]
+    settings = {"model": "test_resnet", "weights": str(tmp_path / "plain.safetensors")}
+    plan = make_plan({**given, **settings}, names, 1)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        want = plain.forward_features(x)
+        for run in plan_runs(plan, read_variants(names, "test_resnet")):
+            model, _ = create_model(FinetuneConfig(**run.settings), num_classes=4)
+            got = model.eval().forward_features(x)
+            assert float((got - want).norm() / want.norm()) < 1e-5, run.name
 
 
 def test_what_is_left_out_is_as_before_and_a_comparison_can_grow(given):
