@@ -21,7 +21,7 @@ def markdown(content: dict) -> str:
     columns = [[title, *(cell(row, content) for row in rows)] for title, cell in _COLUMNS]
     columns = [column for column in columns if any(column[1:])]
     titles, *body = zip(*columns, strict=True)
-    ruler = ["---", *["---:"] * (len(titles) - 2), "---"]
+    ruler = ["---" if title in _TEXTS else "---:" for title in titles]
     table = [f"| {' | '.join(cells)} |" for cells in (titles, ruler, *body)]
     return "\n".join([*table, "", _notes(content), "", "```bash", content["command"], "```", ""])
 
@@ -138,6 +138,7 @@ def _of(key: str, cell: Callable[[str, dict, dict], str]) -> Callable[[dict, dic
 
 
 _LATENCIES = ("latency", "exported_latency")
+_TEXTS = ("attention", "start", "missing")
 
 _COLUMNS = (
     ("attention", _name),

@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from PIL import Image
 from support.runs import run
 
@@ -55,7 +56,7 @@ def arguments(data_dir, output, *more):
 
 @pytest.fixture(scope="module")
 def compared(tested_digits, tmp_path_factory):
-    """A comparison whose runs were trained by the commands that --list prints."""
+    """A comparison whose runs were trained elsewhere, and collected."""
     output = tmp_path_factory.mktemp("compared") / "compare"
     plan = make_plan(settings(tested_digits, output), ["none", "se"], 2)
     for each in plan_runs(plan, read_variants(plan.attention, "test_resnet")):
@@ -117,6 +118,23 @@ def test_two_variants_differ_in_their_layer_alone(compared):
     assert plain["arguments"] == se["arguments"]
     assert plain["data"] == se["data"]
     assert "EMA attention" not in (compared / "se-seed42" / "README.md").read_text()
+
+
+def test_one_seed_gives_every_variant_the_same_batches(tested_digits, tmp_path, monkeypatch):
+    plan = make_plan(settings(tested_digits, tmp_path / "compare"), ["none", "coord"], 1)
+    step, seen = TrainStep.__call__, []
+
+    def noted(self, images, targets, done):
+        seen[-1].append((images.clone(), targets.clone()))
+        return step(self, images, targets, done)
+
+    monkeypatch.setattr(TrainStep, "__call__", noted)
+    for each in plan_runs(plan, read_variants(plan.attention, "test_resnet")):
+        seen.append([])
+        run(FinetuneConfig(**each.settings))
+    assert len(seen[0]) == 5
+    for one, other in zip(*seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_list_prints_a_command_for_each_run_that_is_not_done(compared, tmp_path, capsys):
