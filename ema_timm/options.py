@@ -52,7 +52,7 @@ def _spell(setting, value) -> list[str]:
     if setting.metadata.get("flag"):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, list | tuple):
-        return [flag, *map(str, value)]
+        return [flag, *map(str, value)] if value else []
     text = str(value)
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 

@@ -61,6 +61,11 @@ def find_slots(model: nn.Module) -> list[Slot]:
     return slots
 
 
+def slot_layers(model: nn.Module) -> list[nn.Module]:
+    """The attention layers in the slots of ``model``, in network order."""
+    return [slot.block.se for slot in find_slots(model) if slot.filled]
+
+
 def _placement(block: nn.Module) -> tuple[int, tuple[str, ...]] | None:
     """Width of the gated map and the tensors to double, or None where no EMA belongs."""
     if isinstance(block, Bottleneck):

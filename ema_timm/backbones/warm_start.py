@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
-from ema_timm.backbones.slots import Slot, find_slots
+from ema_timm.backbones.slots import Slot, find_slots, slot_layers
 from ema_timm.backbones.timm_layers import constant_state
 
 GRID = 2.0**16
@@ -118,7 +118,7 @@ def warm_start_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
 
 def starts_neutral(model: nn.Module) -> bool | None:
     """Whether a warm start leaves the function of the plain network; None without attention."""
-    layers = [slot.block.se for slot in find_slots(model) if slot.filled]
+    layers = slot_layers(model)
     if not layers:
         return None
     return all(isinstance(layer, EmaAttn) or constant_state(layer) for layer in layers)

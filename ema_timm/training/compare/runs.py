@@ -108,7 +108,7 @@ class PlannedRun(NamedTuple):
 def is_trained(results: dict) -> bool:
     """Whether a run has come to its end."""
     history = results.get("history") or [{}]
-    return history[-1].get("epoch") == results["arguments"]["epochs"]
+    return "stopped_early" in results or history[-1].get("epoch") == results["arguments"]["epochs"]
 
 
 def plan_runs(plan: Plan, variants: Sequence[Variant]) -> list[PlannedRun]:

@@ -12,10 +12,10 @@ from support.networks import shake
 from ema_timm.cli import build_parser
 from ema_timm.errors import UserError
 from ema_timm.options import given_options, spelled
-from ema_timm.training.compare.runs import plan_runs
+from ema_timm.training.compare.runs import is_trained, plan_runs
 from ema_timm.training.compare.settings import ATTENTION, make_plan
 from ema_timm.training.compare.variants import read_variants, start_of
-from ema_timm.training.network import create_model
+from ema_timm.training.network import build_network
 from ema_timm.training.settings import FinetuneConfig
 
 
@@ -87,8 +87,9 @@ def test_with_weights_every_variant_starts_with_the_function_of_the_plain_networ
     with torch.no_grad():
         want = plain.forward_features(x)
         for run in plan_runs(plan, read_variants(names, "test_resnet")):
-            model, _ = create_model(FinetuneConfig(**run.settings), num_classes=4)
-            got = model.eval().forward_features(x)
+            config = FinetuneConfig(**run.settings)
+            network = build_network(config, ["a", "b", "c", "d"], torch.device("cpu"))
+            got = network.model.eval().forward_features(x)
             assert float((got - want).norm() / want.norm()) < 1e-5, run.name
 
 
@@ -132,6 +133,13 @@ def test_every_variant_of_one_seed_comes_before_the_next_seed(given):
     assert len({run.folder for run in runs}) == 4
 
 
+def test_a_run_is_trained_when_its_last_epoch_or_its_patience_is_over():
+    results = {"history": [{"epoch": 3}], "arguments": {"epochs": 20}}
+    assert not is_trained(results)
+    assert is_trained({**results, "stopped_early": {"epoch": 3, "patience": 2}})
+    assert is_trained({**results, "arguments": {"epochs": 3}})
+
+
 def test_settings_are_spelled_as_they_are_read():
     """New settings of finetune come along: each is given a value that is not its default."""
     values = {}
@@ -141,6 +149,8 @@ def test_settings_are_spelled_as_they_are_read():
             values[field.name] = {"a": "text", "b": "1", "c": [1, {"d": None}], "e": -0.5, "f": ""}
         elif field.metadata.get("flag"):
             values[field.name] = not default
+        elif field.metadata.get("several"):
+            values[field.name] = list(field.metadata["choices"])
         elif field.metadata.get("choices"):
             values[field.name] = field.metadata["choices"][-1]
         elif isinstance(default, str):
