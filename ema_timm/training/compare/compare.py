@@ -50,8 +50,7 @@ def compare(
     failed = _measure_trained(runs, device, progress)
     left = [run for run in runs if run.stand() in (Stand.NEW, Stand.BEGUN)]
     if progress:
-        done = f", {len(runs) - len(left)} are there" if len(left) < len(runs) else ""
-        print(f"{len(runs)} runs{done}; {len(left)} to do", file=sys.stderr)
+        print(f"{len(left)} of {len(runs)} runs to do", file=sys.stderr)
     failed |= run_all(left, devices, _finish, progress)
     return _write(plan, variants, runs, failed, config or CompareConfig(), device)
 
