@@ -99,7 +99,13 @@ def _ema_kwargs(name: str, options: dict) -> dict:
 def _timm_kwargs(name: str, options: dict) -> dict:
     if name == NONE:
         raise ValueError("the plain network takes nothing.")
-    require_layer(name)
+    try:
+        require_layer(name)
+    except ValueError as error:
+        raise ValueError(
+            f"there is no layer {name!r}. Give none, {', '.join(_EMA)} or a name of timm's "
+            "create_attn, such as se, eca, cbam or coord."
+        ) from error
     return {"attn": name, **({"attn_kwargs": options} if options else {})}
 
 

@@ -50,7 +50,7 @@ def test_a_tag_names_the_same_weights():
 @pytest.mark.parametrize(
     "names, model, said",
     [
-        (["sea"], "resnet18", "--attention sea: attn must be"),
+        (["sea"], "resnet18", "--attention sea: there is no layer 'sea'"),
         (["none@groups=8"], "resnet18", "takes nothing"),
         (["ema@factor=8"], "resnet18", "groups, stages, cross_spatial, got factor"),
         (["ema@8"], "resnet18", "not KEY=VALUE"),
