@@ -36,6 +36,33 @@ def given_options(args: argparse.Namespace, config: type) -> dict:
     return {f.name: dict(value) if f.metadata.get("pairs") else value for f, value in given}
 
 
+def spelled(values: dict, config: type) -> list[str]:
+    """Settings of ``config`` as a command line says them: the inverse of `given_options`."""
+    line = []
+    for setting in fields(config):
+        if setting.metadata and values.get(setting.name) is not None:
+            line += _spell(setting, values[setting.name])
+    return line
+
+
+def _spell(setting, value) -> list[str]:
+    flag = "--" + setting.name.replace("_", "-")
+    if setting.metadata.get("pairs"):
+        return [flag, *(f"{key}={_literal(each)}" for key, each in value.items())] if value else []
+    if setting.metadata.get("flag"):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list | tuple):
+        return [flag, *map(str, value)] if value else []
+    text = str(value)
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def _literal(value: object) -> str:
+    """What `pair` reads as ``value``."""
+    plain = str(value)
+    return plain if isinstance(value, str) and pair(f"k={plain}")[1] == value else repr(value)
+
+
 def _add_option(command: argparse.ArgumentParser, setting) -> None:
     """One option for one setting; what is not given stays out of the namespace."""
     flag = "--" + setting.name.replace("_", "-")

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "ema-timm bench": "bench/test_bench.py; its times want a quiet machine",
     "test_hub_faults.py": "publishing/test_hub_faults.py itself",
     "pytest -m gpu": "needs a GPU",
+    "digits-5000": "the comparison that was made; training/compare/test_compare.py has a small one",
     'YOLO("yolo11n.pt")': "integrations/test_yolo_inject.py; these weights are downloaded",
 }
 # Commands run as they stand; only the work that they give the machine is cut down: smaller images
@@ -38,6 +39,8 @@ ELSEWHERE = {
 LESS_WORK = {
     "finetune": "--batch-size 12 --img-size 32 --workers 0 --device cpu",
     "evaluate": "--workers 0 --device cpu",
+    "compare": "--attention none ema --seeds 1 --epochs 1 --batch-size 12 --img-size 32 "
+    "--workers 0 --devices cpu",
 }
 EPOCHS_AS_ONE = FinetuneConfig.epochs
 FEWER_STEPS = "epochs=1, batch_size=12, img_size=32, device='cpu', workers=0"

@@ -1,12 +1,16 @@
-"""EMA attention into the slots of a timm network: fresh layers, or a start that changes nothing."""
+"""EMA attention into the slots of a timm network: fresh layers, or a start that changes nothing.
 
-from collections.abc import Iterable
+A layer of timm's own goes into the same slots, so that networks can be compared.
+"""
+
+from collections.abc import Callable, Iterable
 
 from timm.models import is_model
-from torch import nn
+from torch import Tensor, nn
 
 from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
 from ema_timm.backbones.slots import MIN_EXPANDED_WIDTH, Slot, find_slots
+from ema_timm.backbones.timm_layers import make_layer, require_layer
 from ema_timm.backbones.warm_start import require_doubling, start_neutral
 
 
@@ -31,17 +35,56 @@ def add_ema(
         TypeError: If the network has no block of a kind that EMA attention has a place in.
         ValueError: If a slot is taken, or ``stages`` names a stage that has no place.
     """
+
+    def make(channels: int, like: Tensor) -> nn.Module:
+        return EmaAttn(
+            channels,
+            groups=largest_group_count(channels, groups),
+            cross_spatial=cross_spatial,
+            device=like.device,
+            dtype=like.dtype,
+        )
+
+    return _fill(model, make, stages)
+
+
+def add_timm_layer(
+    model: nn.Module, name: str, kwargs: dict, stages: Iterable[int] | None = None
+) -> list[Slot]:
+    """Put one of timm's own attention layers where `add_ema` puts EMA attention, in place.
+
+    Args:
+        model: As in `add_ema`.
+        name: The layer, as timm's ``create_attn`` takes it.
+        kwargs: What else the layer takes.
+        stages: As in `add_ema`.
+
+    Returns:
+        The slots that were filled.
+
+    Raises:
+        TypeError: As in `add_ema`, and if the layer does not take these arguments.
+        ValueError: As in `add_ema`, and if timm has no such layer or cannot make it.
+    """
+    require_layer(name)
+    return _fill(model, lambda channels, like: make_layer(name, channels, kwargs, like), stages)
+
+
+def _fill(
+    model: nn.Module, make: Callable[[int, Tensor], nn.Module], stages: Iterable[int] | None
+) -> list[Slot]:
+    """Put a layer into the slots of these stages.
+
+    Args:
+        model: The network.
+        make: Makes the layer for a width, where a tensor is and of its type.
+        stages: Numbers of the stages; None is every one.
+    """
     slots = _wanted(find_slots(model), model, stages)
     _require_free(slots)
     for slot in slots:
         like = next(slot.block.parameters())
-        slot.block.se = EmaAttn(
-            slot.channels,
-            groups=largest_group_count(slot.channels, groups),
-            cross_spatial=cross_spatial,
-            device=like.device,
-            dtype=like.dtype,
-        ).train(slot.block.training)
+        slot.block.se = make(slot.channels, like).train(slot.block.training)
     return slots
 
 
@@ -110,7 +153,7 @@ def _require_free(slots: list[Slot]) -> None:
             raise ValueError(
                 f"Block {slot.path} has EMA attention already. Inject into the plain network."
             )
-        if not (slot.block.se is None or isinstance(slot.block.se, nn.Identity)):
+        if slot.filled:
             raise ValueError(
                 f"Block {slot.path} has an attention layer of its own "
                 f"({type(slot.block.se).__name__}). Start from a network without one."

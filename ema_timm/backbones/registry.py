@@ -21,7 +21,7 @@ from timm.models import (
 from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS
-from ema_timm.backbones.inject import add_ema
+from ema_timm.backbones.inject import add_ema, add_timm_layer
 from ema_timm.backbones.timm_version import TIMM
 from ema_timm.backbones.warm_start import warm_start_filter
 
@@ -88,7 +88,8 @@ def ema_entrypoint(plain_name: str, build: Callable | None = None) -> Callable:
         f"{plain_name} with EMA attention (arXiv:2305.13563).\n\n"
         "Takes what its plain twin takes, and ``ema_groups`` (at most so many groups, 32),\n"
         "``ema_stages`` (numbers of the stages that get EMA attention; all by default) and\n"
-        "``ema_cross_spatial`` (False is the paper's ablation)."
+        "``ema_cross_spatial`` (False is the paper's ablation). For comparisons ``attn`` puts one\n"
+        'of timm\'s own layers in its place, such as "se"; ``attn_kwargs`` go to that.'
     )
     return entrypoint
 
@@ -101,6 +102,8 @@ def build_ema(
     ema_groups: int = DEFAULT_GROUPS,
     ema_stages: Iterable[int] | None = None,
     ema_cross_spatial: bool = True,
+    attn: str = "ema",
+    attn_kwargs: dict | None = None,
     plain_kwargs: dict | None = None,
     **kwargs,
 ) -> nn.Module:
@@ -116,6 +119,8 @@ def build_ema(
         ema_groups: Upper bound for the number of channel groups.
         ema_stages: Stages that get EMA; None is the paper's placement.
         ema_cross_spatial: False is the paper's ablation, see `ema_timm.EmaAttn`.
+        attn: The layer in the slots: "ema", or one of timm's as its ``create_attn`` takes it.
+        attn_kwargs: Arguments for a layer of timm's.
         plain_kwargs: Arguments for ``plain`` alone.
         **kwargs: What timm's builder and the plain network take.
     """
@@ -127,7 +132,7 @@ def build_ema(
         partial(
             _network,
             plain,
-            {"groups": ema_groups, "stages": ema_stages, "cross_spatial": ema_cross_spatial},
+            _filler(attn, attn_kwargs, ema_groups, ema_cross_spatial, ema_stages),
             **(plain_kwargs or {}),
         ),
         variant,
@@ -165,7 +170,34 @@ def _with_checked_weights(variant: str, kwargs: dict) -> dict | None:
     return {**(overlay or {}), "file": str(file), "source": ""} if file else overlay
 
 
-def _network(plain, ema, **kwargs) -> nn.Module:
+def _filler(
+    attn: str,
+    attn_kwargs: dict | None,
+    groups: int,
+    cross_spatial: bool,
+    stages: Iterable[int] | None,
+) -> Callable[[nn.Module], object]:
+    """What puts the layers into the plain network.
+
+    Raises:
+        ValueError: If arguments are given for a layer that is not put in.
+    """
+    if attn == "ema":
+        if attn_kwargs:
+            raise ValueError(
+                f"attn_kwargs are for timm's layers, got {attn_kwargs!r} for EMA attention. It "
+                "takes ema_groups and ema_cross_spatial."
+            )
+        return partial(add_ema, groups=groups, stages=stages, cross_spatial=cross_spatial)
+    if groups != DEFAULT_GROUPS or not cross_spatial:
+        raise ValueError(
+            f"ema_groups and ema_cross_spatial are for EMA attention, and attn is {attn!r}. It "
+            "takes attn_kwargs."
+        )
+    return partial(add_timm_layer, name=attn, kwargs=attn_kwargs or {}, stages=stages)
+
+
+def _network(plain, fill, **kwargs) -> nn.Module:
     model = plain(pretrained=False, **kwargs)
-    add_ema(model, **ema)
+    fill(model)
     return model

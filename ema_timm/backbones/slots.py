@@ -42,6 +42,11 @@ class Slot(NamedTuple):
         """The doubled tensors' names in the network's state dict."""
         return [f"{self.path}.{name}" if self.path else name for name in self.doubled]
 
+    @property
+    def filled(self) -> bool:
+        """Whether an attention layer stands in it."""
+        return not (self.block.se is None or isinstance(self.block.se, nn.Identity))
+
 
 def find_slots(model: nn.Module) -> list[Slot]:
     """All places of the paper's placement in ``model``, filled or empty, in network order."""
@@ -54,6 +59,11 @@ def find_slots(model: nn.Module) -> list[Slot]:
         if place is not None:
             slots.append(Slot(path, block, int(stage[-1]), *place))
     return slots
+
+
+def slot_layers(model: nn.Module) -> list[nn.Module]:
+    """The attention layers in the slots of ``model``, in network order."""
+    return [slot.block.se for slot in find_slots(model) if slot.filled]
 
 
 def _placement(block: nn.Module) -> tuple[int, tuple[str, ...]] | None:

@@ -6,6 +6,9 @@ slot undoes it: multiplying by 2 and by 0.5 is exact in binary floating point. �
 and the gradients of γ, β and W₃ are not zero, so training leaves that point at once. (All-zero W₃
 would preserve the function too, but leaves its output channels identical.)
 
+timm's own attention layers start likewise where they can (`ema_timm.backbones.timm_layers`); one
+with two gates halves twice, and its neighbour is multiplied by 4.
+
 Without cross-spatial learning each channel has logits of its own, the 3×3 convolution's output
 among them, so W₃ starts at 0 there; every output channel then gets a gradient of its own.
 """
@@ -16,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
-from ema_timm.backbones.slots import Slot, find_slots
+from ema_timm.backbones.slots import Slot, find_slots, slot_layers
+from ema_timm.backbones.timm_layers import constant_state
 
 GRID = 2.0**16
 
@@ -87,23 +91,41 @@ def require_doubling(slots: Iterable[Slot]) -> None:
 def warm_start_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Map weights of the plain network onto ``model``; timm's ``pretrained_filter_fn``.
 
-    Weights that hold any EMA layer are taken for the EMA network's own and pass unchanged, so
-    that timm's strict loading still reports what they lack.
+    Weights that hold anything of an attention layer are taken for the network's own and pass
+    unchanged, so that timm's strict loading still reports what they lack. A layer of timm's that
+    has no neutral start keeps its own.
 
     Args:
-        state_dict: Weights of the plain network, or of the EMA network.
-        model: The EMA network.
+        state_dict: Weights of the plain network, or of the network with attention.
+        model: The network with attention in its slots.
     """
-    slots = [slot for slot in find_slots(model) if isinstance(slot.block.se, EmaAttn)]
+    slots = [slot for slot in find_slots(model) if slot.filled]
     names = {slot.path: f"{slot.path}.se" for slot in slots}
-    if any(f"{name}.conv1x1.weight" in state_dict for name in names.values()):
+    if any(key.startswith(tuple(f"{name}." for name in names.values())) for key in state_dict):
         return state_dict
-    require_doubling(slots)
+    starts = {slot.path: _first_state(slot.block.se) for slot in slots}
+    require_doubling(slot for slot in slots if starts[slot.path][1] != 1)
     mapped = dict(state_dict)
     for slot in slots:
+        state, factor = starts[slot.path]
         for name in slot.doubled_names:
             if name in mapped:  # strict loading reports the missing ones
-                mapped[name] = mapped[name] * 2
-        for name, tensor in neutral_state(slot.block.se).items():
+                mapped[name] = mapped[name] * factor
+        for name, tensor in state.items():
             mapped[f"{names[slot.path]}.{name}"] = tensor
     return mapped
+
+
+def starts_neutral(model: nn.Module) -> bool | None:
+    """Whether a warm start leaves the function of the plain network; None without attention."""
+    layers = slot_layers(model)
+    if not layers:
+        return None
+    return all(isinstance(layer, EmaAttn) or constant_state(layer) for layer in layers)
+
+
+def _first_state(layer: nn.Module) -> tuple[dict[str, Tensor], int]:
+    """The state of a layer at the warm start, and the factor for its neighbour."""
+    if isinstance(layer, EmaAttn):
+        return neutral_state(layer), 2
+    return constant_state(layer) or (layer.state_dict(), 1)

@@ -33,6 +33,10 @@ Of a training, where one is known (`ema_timm.training.finetune` writes all of th
 - ``best_epoch``, ``history`` (an object an epoch), ``arguments`` (every setting), ``data``
   (``train`` and ``val``, each ``images`` and ``fingerprint``), ``device``, ``processes``,
   ``versions``.
+- in an object of ``history``: ``epoch``, ``train_loss``, ``seconds`` of its training,
+  ``images_per_second`` trained on in that time by all processes, ``peak_memory_mib`` (the most
+  that the process had held until then: allocated by PyTorch on a GPU, else resident), and the
+  ``metrics`` of the validation images after it.
 - ``extended_after``: numbers of epochs after which a finished run was extended: there a new run
   began, from the last weights, with a schedule of its own.
 - ``stopped_early``: where a run ended before its last epoch: the ``epoch``, and the ``patience``

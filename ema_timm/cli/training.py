@@ -1,10 +1,11 @@
-"""``ema-timm finetune`` and ``ema-timm quickstart``."""
+"""``ema-timm finetune``, ``ema-timm compare`` and ``ema-timm quickstart``."""
 
 import argparse
 import os
 
 from ema_timm.errors import UserError
 from ema_timm.options import add_options, given_options
+from ema_timm.training.compare.settings import ATTENTION, CompareConfig, make_plan
 from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.settings_file import read_settings
 
@@ -12,6 +13,7 @@ from ema_timm.training.settings_file import read_settings
 def add_commands(commands) -> None:
     """Add the subcommands to the parser."""
     _add_finetune(commands)
+    _add_compare(commands)
     _add_quickstart(commands)
 
 
@@ -62,6 +64,55 @@ def _check_given(given: dict, required: list[str]) -> None:
     missing = [f"--{name.replace('_', '-')}" for name in required if not given.get(name)]
     if missing:
         raise UserError(f"finetune needs {', '.join(missing)}; see ema-timm finetune --help.")
+
+
+def _add_compare(commands) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="train one network with several attention layers, several seeds each",
+        description="Put each attention layer into the same slots of the same network, train all "
+        "with the same settings, seeds and images, and make a table of accuracy and cost. What is "
+        "done is skipped, what was begun continues. All options of finetune are taken.",
+        epilog="example: ema-timm compare --model resnet50 --attention none se eca cbam coord ema "
+        "--data-dir flowers --seeds 5 --output runs/compare; to go on, or to make the table: "
+        "ema-timm compare --output runs/compare",
+    )
+    command.add_argument(
+        "--attention",
+        nargs="+",
+        metavar="LAYER",
+        help="none, ema, ema-no-cross-spatial and names of timm's create_attn; arguments follow "
+        f"an @, as in ema@groups=8 (default: {' '.join(ATTENTION)})",
+    )
+    command.add_argument(
+        "--devices", nargs="+", metavar="DEVICE", help="devices to run on side by side"
+    )
+    add_options(command, CompareConfig)
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--list", action="store_true", help="train nothing: print a finetune command for each run"
+    )
+    kind.add_argument(
+        "--collect", action="store_true", help="train nothing: make the table of what is there"
+    )
+    add_options(command, FinetuneConfig)
+    command.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    own = given_options(args, CompareConfig)
+    plan = make_plan(given_options(args, FinetuneConfig), args.attention, own.get("seeds"))
+
+    from ema_timm.training.compare.compare import collect, compare, list_commands
+    from ema_timm.training.compare.tables import markdown
+
+    if args.list:
+        print(*list_commands(plan), sep="\n")
+        return 0
+    devices, config = args.devices or [None], CompareConfig(**own)
+    table = collect(plan, devices[0], config) if args.collect else compare(plan, devices, config)
+    print(markdown(table))
+    return 1 if any(row["why_not"] for row in table["rows"]) and not args.collect else 0
 
 
 def _add_quickstart(commands) -> None:

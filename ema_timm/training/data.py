@@ -84,9 +84,17 @@ def _counts(train: Dataset, val: Dataset) -> list[str]:
     return notes
 
 
-def _left_for_the_end(config: FinetuneConfig) -> list[str]:
+def find_test(config: FinetuneConfig) -> Path | None:
+    """The folder of images that are left for the end, where there is one."""
     test = find_split(config.data_dir, ("test",))
     if config.dataset or test is None or config.val_split.lower() == test.name.lower():
+        return None
+    return test
+
+
+def _left_for_the_end(config: FinetuneConfig) -> list[str]:
+    test = find_test(config)
+    if test is None:
         return []
     return [
         f"{test} is left for the end: ema-timm evaluate {config.output} "

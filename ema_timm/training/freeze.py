@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema_timm.training.start import head_and_ema
+from ema_timm.training.start import head_and_attention
 
 
 class Backbone:
@@ -17,7 +17,7 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module):
-        own = head_and_ema(model)
+        own = head_and_attention(model)
         self.parameters = [
             parameter
             for name, parameter in model.named_parameters()

@@ -39,7 +39,7 @@ class History:
         train_loss: float,
         seconds: float,
         metrics: Metrics,
-        lr: float | None = None,
+        notes: dict | None = None,
     ) -> bool:
         """Note an epoch.
 
@@ -48,14 +48,13 @@ class History:
             train_loss: Mean loss of its steps, as optimised.
             seconds: Time of its training.
             metrics: Counts on the validation images after it.
-            lr: Learning rate of its last step, the mean over the groups of parameters.
+            notes: What else is kept of it: ``lr``, and its cost as `ema_timm.training.cost` has it.
 
         Returns:
             Whether it is the best so far.
         """
         entry = {"epoch": epoch, "train_loss": train_loss, "seconds": round(seconds, 2)}
-        entry |= {} if lr is None else {"lr": lr}
-        entry |= metrics._asdict()
+        entry |= (notes or {}) | metrics._asdict()
         self.entries.append(entry)
         best = self.best
         improved = best is None or (metrics.top1, -metrics.loss) > (best["top1"], -best["loss"])

@@ -9,6 +9,7 @@ from ema_timm.errors import InterruptedRunError
 from ema_timm.measure.metrics import Metrics, measure
 from ema_timm.training.checkpoint import RunCheckpoint
 from ema_timm.training.class_weights import class_weights
+from ema_timm.training.cost import epoch_cost
 from ema_timm.training.data import open_images
 from ema_timm.training.epoch import EpochLoop, Position
 from ema_timm.training.history import History
@@ -120,10 +121,12 @@ class Run:
             # In one order on every process.
             for model in dict.fromkeys((self.parts.network.model, self.network.model)):
                 distribute_bn(model, self.process.count, reduce=True)
+        trained = self.loop.steps * self.config.batch_size * self.process.count
+        cost = epoch_cost(trained, seconds, self.process.device)
         metrics = self._measure()
         self.position.end_epoch()
-        lr = self.parts.train_step.lr
-        improved = self.history.add(self.position.epoch, loss, seconds, metrics, lr)
+        notes = {"lr": self.parts.train_step.lr} | cost
+        improved = self.history.add(self.position.epoch, loss, seconds, metrics, notes)
         self.log.epoch(self.history)
         if self.process.main:
             self.checkpoint.save(self.history, improved)

@@ -8,6 +8,7 @@ from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
+from ema_timm.backbones.slots import slot_layers
 from ema_timm.checkpoints.bounds import check_bounds
 from ema_timm.checkpoints.layout import WEIGHTS
 from ema_timm.errors import UserError, some
@@ -55,18 +56,24 @@ def check_folder(folder: Path) -> None:
         check_bounds(file)
 
 
-def head_and_ema(model: nn.Module) -> set[str]:
-    """Names of the parameters that no plain network's weights give: of classifier and EMA."""
+def head_and_attention(model: nn.Module) -> set[str]:
+    """Names of the parameters that no plain network's weights give.
+
+    Those of the classifier, of EMA layers, and of whatever else stands in the slots of a network
+    of ours (``attn="se"``).
+    """
     heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple | list) else (heads,)
     own = [*heads, *(module for module in model.modules() if isinstance(module, EmaAttn))]
+    if model.pretrained_cfg["architecture"].endswith("_ema"):
+        own += slot_layers(model)
     ids = {id(parameter) for module in own for parameter in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
 
 
 def _body(model: nn.Module) -> dict[str, Tensor]:
     """What the weights of a start must give: learned, and not of head or EMA layers."""
-    own = head_and_ema(model)
+    own = head_and_attention(model)
     return {n: p for n, p in model.named_parameters() if p.requires_grad and n not in own}
 
 

@@ -8,7 +8,17 @@ from ema_timm.cli import main
 from ema_timm.training.settings import FinetuneConfig
 
 COMMANDS = (
-    *("finetune", "quickstart", "recipes", "evaluate", "convert", "card", "publish", "export"),
+    *(
+        "finetune",
+        "compare",
+        "quickstart",
+        "recipes",
+        "evaluate",
+        "convert",
+        "card",
+        "publish",
+        "export",
+    ),
     *("attend", "predict", "yolo", "bench", "env"),
 )
 

@@ -44,6 +44,9 @@ def test_learns_and_writes_a_checkpoint_that_reloads(config, digits, tmp_path):
     assert metrics["top1"] == pytest.approx(100 * metrics["correct"] / 23)
     assert len(results["history"]) == 8
     assert metrics["top1"] == max(entry["top1"] for entry in results["history"])
+    for entry in results["history"]:  # 60 images fill five batches of 12
+        assert 60 / entry["images_per_second"] == pytest.approx(entry["seconds"], abs=0.01)
+        assert 50 < entry["peak_memory_mib"] < 50_000
     assert results["weights_sha256"] == sha256(folder / "model.safetensors")
     assert results["classes"] == ["digit_0", "digit_1", "digit_2", "digit_3"]
     assert results["data"]["train"]["images"] == 60

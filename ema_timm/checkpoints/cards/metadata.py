@@ -13,7 +13,7 @@ def front_matter(results: dict) -> str:
     """
     told, base = results.get("card", {}), results.get("base") or {}
     tags = ["image-classification", "timm", "transformers"]
-    if is_ema(results["architecture"]):
+    if is_ema(results):
         tags.append("ema-attention")
     facts = {
         "library_name": "timm",
@@ -30,9 +30,11 @@ def front_matter(results: dict) -> str:
     return yaml_block(facts)
 
 
-def is_ema(architecture: str) -> bool:
-    """Whether a network has EMA attention."""
-    return architecture.endswith("_ema")
+def is_ema(results: dict) -> bool:
+    """Whether a network has EMA attention: by its name, and by what its layers compute."""
+    if not results["architecture"].endswith("_ema"):
+        return False
+    return (results.get("macs") or {}).get("ema") != 0  # 0 where another layer has its place
 
 
 def measured_on(results: dict) -> dict:

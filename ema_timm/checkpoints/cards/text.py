@@ -25,7 +25,7 @@ def card_text(results: dict) -> str:
         results: Content of results.json (`ema_timm.checkpoints.results` lists it). Of what is not
             always there, what is unknown is left out.
     """
-    ema, ours = is_ema(results["architecture"]), needs_auto_map(results["architecture"])
+    ema, ours = is_ema(results), needs_auto_map(results["architecture"])
     repository = results.get("card", {}).get("repo_id")
     body = fill(
         "checkpoint.md",

@@ -1,0 +1,136 @@
+"""The variants of a comparison: one layer each, in the same slots of the same network.
+
+``none`` is the plain network; ``ema`` is EMA attention; ``ema-no-cross-spatial`` is the paper's
+ablation; every other name is one of timm's layers, as its ``create_attn`` takes it. Arguments
+follow an ``@``: ``ema@groups=8``, ``se@rd_ratio=0.25,add_maxpool=True``.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import timm
+from timm.models import get_pretrained_cfg, is_model
+
+from ema_timm.backbones.timm_layers import require_layer
+from ema_timm.backbones.warm_start import starts_neutral
+from ema_timm.errors import UserError, first_line
+from ema_timm.options import pair
+
+NONE = "none"
+_EMA = {
+    "ema": {},
+    "ema-no-cross-spatial": {"ema_cross_spatial": False},
+}
+_EMA_OPTIONS = ("groups", "stages", "cross_spatial")
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # not those of a tuple or a list
+
+
+class Variant(NamedTuple):
+    """One layer in the slots of a network.
+
+    Args:
+        name: As it was given, and as the table has it.
+        model: timm's name of the network with it.
+        model_kwargs: What the network is made with because of it.
+    """
+
+    name: str
+    model: str
+    model_kwargs: dict
+
+    @property
+    def folder(self) -> str:
+        """A name for a file: every other character is an underscore."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.name)
+
+
+def read_variants(names: Sequence[str], model: str) -> list[Variant]:
+    """Read variants of a plain network.
+
+    Args:
+        names: The variants.
+        model: timm's name of the plain network, with or without a tag.
+
+    Raises:
+        UserError: If the network has no slots, or a variant is none.
+    """
+    _check_model(model)
+    variants = [_read(name, model) for name in names]
+    if len({variant.folder for variant in variants}) < len(variants):
+        raise UserError(f"--attention must name each variant once, got {' '.join(names)}.")
+    return variants
+
+
+def _check_model(model: str) -> None:
+    name, _, _ = model.partition(".")
+    if ":" in model or not is_model(name):
+        raise UserError(
+            f"compare takes timm's name of a plain network, such as resnet50, got {model!r}. "
+            "Weights of your own are given beside it, as --weights FILE."
+        )
+    if not is_model(f"{name}_ema"):
+        raise UserError(
+            f"{name} has no slots for attention layers. compare takes timm's ResNets and "
+            'MobileNetV2s without attention; timm.list_models("*_ema") names them.'
+        )
+
+
+def _read(text: str, model: str) -> Variant:
+    name, _, given = text.partition("@")
+    try:
+        options = dict(pair(each) for each in _COMMA.split(given)) if given else {}
+        if name == NONE and not options:
+            return Variant(text, model, {})
+        kwargs = _ema_kwargs(name, options) if name in _EMA else _timm_kwargs(name, options)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UserError(f"--attention {text}: {first_line(error)}") from error
+    return Variant(text, _with_slots(model), kwargs)
+
+
+def _ema_kwargs(name: str, options: dict) -> dict:
+    unknown = [key for key in options if key not in _EMA_OPTIONS]
+    if unknown:
+        raise ValueError(f"EMA attention takes {', '.join(_EMA_OPTIONS)}, got {unknown[0]}.")
+    return {**_EMA[name], **{f"ema_{key}": value for key, value in options.items()}}
+
+
+def _timm_kwargs(name: str, options: dict) -> dict:
+    if name == NONE:
+        raise ValueError("the plain network takes nothing.")
+    try:
+        require_layer(name)
+    except ValueError as error:
+        raise ValueError(
+            f"there is no layer {name!r}. Give none, {', '.join(_EMA)} or a name of timm's "
+            "create_attn, such as se, eca, cbam or coord."
+        ) from error
+    return {"attn": name, **({"attn_kwargs": options} if options else {})}
+
+
+def _with_slots(model: str) -> str:
+    """The name of the network with slots, with the tag that starts from the same weights."""
+    name, _, tag = model.partition(".")
+    if not tag:
+        return f"{name}_ema"
+    cfg = get_pretrained_cfg(model)
+    return f"{name}_ema.{'warm_' if cfg is not None and cfg.has_weights else ''}{tag}"
+
+
+def start_of(variant: Variant, model_kwargs: dict, weights: str | None) -> str:
+    """How a variant's runs started, in words.
+
+    Args:
+        variant: The variant.
+        model_kwargs: What its network was made with.
+        weights: What its runs say of their first weights (``base`` in results.json).
+    """
+    if weights is None:
+        return ""
+    if weights == "random start":
+        return weights
+    if variant.name == NONE:
+        return "plain weights"
+    neutral = starts_neutral(timm.create_model(variant.model, device="meta", **model_kwargs))
+    return "plain weights, neutral layer" if neutral else "plain weights, layer as timm starts it"
