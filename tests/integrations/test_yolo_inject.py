@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from support.yolo import save, ultralytics, with_rows
 from torch import nn
 from ultralytics import RTDETR, YOLO
@@ -322,6 +323,12 @@ def test_the_command_never_writes_over_its_source(checkpoint, capsys):
     assert main(["yolo", str(checkpoint), "--output", str(checkpoint)]) == 2
     assert "would write over" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"nc": 2}, {"nc": 2, "activation": "nn.SiLU()"}], ids=str)
+def test_a_yaml_with_no_scales_can_be_read_again(settings):
+    rows = {"backbone": [[-1, 1, "Conv", [16, 3, 2]]], "head": [[[0], 1, "Detect", ["nc"]]]}
+    assert yaml.safe_load(yaml_text({**settings, **rows})) == {**settings, **rows}
 
 
 @pytest.mark.parametrize("name", ["detector.yaml", "yolov8s-ema.yaml"])
