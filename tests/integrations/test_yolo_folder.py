@@ -191,6 +191,17 @@ def test_a_name_that_is_nowhere_gives_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_loading_warns_of_nothing(folder, caplog):
+    """The scale that ultralytics assumes is the network's own."""
+    caplog.set_level("WARNING", "ultralytics")
+    ultralytics.utils.LOGGER.propagate, before = True, ultralytics.utils.LOGGER.propagate
+    try:
+        load(folder)
+    finally:
+        ultralytics.utils.LOGGER.propagate = before
+    assert not caplog.records
+
+
 def test_a_checkpoint_gives_one_line_with_the_remedy(tmp_path):
     (tmp_path / "best.pt").write_bytes(b"?")
     with pytest.raises(UserError, match=r"ema-timm yolo .*best\.pt --folder DIR"):

@@ -318,6 +318,17 @@ def test_the_command_refuses_in_one_line(source, output, message, tmp_path, caps
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, ConnectionError])
+def test_a_checkpoint_that_cannot_be_had_gives_one_line(error, monkeypatch, tmp_path, capsys):
+    def fail(name):
+        raise error("offline.")
+
+    monkeypatch.setattr("ultralytics.YOLO", fail)
+    assert main(["yolo", "yolo11n.pt", "--output", str(tmp_path / "x.pt")]) == 2
+    said = capsys.readouterr().err
+    assert "there is no yolo11n.pt" in said and "(offline)" in said and said.count("\n") == 1
+
+
 def test_the_command_never_writes_over_its_source(checkpoint, capsys):
     before = checkpoint.read_bytes()
     assert main(["yolo", str(checkpoint), "--output", str(checkpoint)]) == 2

@@ -127,7 +127,7 @@ def test_other_classes_are_refused_before_anything_is_measured(detector, tmp_pat
     save_folder(yolo, tmp_path / "made")
     with pytest.raises(UserError, match="has 1 classes and the detector 80"):
         measure_folder(tmp_path / "made", detector.parent / "set" / "digits.yaml", 64, device="cpu")
-    with pytest.raises(UserError, match="cannot measure on .*nothing.yaml"):
+    with pytest.raises(UserError, match=r"cannot measure on .*nothing\.yaml"):
         measure_folder(tmp_path / "made", tmp_path / "nothing.yaml", 64, device="cpu")
 
 

@@ -156,7 +156,7 @@ def cases(doing):
 
 
 def pushes():
-    """Every fault with a network's folder, some of them with a detector's, whose way is the same."""
+    """Every fault with a network's folder, and some with a detector's: the way is the same."""
     some = [case for case in cases("push") if TABLE or case[1:] in DEFAULT_DETECTOR]
     return [("network", case) for case in cases("push")] + [("detector", case) for case in some]
 

@@ -4,8 +4,11 @@ YOLO's own ``.pt`` is a pickle, which runs what it likes when it is loaded. Here
 numbers, and the YAML is read as `ema_timm.integrations.yolo.contents` says.
 """
 
+import contextlib
 import json
+import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +130,23 @@ def _built(described: dict, config: dict) -> Any:
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         file = Path(scratch) / MODEL
         file.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
-        return kind(str(file), **settings)
+        with _quiet_about_the_scale():
+            return kind(str(file), **settings)
+
+
+@contextlib.contextmanager
+def _quiet_about_the_scale() -> Iterator[None]:
+    """Without the warning that the first scale is assumed: it is written first, being the one."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "no model scale passed" not in record.getMessage()
+
+    logger = logging.getLogger("ultralytics")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _fetched(source: str | Path, revision: str | None) -> Path:
