@@ -24,7 +24,13 @@ class VerificationError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its type, where it says nothing."""
+    """What another library's error says, in one line; its type, where it says nothing.
+
+    Where a package was missed while another error was handled, that one is what went wrong: with
+    ultralytics in the process, Pillow asks for one more reader before it says what it cannot read.
+    """
+    if isinstance(error, ImportError) and error.__context__ is not None:
+        error = error.__context__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0]
 

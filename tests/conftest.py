@@ -79,6 +79,14 @@ def trained(digits, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory):
+    """A folder of the smallest detector with EMA attention, measured; skips without ultralytics."""
+    from support.detector import write_detector
+
+    return write_detector(tmp_path_factory.mktemp("detector"))
+
+
 class Worker:
     """A process for `ema-timm` commands; see support/hub_worker.py."""
 

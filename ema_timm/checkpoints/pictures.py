@@ -12,7 +12,8 @@ from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.errors import UserError, first_line
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
-_DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# ImportError: ultralytics puts a function in the place of Image.open that asks for one more reader.
+_DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, ImportError)
 
 _CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", re.M | re.S)
 _ALT = r"!\[((?:[^\[\]]|\[[^\]]*\])*)\]"

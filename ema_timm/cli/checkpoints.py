@@ -79,11 +79,12 @@ def _add_card(commands) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from ema_timm.checkpoints.cards.file import EditedCardError, write_card
+    from ema_timm.checkpoints.cards.file import EditedCardError
+    from ema_timm.publishing.kinds import kind_of
 
     told = {name: value for name, *_ in _TOLD if (value := getattr(args, name))}
     try:
-        written = write_card(args.folder, told, args.force)
+        written = kind_of(args.folder).write_card(args.folder, told, args.force)
     except EditedCardError as error:
         print(error.diff)
         raise

@@ -22,7 +22,9 @@ def _add_publish(commands) -> None:
         epilog="The token is that of hf auth login, or HF_TOKEN. Uploads do not go through xet; "
         "HF_HUB_DISABLE_XET=0 lets the client use xet, on which --time-limit has no hold.",
     )
-    command.add_argument("folder", metavar="FOLDER", help="a checkpoint folder")
+    command.add_argument(
+        "folder", metavar="FOLDER", help="a checkpoint folder, or one of ema-timm yolo --folder"
+    )
     command.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the repository")
     command.add_argument("--private", action="store_true", help="make a new repository private")
     command.add_argument("--revision", default="main", help="branch (default: %(default)s)")
@@ -48,6 +50,7 @@ def _publish(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from ema_timm.checkpoints.cards.file import EditedCardError
     from ema_timm.hub.commit import Destination
+    from ema_timm.publishing.kinds import kind_of
     from ema_timm.publishing.publish import publish, rehearse
 
     to = Destination(args.repo_id, args.revision, args.private, args.create_pr)
@@ -59,7 +62,8 @@ def _publish(args: argparse.Namespace) -> int:
     except EditedCardError as error:
         print(error.diff)
         raise
-    print(f"{landed.url}\n{landed.load_line(args.repo_id)}")
+    load_line = kind_of(args.folder).load_line
+    print(f"{landed.url}\n{load_line.format(repo=args.repo_id, commit=landed.commit)}")
     return 0
 
 

@@ -53,10 +53,6 @@ class Landed:
     url: str
     new: bool
 
-    def load_line(self, repo: str) -> str:
-        """The line of Python that loads it."""
-        return f'timm.create_model("hf-hub:{repo}@{self.commit}", pretrained=True)'
-
 
 def digest(files: list[File]) -> str:
     """One name for all the files together."""

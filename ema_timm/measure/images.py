@@ -7,7 +7,7 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
-from ema_timm.errors import UnreadableImageError
+from ema_timm.errors import UnreadableImageError, first_line
 
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JXL", "JPEG2000", "BMP", "DIB", "GIF", "TIFF",
@@ -17,9 +17,13 @@ FORMATS = (
 
 _FAULTS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, OverflowError, struct.error,
-    Image.DecompressionBombError,
+    Image.DecompressionBombError, ImportError,
 )  # fmt: skip
-"""What Pillow's readers raise for a file that is not what it claims."""
+"""What Pillow's readers raise for a file that is not what it claims.
+
+ImportError: a reader that is not installed. ultralytics, once imported, puts a function in the
+place of ``Image.open`` that asks for pi_heif wherever Pillow cannot identify a file.
+"""
 
 _ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -88,8 +92,8 @@ def unreadable(name: str, error: Exception, remedy: str) -> UnreadableImageError
         reason = f"more pixels than Pillow opens ({2 * Image.MAX_IMAGE_PIXELS:,})"
         remedy = "Make it smaller."
     else:
-        said = str(error) or type(error).__name__
-        reason = "not an image" if "cannot identify" in said else said.splitlines()[0]
+        said = first_line(error)
+        reason = "not an image" if "cannot identify" in said else said
     return UnreadableImageError(f"cannot read {name}: {reason}. {remedy}")
 
 

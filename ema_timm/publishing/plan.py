@@ -7,15 +7,17 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ema_timm.checkpoints.check import CheckedFolder, check_folder
+from ema_timm.checkpoints.check import CheckedFolder
 from ema_timm.errors import UserError
 from ema_timm.hub.commit import Destination, File
+from ema_timm.publishing.kinds import FolderKind, kind_of
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is published where."""
 
+    kind: FolderKind
     folder: CheckedFolder
     files: list[File]
     to: Destination
@@ -37,8 +39,9 @@ def make_plan(folder: str | Path, to: Destination) -> Plan:
         UserError: For a folder or a name that cannot be published.
     """
     _check_destination(to)
-    checked = check_folder(folder)
-    return Plan(checked, [File(checked.path / name) for name in checked.files], to)
+    kind = kind_of(folder)
+    checked = kind.check(folder)
+    return Plan(kind, checked, [File(checked.path / name) for name in checked.files], to)
 
 
 def _check_destination(to: Destination) -> None:

@@ -8,28 +8,26 @@ the model is loaded from there in a fresh process and compared again.
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
 from ema_timm import __version__
 from ema_timm.checkpoints.cards.file import require_unedited
-from ema_timm.checkpoints.layout import CARD, RESULTS, WEIGHTS
-from ema_timm.checkpoints.network import load_network
-from ema_timm.errors import HubError, UserError, first_line, some
+from ema_timm.checkpoints.layout import CARD, RESULTS
+from ema_timm.errors import HubError, UserError, some
 from ema_timm.files import sha256
 from ema_timm.hub.commit import Destination, File, Landed
 from ema_timm.hub.repository import Repository
 from ema_timm.hub.steps import AGAIN
 from ema_timm.hub.time_limit import TimeLimit
+from ema_timm.publishing.kinds import Reload
 from ema_timm.publishing.plan import Plan, check_space, make_plan
-from ema_timm.publishing.reload import Outputs, outputs, reload_elsewhere, same
+from ema_timm.publishing.reload import Outputs, same
 
 TIME_LIMIT = 3600.0
 _PICKLES = re.compile(r"\.(bin|pth|pt|pth\.tar|pkl)$")
-
-Reload = Callable[[str, dict[str, str]], Outputs]
 
 
 def publish(
@@ -38,18 +36,19 @@ def publish(
     *,
     force: bool = False,
     time_limit: float = TIME_LIMIT,
-    reload: Reload = reload_elsewhere,
+    reload: Reload | None = None,
     api: HfApi | None = None,
 ) -> Landed:
     """Publish a checkpoint folder.
 
     Args:
-        folder: What `ema_timm.checkpoints.check.check_folder` accepts.
+        folder: What `ema_timm.checkpoints.check.check_folder` accepts, or
+            `ema_timm.integrations.yolo.check.check_detector`.
         to: Where to.
         force: Replace a card on the Hub that was edited by hand.
         time_limit: Seconds for everything on the network.
-        reload: Loads a model by its timm name in another process and returns what
-            `ema_timm.publishing.reload.outputs` returns there.
+        reload: Loads a model by its name in another process and returns what it answers there;
+            that of the folder's kind by default.
         api: Client of the Hub; one with the user's own token and endpoint by default.
 
     Returns:
@@ -61,6 +60,7 @@ def publish(
         HubError: If the Hub failed. It holds the whole commit or nothing of it.
     """
     plan = _plan(folder, to)
+    reload = reload or plan.kind.reload
     api = _client(api)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         check_space(plan, Path(scratch))
@@ -76,11 +76,11 @@ def publish(
     return landed
 
 
-def rehearse(folder: str | Path, to: Destination, *, reload: Reload = reload_elsewhere) -> Plan:
+def rehearse(folder: str | Path, to: Destination, *, reload: Reload | None = None) -> Plan:
     """All that `publish` does before it needs the network; raises what it raises."""
     plan = _plan(folder, to)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
-        check_loads_back(plan, reload, Path(scratch))
+        check_loads_back(plan, reload or plan.kind.reload, Path(scratch))
     return plan
 
 
@@ -100,20 +100,14 @@ def check_loads_back(plan: Plan, reload: Reload, scratch: Path) -> Outputs:
     Raises:
         UserError: If it answers differently, with numbers that are not finite, or not at all.
     """
-    folder = plan.folder
-    try:
-        expected = outputs(load_network(folder.path, folder.config))
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder.path}: the network does not take images of the input_size in config.json: "
-            f"{first_line(error).rstrip('.')}. Correct pretrained_cfg, or model_args."
-        ) from error
+    folder, kind = plan.folder, plan.kind
+    expected = kind.outputs(folder)
     _say("loading the folder in a fresh process")
-    loaded = reload(f"local-dir:{folder.path.resolve()}", {"TMPDIR": str(scratch)})
+    loaded = reload(kind.local.format(path=folder.path.resolve()), {"TMPDIR": str(scratch)})
     if not same(expected, loaded):
         raise UserError(
-            f"{folder.path}, loaded by timm in a fresh process, does not answer as its own weights "
-            "do. Compare config.json with the model that was trained."
+            f"{folder.path}, loaded in a fresh process, does not answer as its own weights do. "
+            f"Compare {folder.files[1]} with the model that was trained."
         )
     return expected
 
@@ -137,8 +131,8 @@ def _push(plan: Plan, repository: Repository, scratch: Path, force: bool) -> Lan
         return Landed(repository.head, repository.url(repository.head), new=False)
     if CARD in there and not force:
         _keep_edited_card(plan, repository, scratch)
-    _mention_pickles(there)
-    return repository.push(plan.files, _title(plan.folder.results))
+    _mention_pickles(there, plan.kind.on_pickles)
+    return repository.push(plan.files, plan.kind.title(plan.folder.results))
 
 
 def _nothing_to_do(to: Destination) -> str:
@@ -151,12 +145,12 @@ def _nothing_to_do(to: Destination) -> str:
     )
 
 
-def _mention_pickles(there: Iterable[str]) -> None:
+def _mention_pickles(there: Iterable[str], what_they_do: str) -> None:
     pickles = ", ".join(name for name in there if _PICKLES.search(name))
     if pickles:
         _say(
-            f"note: the repository also holds {pickles}. timm reads a pickle where "
-            f"{WEIGHTS} cannot be had; remove it if it is not of these weights"
+            f"note: the repository also holds {pickles}. {what_they_do}; remove it if it is not of "
+            "these weights"
         )
 
 
@@ -174,12 +168,6 @@ def _keep_edited_card(plan: Plan, repository: Repository, scratch: Path) -> None
     )
 
 
-def _title(results: dict) -> str:
-    metrics = results.get("metrics")
-    measured = f": top-1 {metrics['top1']:.2f}% of {metrics['images']} images" if metrics else ""
-    return f"Publish {results['architecture']}{measured}"
-
-
 def _verify(
     plan: Plan,
     landed: Landed,
@@ -193,7 +181,7 @@ def _verify(
     cache = scratch / "fetched"
     for file in plan.files:
         _fetch_back(file, landed, repository, cache)
-    name = f"hf-hub:{plan.to.repo}@{landed.commit}"
+    name = plan.kind.remote.format(repo=plan.to.repo, commit=landed.commit)
     _say(f"loading {name} in a fresh process")
     loaded = reload(name, {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": repository.api.endpoint})
     if not same(expected, loaded):

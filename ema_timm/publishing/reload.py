@@ -18,7 +18,7 @@ Outputs = list[list[float]]
 TOLERANCE = 1e-5
 _SECONDS = 600
 
-_CODE = """
+TIMM = """
 import json, sys
 import timm
 import ema_timm  # where it is not found by itself
@@ -35,18 +35,20 @@ def outputs(model: nn.Module) -> Outputs:
     return model.eval()(images).double().tolist()
 
 
-def reload_elsewhere(name: str, env: Mapping[str, str]) -> Outputs:
-    """Load a model by its timm name in a fresh process, without network.
+def reload_elsewhere(name: str, env: Mapping[str, str], code: str = TIMM) -> Outputs:
+    """Load a model by its name in a fresh process, without network.
 
     Args:
-        name: ``local-dir:FOLDER``, or ``hf-hub:USER/NAME@COMMIT`` whose files are in the cache.
+        name: ``local-dir:FOLDER``, or ``hf-hub:USER/NAME@COMMIT`` whose files are in the cache; or
+            what another kind of folder calls these.
         env: Environment variables that differ from this process'.
+        code: What the process runs: it prints what the model of its argument answers, as JSON.
 
     Raises:
         HubError: If it does not load.
     """
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, "-c", _CODE, name]
+    command = [sys.executable, "-c", code, name]
     try:
         done = subprocess.run(
             command,

@@ -11,10 +11,13 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ema_timm.errors import UnreadableImageError, UserError
+from ema_timm.errors import UnreadableImageError, UserError, first_line
 
-# What Pillow's decoders raise on damaged files, and on files too large to be images.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What Pillow's decoders raise on damaged files, and on files too large to be images; ImportError,
+# where ultralytics has put a function in the place of Image.open that asks for one more reader.
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, ImportError,
+)  # fmt: skip
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -51,8 +54,7 @@ def read_image(path: Path, channels: int) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("L" if channels == 1 else "RGB")
     except _UNREADABLE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnreadableImageError(f"{path} cannot be read: {reason}") from error
+        raise UnreadableImageError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 class ImageFiles(Dataset):

@@ -353,6 +353,53 @@ def test_another_projects_module_of_that_name_is_left_alone(python, tmp_path):
     assert python(code, env={"PYTHONPATH": str(tmp_path)}) == "False\n"
 
 
+def test_nothing_that_is_nondeterministic_or_cannot_be_exported_runs():
+    """Adaptive pooling, say: its gradient on a GPU is neither, and ONNX wants fixed sizes of it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    ran = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    layer = EmaAttnRow(64).train()
+    x = torch.rand(2, 64, 9, 7, requires_grad=True)
+    with Names():
+        layer(x).square().sum().backward()
+    assert ran
+    doubtful = ("adaptive", "interpolate", "upsample", "scatter", "index_add", "index_put")
+    assert not [name for name in ran if any(word in name for word in doubtful)]
+
+
+def test_training_twice_from_one_seed_gives_the_same_gradients():
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            layer = EmaAttnRow(64)
+            layer(torch.rand(2, 64, 9, 7)).square().sum().backward()
+            found.append([p.grad for p in layer.parameters()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1.0, 3e4])
+def test_mixed_precision_gives_no_nan(dtype, size):
+    """Sums over a map of such values are past what float16 holds."""
+    layer = EmaAttnRow(64, 8)
+    x = (torch.randn(2, 64, 40, 40) * size / 4).clamp(-size, size).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        out = layer(x)
+    (out.float() / size).sum().backward()
+    grads = [x.grad, *(p.grad for p in layer.parameters())]
+    assert all(bool(torch.isfinite(t).all()) for t in (out, *grads))
+
+
 def test_rows_print_what_they_are(config):
     text = str(detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", ["c2", 16, 2]])))
     assert len(re.findall(r"channels=64, groups=16, gain=2", text)) == 1

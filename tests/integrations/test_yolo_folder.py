@@ -1,6 +1,7 @@
 """A detector as safetensors, YAML and description: rebuilt exactly, and nothing of it is run."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -98,6 +99,46 @@ FAULTS = {
         changed_yaml(lambda c: c["head"][0].__setitem__(2, "nn.factory_kwargs")),
         "which is no layer",
     ),
+    "a network as a row, which would read another YAML": (
+        changed_yaml(
+            lambda c: c["head"].__setitem__(0, [-1, 1, "DetectionModel", ["'http://x/y'"]])
+        ),
+        "names 'DetectionModel', which is no layer",
+    ),
+    "a layer a billion times": (
+        changed_yaml(lambda c: c["head"][1].__setitem__(1, 10**9)),
+        "must repeat its layer 1 to 100 times, got 1000000000",
+    ),
+    "a layer that is too wide for any memory": (
+        changed_yaml(lambda c: c["backbone"][0].__setitem__(3, [2**20, 3, 2])),
+        "tensors differ, first",
+    ),
+    "a row with arguments of another layer": (
+        changed_yaml(lambda c: c["backbone"][0].__setitem__(3, ["x", {}])),
+        "builds no network",
+    ),
+    "an expression as an argument": (
+        changed_yaml(lambda c: c["backbone"][0].__setitem__(3, ["__import__('os').getcwd()"])),
+        "builds no network",
+    ),
+    "a part that stands for billions": (
+        lambda f: (f / "model.yaml").write_text("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"),
+        "describes no detector",
+    ),
+    "a YAML as deep as it is long": (
+        lambda f: (f / "model.yaml").write_text("[" * 10**5),
+        "describes no detector",
+    ),
+    "a YAML of many megabytes": (
+        lambda f: (f / "model.yaml").write_text("#" * 2**21),
+        "damaged",
+    ),
+    "a header longer than any network's": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            struct.pack("<Q", 5 * 2**20) + b" " * (5 * 2**20)
+        ),
+        "has a header of 5,242,880 bytes",
+    ),
     "an activation that runs code": (
         changed_yaml(lambda c: c.__setitem__("activation", "__import__('os').getcwd()")),
         "activation must be like",
@@ -124,6 +165,12 @@ FAULTS = {
         "NaN",
     ),
     "no description": (lambda f: (f / "detector.json").unlink(), "missing"),
+    "a description as deep as it is long": (
+        lambda f: (f / "detector.json").write_text("[" * 10**5),
+        "damaged",
+    ),
+    "no licence": (changed_description("license", None), "no detector"),
+    "a size that is none": (changed_description("imgsz", -1), "no detector"),
     "another kind of object": (changed_description("decoder", "os.system"), "no detector"),
     "names that are no numbers": (changed_description("names", {"x": "a"}), "damaged"),
 }
@@ -142,6 +189,23 @@ def test_a_name_that_is_nowhere_gives_one_line(monkeypatch):
     with pytest.raises(UserError, match="neither a folder nor on the Hub") as error:
         load("not a name/at all")
     assert "\n" not in str(error.value)
+
+
+def test_loading_warns_of_nothing(folder, caplog):
+    """The scale that ultralytics assumes is the network's own."""
+    caplog.set_level("WARNING", "ultralytics")
+    ultralytics.utils.LOGGER.propagate, before = True, ultralytics.utils.LOGGER.propagate
+    try:
+        load(folder)
+    finally:
+        ultralytics.utils.LOGGER.propagate = before
+    assert not caplog.records
+
+
+def test_a_checkpoint_gives_one_line_with_the_remedy(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"?")
+    with pytest.raises(UserError, match=r"ema-timm yolo .*best\.pt --folder DIR"):
+        load(tmp_path / "best.pt")
 
 
 def test_refuses_a_fused_network(tmp_path):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from support.yolo import save, ultralytics, with_rows
 from torch import nn
 from ultralytics import RTDETR, YOLO
@@ -317,11 +318,28 @@ def test_the_command_refuses_in_one_line(source, output, message, tmp_path, caps
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, ConnectionError])
+def test_a_checkpoint_that_cannot_be_had_gives_one_line(error, monkeypatch, tmp_path, capsys):
+    def fail(name):
+        raise error("offline.")
+
+    monkeypatch.setattr("ultralytics.YOLO", fail)
+    assert main(["yolo", "yolo11n.pt", "--output", str(tmp_path / "x.pt")]) == 2
+    said = capsys.readouterr().err
+    assert "there is no yolo11n.pt" in said and "(offline)" in said and said.count("\n") == 1
+
+
 def test_the_command_never_writes_over_its_source(checkpoint, capsys):
     before = checkpoint.read_bytes()
     assert main(["yolo", str(checkpoint), "--output", str(checkpoint)]) == 2
     assert "would write over" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"nc": 2}, {"nc": 2, "activation": "nn.SiLU()"}], ids=str)
+def test_a_yaml_with_no_scales_can_be_read_again(settings):
+    rows = {"backbone": [[-1, 1, "Conv", [16, 3, 2]]], "head": [[[0], 1, "Detect", ["nc"]]]}
+    assert yaml.safe_load(yaml_text({**settings, **rows})) == {**settings, **rows}
 
 
 @pytest.mark.parametrize("name", ["detector.yaml", "yolov8s-ema.yaml"])

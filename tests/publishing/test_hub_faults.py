@@ -94,6 +94,10 @@ DEFAULT = {
     ("file", "corrupt", False), ("storage", "short", True), ("storage", "corrupt", True),
     ("discussions", 403, True),
 }  # fmt: skip
+DEFAULT_DETECTOR = {
+    ("info", 401, True), ("upload", "cut", True), ("commit", 412, True), ("commit", 429, False),
+    ("commit", "lost", True), ("file", "corrupt", False), ("storage", "corrupt", True),
+}  # fmt: skip
 DEFAULT_LOAD = {
     ("head", 500, True), ("head", 401, True), ("file", "corrupt", True),
     ("storage", "corrupt", False), ("storage", "corrupt", True), ("storage", "broken", False),
@@ -102,11 +106,12 @@ DEFAULT_LOAD = {
 
 @pytest.fixture(scope="module")
 def table():
-    """Outcomes by step and fault, written out where TABLE says so."""
-    outcomes = collections.defaultdict(list)
+    """Outcomes by kind of folder, step and fault, written out where TABLE says so."""
+    outcomes = {kind: collections.defaultdict(list) for kind in ("network", "detector")}
     yield outcomes
     if TABLE:
-        Path(TABLE).write_text(as_table(outcomes))
+        texts = [f"## A {kind}\n\n{as_table(found)}" for kind, found in outcomes.items() if found]
+        Path(TABLE).write_text("\n".join(texts))
 
 
 LEGEND = """\
@@ -133,10 +138,10 @@ def as_table(outcomes):
     return "\n".join([*lines, "", LEGEND, f"{len(outcomes)} faults ({total}), {runs} runs.", ""])
 
 
-def inject(hub, case):
+def inject(hub, case, small="config.json"):
     settings = {"times": ALWAYS if case.always else 1}
     if case.doing == "load" and case.step != "storage":
-        settings["match"] = "model.safetensors" if case.step == "head" else "config.json"
+        settings["match"] = "model.safetensors" if case.step == "head" else small
     if case.kind == 429:
         settings["retry_after"] = 3600 if case.always and case.step == "commit" else 0
     if case.kind == "slow":
@@ -150,11 +155,20 @@ def cases(doing):
     return chosen if TABLE else [case for case in chosen if case[1:] in wanted]
 
 
-@pytest.mark.parametrize("case", cases("push"), ids=str)
-def test_push(stage, trained, table, case):
+def pushes():
+    """Every fault with a network's folder, and some with a detector's: the way is the same."""
+    some = [case for case in cases("push") if TABLE or case[1:] in DEFAULT_DETECTOR]
+    return [("network", case) for case in cases("push")] + [("detector", case) for case in some]
+
+
+@pytest.mark.filterwarnings("default")  # ultralytics' own warnings are not ours
+@pytest.mark.parametrize(("kind", "case"), pushes(), ids=str)
+def test_push(stage, request, table, kind, case):
     hub, worker = stage
-    repo = f"ada/{case}"
-    args = ["publish", trained, "--repo-id", repo, "--time-limit", LIMIT]
+    folder = request.getfixturevalue("trained" if kind == "network" else "detector")
+    repo = f"ada/{kind}-{case}"
+    table = table[kind]
+    args = ["publish", folder, "--repo-id", repo, "--time-limit", LIMIT]
     if case.step == "branch":
         args += ["--revision", "next"]
     if case.step == "discussions":
@@ -165,7 +179,7 @@ def test_push(stage, trained, table, case):
     assert fault.hits, f"{case.step} was not reached: {hub.requests}"
     assert done["seconds"] < LIMIT + 3
     assert no_token(done)
-    commits = published(hub, repo, trained)
+    commits = published(hub, repo, folder)
     if case.recovers:
         assert done["code"] == 0, done["err"]
         assert len(commits) == 1
@@ -182,13 +196,14 @@ def test_push(stage, trained, table, case):
     hub.heal()
     again = worker.run(*args)
     assert again["code"] == 0, again["err"]
-    assert len(published(hub, repo, trained)) == 1
+    assert len(published(hub, repo, folder)) == 1
     table[case] = ["unverified" if commits else "refused", "again"]
 
 
 @pytest.mark.parametrize("case", cases("load"), ids=str)
 def test_load(stage, trained, digits, table, tmp_path, case):
     hub, worker = stage
+    table = table["network"]
     repo = f"ada/{case}"
     files = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     hub.store.put(repo, {**files, "pytorch_model.bin": b"what timm would go on to"}, "by hand")
@@ -221,11 +236,37 @@ def published(hub, repo, folder):
     found = hub.store.repos.get(repo)
     commits = [c for c in found.commits.values() if c.title.startswith("Publish")] if found else []
     for commit in commits:
-        for path in ("model.safetensors", "config.json", "README.md", "results.json", "curves.png"):
-            assert commit.files[path].content == (folder / path).read_bytes()
+        for file in (path for path in folder.iterdir() if path.is_file()):
+            assert commit.files[file.name].content == file.read_bytes()
     if found and not commits:
         assert set(found.resolve("main").files) == {".gitattributes"}
     return commits
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", cases("load"), ids=str)
+def test_load_of_a_detector(stage, detector, table, case):
+    hub, worker = stage
+    table = table["detector"]
+    repo = f"ada/detector-{case}"
+    files = {path.name: path.read_bytes() for path in detector.iterdir()}
+    hub.store.put(repo, {**files, "best.pt": b"what must not be read"}, "by hand")
+    name = f"yolo-hub:{repo}"
+    hub.heal()
+    fault = inject(hub, case, small="detector.json")
+    done = worker.load(name)
+    assert fault.hits
+    assert not any(path.endswith(".pt") for _, path in hub.requests)
+    if case.recovers:
+        assert "outputs" in done, done
+        table[case] = ["recovers"]
+        return
+    assert re.match("(Hub|Step)Error: fetching", done["error"]), done
+    assert REMEDY.search(done["error"]), done
+    assert not any(token in done["error"] for token in TOKENS)
+    hub.heal()
+    assert "outputs" in worker.load(name)
+    table[case] = ["refused", "again"]
 
 
 def no_token(done):

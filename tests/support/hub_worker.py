@@ -23,15 +23,18 @@ from huggingface_hub import constants, utils
 
 from ema_timm.cli import main
 from ema_timm.hub import fetch
+from ema_timm.integrations.yolo.check import answers
 from ema_timm.publishing import publish
 from ema_timm.publishing.reload import outputs
 
 
 def reload_here(name: str, env: dict[str, str]):
     source, _, where = name.partition(":")
-    if source == "hf-hub":
+    if source in ("hf-hub", "yolo-hub"):
         repo, _, commit = where.partition("@")
         where = f"{env['HF_HUB_CACHE']}/models--{repo.replace('/', '--')}/snapshots/{commit}"
+    if source.startswith("yolo"):
+        return answers(where)
     return outputs(timm.create_model(f"local-dir:{where}", pretrained=True))
 
 
@@ -66,12 +69,18 @@ def run(args: list[str], largest_file: int = resource.RLIM_INFINITY) -> dict:
 
 
 def load(name: str, symlinks: bool = True, keep_cache: bool = False, offline: bool = False) -> dict:
-    """What `timm.create_model` makes of ``name``: the outputs of the model, or the error."""
+    """What `timm.create_model` makes of ``name``: the outputs of the model, or the error.
+
+    Of ``yolo-hub:USER/NAME`` the same by `ema_timm.integrations.yolo.load`.
+    """
     if not keep_cache:
         shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     constants.HF_HUB_DISABLE_SYMLINKS = not symlinks
     set_offline(offline)
     try:
+        if name.startswith("yolo-hub:"):
+            repo, _, revision = name.removeprefix("yolo-hub:").partition("@")
+            return {"outputs": answers(repo, revision or None)}
         return {"outputs": outputs(timm.create_model(name, pretrained=True))}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

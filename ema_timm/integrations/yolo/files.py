@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ema_timm.errors import UserError, VerificationError
+from ema_timm.errors import UserError, VerificationError, first_line
 from ema_timm.files import make_writable, write_whole
 from ema_timm.integrations.yolo.detector import look, require_ultralytics
 from ema_timm.integrations.yolo.injection import TOLERANCE, Injection, injected, relative_difference
@@ -31,9 +31,10 @@ def open_detector(source: str | Path) -> Any:
 
     try:
         return (RTDETR if "rtdetr" in Path(source).stem.lower() else YOLO)(str(source))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"there is no {source}, neither here nor among what ultralytics has or can download."
+            f"there is no {source}, neither here nor among what ultralytics has or can download "
+            f"now ({first_line(error).rstrip('.')}). Correct the name, or fetch the file."
         ) from error
 
 

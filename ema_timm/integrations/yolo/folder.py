@@ -1,35 +1,40 @@
 """A detector as a folder without a pickle: safetensors, the model YAML and a description.
 
 YOLO's own ``.pt`` is a pickle, which runs what it likes when it is loaded. Here the weights are
-numbers, and the YAML is read only after every row of it is known to name a layer: ultralytics
-looks a row's name up in a module that holds more than layers, and evaluates ``activation``.
+numbers, and the YAML is read as `ema_timm.integrations.yolo.contents` says.
 """
 
+import contextlib
 import json
-import re
+import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors.torch import save
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, first_line
 from ema_timm.files import make_writable, write_whole
+from ema_timm.hub.fetch import fetch
+from ema_timm.integrations.yolo.contents import (
+    DESCRIPTION,
+    MODEL,
+    WEIGHTS,
+    check_tensors,
+    read_description,
+    read_model_yaml,
+    read_weights,
+)
 from ema_timm.integrations.yolo.detector import network_of, require_ultralytics
 from ema_timm.integrations.yolo.files import is_rounded
-from ema_timm.integrations.yolo.rows import rows_of, yaml_text
+from ema_timm.integrations.yolo.rows import yaml_text
 
-WEIGHTS = "model.safetensors"
-MODEL = "model.yaml"
-DESCRIPTION = "detector.json"
 LICENSE = "agpl-3.0"
-
-_ACTIVATION = re.compile(r"(torch\.)?nn\.[A-Za-z0-9]+\([0-9A-Za-z_=., -]*\)")
-_REMEDY = "Write the folder anew, or fetch it again from where it was whole"
+"""What ultralytics stamps into the checkpoints that it saves."""
 
 
 def save_folder(yolo: Any, folder: str | Path) -> list[Path]:
@@ -61,6 +66,7 @@ def save_folder(yolo: Any, folder: str | Path) -> list[Path]:
     from ultralytics import __version__
 
     described = {
+        "architecture": _architecture(net.yaml),
         "task": yolo.task,
         "decoder": type(yolo).__name__,
         "names": {str(number): name for number, name in net.names.items()},
@@ -78,6 +84,11 @@ def save_folder(yolo: Any, folder: str | Path) -> list[Path]:
     return [folder / name for name in (WEIGHTS, MODEL, DESCRIPTION)]
 
 
+def _architecture(config: dict) -> str:
+    """The name of the YAML that a network was first built from, such as yolo11n."""
+    return Path(str(config.get("yaml_file", "yolo"))).stem
+
+
 def load(source: str | Path, revision: str | None = None) -> Any:
     """Rebuild the YOLO or RTDETR object from what `save_folder` wrote; no pickle is read.
 
@@ -91,24 +102,19 @@ def load(source: str | Path, revision: str | None = None) -> Any:
     Raises:
         UserError: If a file is missing or damaged, a row of the YAML names no layer, or the
             weights are not those of the network.
+        HubError: If the Hub, or the way to it, failed.
     """
     require_ultralytics()
-    folder = Path(source) if Path(source).is_dir() else _fetched(str(source), revision)
-    described = _description(folder)
-    config = _model_yaml(folder)
-    refuse_what_is_no_layer(config)
-    import ultralytics
-
-    kind = {"YOLO": ultralytics.YOLO, "RTDETR": ultralytics.RTDETR}[described["decoder"]]
-    with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
-        file = Path(scratch) / MODEL
-        file.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
-        settings = {} if described["decoder"] == "RTDETR" else {"task": described["task"]}
-        yolo = kind(str(file), **settings)
+    folder = Path(source) if Path(source).is_dir() else _fetched(source, revision)
+    described, config = read_description(folder), read_model_yaml(folder)
+    check_tensors(config, folder / WEIGHTS)
+    weights = read_weights(folder / WEIGHTS)
+    yolo = _built(described, config)
     net = yolo.model
-    _load_weights(net, folder / WEIGHTS)
+    net.load_state_dict(weights)
     net.names = {int(number): name for number, name in described["names"].items()}
-    net.yaml["yaml_file"] = str(folder / MODEL)
+    # No such file; it names the network where the detector is saved again.
+    net.yaml["yaml_file"] = str(folder / f"{described.get('architecture', 'yolo')}.yaml")
     yolo.ckpt = {"model": net}  # with it, train() starts from these weights
     # No such file: workers that would load one must miss it, not build the YAML without weights.
     yolo.overrides |= {"model": str(folder / "model.pt"), "imgsz": described["imgsz"]}
@@ -116,90 +122,59 @@ def load(source: str | Path, revision: str | None = None) -> Any:
     return yolo
 
 
-def refuse_what_is_no_layer(config: dict) -> None:
-    """Refuse a model YAML that could make ultralytics call anything but a layer.
+def _built(described: dict, config: dict) -> Any:
+    import ultralytics
 
-    Raises:
-        UserError: For the first row whose module is no ``torch.nn.Module``, or an activation that
-            is more than a layer with plain arguments.
-    """
-    import ultralytics.nn.tasks as tasks
-
-    activation = config.get("activation")
-    if activation is not None and not _ACTIVATION.fullmatch(str(activation)):
-        raise UserError(f"{MODEL}: activation must be like nn.SiLU(), got {activation!r}.")
-    for number, row in enumerate(rows_of(config)):
-        name = str(row[2])
-        if name.startswith("nn."):
-            found = getattr(nn, name[3:], None)
-        elif name.startswith("torchvision.ops."):
-            import torchvision
-
-            found = getattr(torchvision.ops, name[16:], None)
-        else:
-            found = vars(tasks).get(name)
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise UserError(
-                f"{MODEL}: row {number} names {name!r}, which is no layer that this ultralytics "
-                "has. Install the version that detector.json names, and trust no other YAML."
-            )
+    kind = {"YOLO": ultralytics.YOLO, "RTDETR": ultralytics.RTDETR}[described["decoder"]]
+    settings = {} if described["decoder"] == "RTDETR" else {"task": described["task"]}
+    with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
+        file = Path(scratch) / MODEL
+        file.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+        with _quiet_about_the_scale():
+            return kind(str(file), **settings)
 
 
-def _fetched(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+@contextlib.contextmanager
+def _quiet_about_the_scale() -> Iterator[None]:
+    """Without the warning that the first scale is assumed: it is written first, being the one."""
 
+    def is_other(record: logging.LogRecord) -> bool:
+        return "no model scale passed" not in record.getMessage()
+
+    logger = logging.getLogger("ultralytics")
+    logger.addFilter(is_other)
     try:
-        files = [WEIGHTS, MODEL, DESCRIPTION]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _fetched(source: str | Path, revision: str | None) -> Path:
+    """The folder of a repository's three files, all of one commit and as the Hub names them."""
+    if Path(source).is_file():
         raise UserError(
-            f"{repo} is neither a folder nor on the Hub: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _description(folder: Path) -> dict:
-    file = folder / DESCRIPTION
-    try:
-        described = json.loads(file.read_text("utf-8"))
-        whole = described["decoder"] in ("YOLO", "RTDETR") and isinstance(described["task"], str)
-        whole = whole and isinstance(described["imgsz"], int | list)
-        whole = whole and all(int(number) >= 0 for number in described["names"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is missing or damaged. {_REMEDY}.") from error
-    if not whole:
-        raise UserError(f"{file} describes no detector. {_REMEDY}.")
-    return described
-
-
-def _model_yaml(folder: Path) -> dict:
-    file = folder / MODEL
-    try:
-        config = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} is missing or damaged. {_REMEDY}.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} describes no detector. {_REMEDY}.")
-    return config
-
-
-def _load_weights(net: nn.Module, file: Path) -> None:
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is missing or damaged. {_REMEDY}.") from error
-    own = net.state_dict()
-    wrong = sorted(
-        name
-        for name in own.keys() | weights.keys()
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
-    )
-    if wrong:
-        raise UserError(
-            f"{file} is not of the network that {MODEL} describes: {len(wrong)} tensors differ, "
-            f"first {wrong[0]}. Put the files of one detector together."
+            f"{source} is a file. A .pt is what YOLO(...) loads; a folder is made of it by: "
+            f"ema-timm yolo {source} --folder DIR"
         )
-    bad = [n for n, t in weights.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if bad:
-        raise UserError(f"{file}: {bad[0]} holds NaN or infinite values. {_REMEDY}.")
-    net.load_state_dict(weights)
+    repo = str(source)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(
+            f"{repo} is neither a folder nor on the Hub: {first_line(error)}"
+        ) from error
+    described = _fetch(f"{repo}@{revision}" if revision else repo, DESCRIPTION)
+    commit = described.parent.name  # the client keeps files under the commit that they are of
+    for name in (MODEL, WEIGHTS):
+        _fetch(f"{repo}@{commit}", name)
+    return described.parent
+
+
+def _fetch(where: str, name: str) -> Path:
+    file = fetch(where, name)
+    if file is None:
+        raise UserError(
+            f"{where} on the Hub has no {name}, so it holds no detector that ema-timm published. A "
+            ".pt is not read from there: it is a pickle, which runs what it likes."
+        )
+    return file

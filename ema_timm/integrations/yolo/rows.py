@@ -104,7 +104,11 @@ def yaml_text(config: dict) -> str:
     scales, own = content.get("scales"), config.get("scale")
     if scales and own in scales:
         content["scales"] = {own: scales[own], **scales}
-    lines = [yaml.safe_dump(content, sort_keys=False, default_flow_style=None).rstrip()]
+    # In PyYAML's mixed style a mapping of numbers alone is one line in braces, and rows after it
+    # are no YAML.
+    mixed = None if any(isinstance(v, dict | list) for v in content.values()) else False
+    settings = yaml.safe_dump(content, sort_keys=False, default_flow_style=mixed).rstrip()
+    lines = [settings] if content else []
     number = 0
     for part, listed in rows.items():
         lines += ["", f"{part}:", "  # [from, number, module, arguments]"]

@@ -1,0 +1,221 @@
+"""The model card of a detector's folder: text from results.json, written over nobody's edits."""
+
+import json
+from pathlib import Path
+
+from ema_timm.checkpoints.cards import citations
+from ema_timm.checkpoints.cards.file import WrittenCard, read_card, require_unedited
+from ema_timm.checkpoints.cards.parts import fill, table, yaml_block
+from ema_timm.checkpoints.cards.seal import seal
+from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.layout import CARD, RESULTS
+from ema_timm.errors import UserError
+from ema_timm.integrations.yolo.contents import DESCRIPTION, read_description
+from ema_timm.integrations.yolo.folder import load
+from ema_timm.integrations.yolo.results import carried, known_facts
+
+TOLD = ("datasets", "base_model", "repo_id")
+"""What nobody can measure; the licence is what detector.json says."""
+
+# The Hub's names for what ultralytics calls a task.
+_PIPELINES = {
+    "detect": ("object-detection", "Object detection"),
+    "obb": ("object-detection", "Object detection"),
+    "segment": ("image-segmentation", "Image segmentation"),
+    "semantic": ("image-segmentation", "Image segmentation"),
+    "pose": ("keypoint-detection", "Keypoint detection"),
+    "classify": ("image-classification", "Image classification"),
+    "depth": ("depth-estimation", "Depth estimation"),
+}
+_KINDS = {
+    "mAP50": ("map_50", "mAP@0.5"),
+    "mAP50-95": ("map_50_95", "mAP@0.5:0.95"),
+    "accuracy_top1": ("accuracy", "Top-1 accuracy"),
+    "accuracy_top5": ("top_5_accuracy", "Top-5 accuracy"),
+}
+_OF = {"B": "boxes", "M": "masks", "P": "keypoints"}
+_SHOWN = 20
+
+
+def write_detector_card(
+    folder: str | Path, told: dict | None = None, force: bool = False
+) -> WrittenCard:
+    """Write a detector folder's README.md and, where it is missing, its results.json.
+
+    Args:
+        folder: What `ema_timm.integrations.yolo.save_folder` wrote.
+        told: Facts that nobody can measure (`TOLD`); kept in results.json.
+        force: Replace a card that was edited by hand.
+
+    Raises:
+        EditedCardError: If the card was edited by hand and ``force`` is off.
+        UserError: If the folder is damaged, or something else is told.
+    """
+    folder, told = Path(folder), told or {}
+    other = [name for name in told if name not in TOLD]
+    if other:
+        raise UserError(
+            f"the licence of a detector is what {folder / DESCRIPTION} says, that of ultralytics, "
+            f"and --{other[0].replace('_', '-')} would say another. Leave it out."
+        )
+    facts = known_facts(folder, read_description(folder), load(folder))
+    before = carried(folder, facts)
+    results = {**before, **facts}
+    if told:
+        results["card"] = {**before.get("card", {}), **told}
+    text, old = detector_card_text(results), read_card(folder)
+    if old is not None and not force:
+        kept = (
+            f"{folder / CARD} was edited by hand and is kept; the difference is above. Replace it "
+            f"with: ema-timm card {folder} --force"
+        )
+        require_unedited(old, text, (str(folder / CARD), "as it would be written"), kept)
+    writer = CheckpointWriter(folder)
+    if results != before or not (folder / RESULTS).is_file():
+        writer.write_json(RESULTS, results)
+    if text != old:
+        writer.write_text(CARD, text)
+    unknown = [name for name in ("datasets",) if not results.get("card", {}).get(name)]
+    return WrittenCard(text != old, unknown)
+
+
+def detector_card_text(results: dict) -> str:
+    """The README.md of a detector's folder; the same results give the same text.
+
+    Args:
+        results: Content of results.json (`ema_timm.integrations.yolo.results` lists it).
+    """
+    about, repository = results["detector"], results.get("card", {}).get("repo_id")
+    body = fill(
+        "detector.md",
+        name=_name(results),
+        what=_what(results),
+        numbers=_numbers(results),
+        measured=_measured(results),
+        source=repository or "PATH/TO/THIS/FOLDER",
+        decoder=about["decoder"],
+        where=""
+        if repository
+        else ' From the Hugging Face Hub, `load("USER/NAME")` does the same.',
+        limits=_limits(results),
+        licence=_licence(about["license"]),
+        citation=citations.EMA,
+    )
+    return seal(_front_matter(results) + body)
+
+
+def _name(results: dict) -> str:
+    return (results.get("card", {}).get("repo_id") or results["architecture"]).split("/")[-1]
+
+
+def _what(results: dict) -> str:
+    about = results["detector"]
+    made = f"`{results['architecture']}`, a {about['decoder']} network of ultralytics"
+    made += f" {about['ultralytics']}" if "ultralytics" in about else ""
+    task = _PIPELINES.get(results["task"], ("", results["task"]))[1].lower()
+    if not results["layers"]:
+        return f"{made}, for {task}."
+    return (
+        f"{made}, for {task}, with EMA attention: Efficient Multi-scale Attention "
+        "(arXiv:2305.13563), a gate over channel groups. It is not an exponential moving average "
+        "of weights."
+    )
+
+
+def _numbers(results: dict) -> str:
+    layers = results["layers"]
+    places = ", ".join(str(layer["row"]) for layer in layers)
+    rows = [(_label(name), f"{value:.4f}") for name, value in _scores(results)]
+    metrics = results.get("metrics")
+    rows += [
+        ("Images", str(metrics["images"]) if metrics else None),
+        ("Classes", str(len(results["classes"]))),
+        ("Image size it was trained for", _size(results["detector"]["imgsz"])),
+        ("Parameters", f"{results['parameters']:,}"),
+        ("EMA layers", f"{len(layers)} (rows {places})" if layers else None),
+    ]
+    return table(rows, "measured" if metrics else "counted")
+
+
+def _scores(results: dict) -> list[tuple[str, float]]:
+    metrics = results.get("metrics") or {}
+    return [(name, value) for name, value in metrics.items() if name != "images"]
+
+
+def _label(name: str) -> str:
+    """What readers call a metric: "mAP@0.5, boxes" for "mAP50(B)"."""
+    kind, _, of = name.partition("(")
+    shown = _KINDS.get(kind, ("", kind.capitalize()))[1]
+    return f"{shown}, {_OF.get(of.rstrip(')'), of.rstrip(')'))}" if of else shown
+
+
+def _size(imgsz: int | list[int]) -> str:
+    return "×".join(map(str, imgsz)) if isinstance(imgsz, list) else str(imgsz)
+
+
+def _measured(results: dict) -> str:
+    done = results.get("evaluation")
+    if not results.get("metrics") or not done:
+        return (
+            "Nothing was measured of these weights: how well they detect is not known. "
+            "`ema-timm yolo FOLDER --data DATA.yaml` measures it."
+        )
+    data = done["data"]
+    labels = f" with {data['instances']} labels" if data.get("instances") is not None else ""
+    versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items())
+    return (
+        "## How it was measured\n\n"
+        f"By ultralytics' own validation on the {data['images']} images{labels} of "
+        f"`{data['name']}/{data['split']}` (fingerprint `{data['fingerprint'][:12]}`), at "
+        f"{_size(done['imgsz'])} pixels, {done['dtype']}, confidence from {done['conf']}, IoU of "
+        f"suppression {done['iou']}, on {done['device']}, with {versions}."
+    )
+
+
+def _limits(results: dict) -> str:
+    classes = results["classes"]
+    shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in classes[:_SHOWN])
+    more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
+    known = f"{len(classes)} class{'es' if len(classes) > 1 else ''}"
+    return f"It knows {known}: {shown}{more}. Other images were not tried."
+
+
+def _licence(name: str) -> str:
+    return (
+        f"{name}: what ultralytics stamps into the checkpoints that it trains and saves "
+        "(https://ultralytics.com/license). The layer and the loader, ema-timm, are Apache-2.0."
+    )
+
+
+def _front_matter(results: dict) -> str:
+    told = results.get("card", {})
+    pipeline = _PIPELINES.get(results["task"], (None,))[0]
+    family = "rt-detr" if results["detector"]["decoder"] == "RTDETR" else "yolo"
+    tags = ["ultralytics", family, pipeline, "ema-attention" if results["layers"] else None]
+    facts = {
+        "library_name": "ultralytics",
+        "pipeline_tag": pipeline,
+        "tags": [tag for tag in tags if tag],
+        "license": results["detector"]["license"],
+        "datasets": told.get("datasets"),
+        "base_model": told.get("base_model"),
+        "model-index": _model_index(results),
+    }
+    return yaml_block(facts)
+
+
+def _model_index(results: dict) -> list | None:
+    told, pipeline = results.get("card", {}), _PIPELINES.get(results["task"])
+    if not results.get("metrics") or not pipeline:
+        return None
+    data = results["evaluation"]["data"]
+    entries = [
+        {"type": _KINDS[kind][0], "name": _label(name), "value": value}
+        for name, value in _scores(results)
+        if (kind := name.partition("(")[0]) in _KINDS
+    ]
+    dataset = (told.get("datasets") or [data["name"]])[0]
+    where = {"type": dataset, "name": dataset, "split": data["split"]}
+    task = {"type": pipeline[0], "name": pipeline[1]}
+    found = {"task": task, "dataset": where, "metrics": entries}
+    return [{"name": _name(results), "results": [found]}]

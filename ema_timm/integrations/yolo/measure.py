@@ -1,0 +1,142 @@
+"""A detector's folder and labelled images -> metrics, counted by ultralytics' own validation."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.layout import RESULTS
+from ema_timm.errors import UserError, first_line
+from ema_timm.integrations.yolo.contents import read_description
+from ema_timm.integrations.yolo.detector import require_ultralytics
+from ema_timm.integrations.yolo.folder import load
+from ema_timm.integrations.yolo.results import carried, known_facts
+from ema_timm.measure.versions import versions
+
+# What ultralytics raises for a data set that is missing or not described as it should be.
+_DATA = (FileNotFoundError, SyntaxError, RuntimeError, ValueError)
+
+
+def measure_folder(
+    folder: str | Path,
+    data: str | Path,
+    imgsz: int | None = None,
+    batch: int = 16,
+    split: str = "val",
+    device: str | None = None,
+) -> dict:
+    """Measure what lies in a folder by ``YOLO.val``, and note it in the folder's results.json.
+
+    Args:
+        folder: What `ema_timm.integrations.yolo.save_folder` wrote.
+        data: The data set as ultralytics takes it: a YAML, or a folder for classification.
+        imgsz: Size of the images in pixels; the detector's own by default.
+        batch: Images at a time.
+        split: "val", "test" or "train".
+        device: As ultralytics takes it; chosen by it if None.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UserError: If the folder or the data set cannot be read, or has no such images or classes.
+    """
+    require_ultralytics()
+    folder = Path(folder)
+    yolo = load(folder)
+    facts = known_facts(folder, read_description(folder), yolo)
+    before = carried(folder, facts)
+    validator = _validated(yolo, data, imgsz, batch, split, device)
+    found = {
+        name.removeprefix("metrics/"): round(float(value), 6)
+        for name, value in validator.metrics.results_dict.items()
+        if name != "fitness"
+    }
+    seen = _data(validator, data, split)
+    results = {
+        **before,
+        **facts,
+        "metrics": {**found, "images": seen["images"]},
+        "evaluation": {"data": seen, **_conditions(validator)},
+    }
+    CheckpointWriter(folder).write_json(RESULTS, results)
+    return results
+
+
+def _validated(yolo: Any, data, imgsz, batch, split, device) -> Any:
+    """The validator of ultralytics, after its run."""
+    ended: list[Any] = []
+    classes = yolo.model.names
+
+    def check_classes(validator) -> None:
+        theirs = validator.data.get("names") or {}
+        if len(theirs) != len(classes):
+            raise UserError(
+                f"{data} has {len(theirs)} classes and the detector {len(classes)}. Give the data "
+                "set that it was trained for."
+            )
+
+    yolo.add_callback("on_val_start", check_classes)
+    yolo.add_callback("on_val_end", ended.append)
+    settings = {"imgsz": imgsz, "device": device}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
+        try:
+            yolo.val(
+                data=str(data),
+                batch=batch,
+                split=split,
+                plots=False,
+                project=scratch,
+                name="val",
+                **settings,
+            )
+        except _DATA as error:
+            raise UserError(
+                f"ultralytics cannot measure on {data}: {first_line(error).rstrip('.')}. Give its "
+                "name for a data set, or a YAML of yours."
+            ) from error
+    return ended[-1]
+
+
+def _data(validator: Any, data: str | Path, split: str) -> dict:
+    """What was measured on; no path of this machine."""
+    images = validator.dataloader.dataset
+    files = getattr(images, "im_files", None) or [sample[0] for sample in images.samples]
+    labels = getattr(images, "labels", None)
+    return {
+        "name": Path(data).stem,
+        "split": split,
+        "images": len(files),
+        "instances": sum(len(each["cls"]) for each in labels) if labels else None,
+        "fingerprint": _fingerprint(files, getattr(images, "label_files", ())),
+    }
+
+
+def _fingerprint(images: list[str], labels) -> str:
+    """Sha256 over name and size of every image, in order, and over every label file."""
+    digest = hashlib.sha256()
+    for file in map(Path, images):
+        digest.update(f"{file.parent.name}/{file.name}\t{file.stat().st_size}\n".encode())
+    for file in map(Path, labels):
+        digest.update(file.read_bytes() if file.is_file() else b"no labels")
+    return digest.hexdigest()
+
+
+def _conditions(validator: Any) -> dict:
+    """How it was measured, for others to repeat it."""
+    from ultralytics import __version__
+
+    said = validator.args
+    half = bool(getattr(said, "half", False)) or getattr(said, "quantize", None) == 16
+    return {
+        "imgsz": said.imgsz,
+        "batch_size": said.batch,
+        "conf": said.conf,
+        "iou": said.iou,
+        "rect": bool(said.rect),
+        "dtype": "float16" if half else "float32",
+        "device": validator.device.type,
+        "versions": {"ultralytics": __version__, **versions()},
+    }

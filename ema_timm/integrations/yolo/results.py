@@ -1,0 +1,109 @@
+"""results.json of a detector's folder: what is known of it, what was measured, of which weights.
+
+One JSON object, with the rules of `ema_timm.checkpoints.results`:
+
+- ``format``, ``architecture``, ``task`` (of ultralytics: "detect", ...), ``weights_sha256``,
+  ``parameters``, ``classes`` (names in the order of their numbers).
+- ``detector``: ``decoder``, ``imgsz``, ``license``, ``ultralytics``, as in detector.json.
+- ``layers``: of each EMA layer its ``row``, ``channels`` and ``groups``.
+- ``metrics``, where it was measured: what ultralytics' own validation counted, under its names
+  ("mAP50(B)", "mAP50-95(B)", ... from 0 to 1), and ``images``.
+- ``evaluation``: ``data`` (``name``, ``split``, ``images``, ``instances``, ``fingerprint``) and how
+  it was measured: ``imgsz``, ``batch_size``, ``conf``, ``iou``, ``rect``, ``dtype``, ``device``,
+  ``versions``.
+- ``card``: what was told, not measured: ``datasets``, ``base_model``, ``repo_id``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ema_timm.checkpoints.layout import RESULTS, read_json
+from ema_timm.checkpoints.results import FORMAT
+from ema_timm.errors import UserError
+from ema_timm.files import sha256
+from ema_timm.integrations.yolo.contents import WEIGHTS
+from ema_timm.integrations.yolo.layer import EmaAttnRow
+
+_DESCRIBED = ("decoder", "imgsz", "license", "ultralytics")
+
+
+def known_facts(folder: Path, described: dict, yolo: Any) -> dict:
+    """What is known of a detector without measuring it.
+
+    Args:
+        folder: Its folder.
+        described: Content of its detector.json.
+        yolo: The detector that was loaded from it.
+    """
+    net = yolo.model
+    return {
+        "format": FORMAT,
+        "architecture": str(described.get("architecture", "yolo")),
+        "task": described["task"],
+        "weights_sha256": sha256(folder / WEIGHTS),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "classes": [net.names[number] for number in sorted(net.names)],
+        "detector": {key: described[key] for key in _DESCRIBED if key in described},
+        "layers": [
+            {"row": layer.i, "channels": layer.channels, "groups": layer.groups}
+            for layer in net.model
+            if isinstance(layer, EmaAttnRow)
+        ],
+    }
+
+
+def carried(folder: Path, facts: dict) -> dict:
+    """What results.json says already; of other weights, what was told for the card alone.
+
+    Raises:
+        UserError: If there is one that cannot be read.
+    """
+    if not (folder / RESULTS).is_file():
+        return {}
+    old = _read(folder)
+    if old.get("weights_sha256") == facts["weights_sha256"]:
+        return old
+    return {"card": old["card"]} if isinstance(old.get("card"), dict) else {}
+
+
+def read_own_results(folder: Path, facts: dict) -> dict:
+    """Read a folder's results.json, which must be of the detector beside it.
+
+    Raises:
+        UserError: If it is missing, damaged, or of another.
+    """
+    results = _read(folder)
+    other = [key for key, value in facts.items() if results.get(key) != value]
+    if other:
+        raise UserError(
+            f"{folder / RESULTS} is of another detector ({', '.join(other)}). Write it anew: "
+            f"ema-timm card {folder}, or measure: ema-timm yolo {folder} --data DATA.yaml"
+        )
+    _check_measured(folder, results)
+    return results
+
+
+def _read(folder: Path) -> dict:
+    results = read_json(folder / RESULTS, f"Write it with: ema-timm card {folder}")
+    form = results.get("format", FORMAT)
+    if form != FORMAT:
+        raise UserError(
+            f"{folder / RESULTS} is of format {form!r}, and this ema-timm reads format {FORMAT}. "
+            "Update it: pip install -U ema-timm"
+        )
+    return results
+
+
+def _check_measured(folder: Path, results: dict) -> None:
+    """Refuse metrics that no card can be written from."""
+    metrics, data = results.get("metrics"), results.get("evaluation", {}).get("data")
+    if metrics is None and data is None:
+        return
+    whole = isinstance(metrics, dict) and isinstance(data, dict)
+    whole = whole and all(isinstance(value, int | float) for value in metrics.values())
+    whole = whole and {"name", "split", "images", "fingerprint"} <= data.keys()
+    if not whole or metrics.get("images") != data["images"]:
+        raise UserError(
+            f"{folder / RESULTS} has metrics that do not say what they are of. Measure again: "
+            f"ema-timm yolo {folder} --data DATA.yaml"
+        )
