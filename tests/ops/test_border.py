@@ -77,8 +77,10 @@ def test_distributed_weights_end_in_pytorchs_error(grad):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         layer = distribute_module(EmaAttn(16, 2), init_device_mesh("cpu", (1,)))
-        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="DTensor"):
+        # PyTorch 2.5 ends in an IndexError of its own planner.
+        with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, IndexError)) as found:
             layer(torch.randn(SHAPE))
+        assert found.type is IndexError or "DTensor" in str(found.value)
     finally:
         torch.distributed.destroy_process_group()
 
