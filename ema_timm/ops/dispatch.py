@@ -183,9 +183,9 @@ def _closed_form(x: Tensor) -> str:
     if (
         torch.jit.is_tracing()
         or x.device.type == "meta"
-        # Elsewhere than on the CPU the eager loops run once, where a map is contiguous; in other
-        # layouts they would run once a sample.
-        or (x.device.type != "cpu" and not x.is_contiguous())
+        # Elsewhere than on the CPU and CUDA the eager loops run once, where a map is contiguous; in
+        # other layouts they would run once a sample.
+        or (x.device.type not in ("cpu", "cuda") and not x.is_contiguous())
         or torch._C._are_functorch_transforms_active()
         or forward_ad.unpack_dual(x).tangent is not None
     ):

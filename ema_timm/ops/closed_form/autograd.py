@@ -6,9 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ema_timm.ops.closed_form import eager, native
+from ema_timm.ops.closed_form import eager, library, native
 from ema_timm.ops.closed_form.formula import closed_form, fold, statistics_type
-from ema_timm.ops.closed_form.saved import Saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 
@@ -50,8 +49,13 @@ def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> 
 def kernel(x: Tensor) -> ModuleType:
     """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
 
-    Both modules have a ``forward`` and a ``backward`` of one signature.
+    `library` on CUDA, `eager` elsewhere.
+
+    All have a ``forward`` and a ``backward`` of one signature, and in ``Saved`` what goes from one
+    to the other.
     """
+    if library.takes(x):
+        return library
     return native if native.takes(x) else eager
 
 
@@ -69,7 +73,7 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx, grad):
         """Gradients of the arguments of `forward` from that of its output, (B, C, H, W)."""
         x, *rest = ctx.saved_tensors
-        weights, saved = EmaWeights(*rest[:6]), Saved(*rest[6:])
+        weights, saved = EmaWeights(*rest[:6]), kernel(x).Saved(*rest[6:])
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
             dx, dw = differentiable_backward(grad, x, weights, ctx.groups, need_x, need)

@@ -38,7 +38,7 @@ def collapsed_kernel(conv3x3_weight: Tensor, v: Tensor) -> Tensor:
         v: (n,).
     """
     n = conv3x3_weight.shape[0]
-    return (v @ conv3x3_weight.reshape(n, n * 9)).view(n, 9).t()
+    return torch.mv(conv3x3_weight.reshape(n, n * 9).t(), v).view(n, 9).t()
 
 
 def fold(w: EmaWeights) -> FoldedWeights:
