@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ema_timm.bench.report import bytes as moved
-from ema_timm.bench.report import layer, markdown, model, resolution
+from ema_timm.bench.report import gpu, layer, markdown, model, resolution
 from ema_timm.bench.report.panel import Panel
 
 
@@ -30,6 +30,7 @@ KINDS = {
     "layer": Kind(layer.table, layer.plot, layer.brief, layer.glance),
     "model": Kind(model.table, model.plot, glance=model.glance),
     "resolution": Kind(resolution.table, resolution.plot),
+    "gpu": Kind(gpu.table, gpu.plot),
     "bytes": Kind(moved.table, moved.plot, moved.brief, caption=moved.caption),
 }
 
