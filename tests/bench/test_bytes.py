@@ -66,7 +66,7 @@ def test_the_published_arrangement_counts_as_it_was_counted_by_hand():
 
 # Stage of ResNet-50: largest forward in sizes of x, share of the published arrangement in forward
 # and in both. Towards the last stage rows and columns are as large as the map.
-BOUNDS = {1: (14.5, 0.55, 0.55), 2: (15, 0.57, 0.58), 3: (17.5, 0.66, 0.67), 4: (25, 0.9, 0.91)}
+BOUNDS = {1: (14.5, 0.55, 0.55), 2: (15, 0.57, 0.58), 3: (17.5, 0.66, 0.66), 4: (25, 0.9, 0.9)}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -81,7 +81,7 @@ def test_auto_on_cuda_moves_less_than_the_published_arrangement(stage, layout):
     total = [c["forward_bytes"] + c["backward_bytes"] for c in (ours, theirs)]
     assert total[0] <= both * total[1]
     assert ours["saved_bytes"] <= 0.5 * ours["input_bytes"]
-    assert ours["forward_launches"] <= 45 and ours["backward_launches"] <= 93
+    assert ours["forward_launches"] <= 45 and ours["backward_launches"] <= 94
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import oracle
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -139,3 +140,18 @@ def test_the_map_is_never_copied_nor_widened(dtype, layout):
         large = [t for t in tensors if t.numel() == x.numel()]
         assert name not in ("_to_copy", "clone", "copy_") or not large, name
         assert all(t.dtype == dtype for t in large), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_output_and_gradient_are_laid_out_like_the_input(dtype, layout, device):
+    """On CUDA as its operators say of fake tensors. A leaf's gradient is laid out by autograd."""
+    format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    with FakeTensorMode():
+        x = torch.empty(2, 64, 9, 7, dtype=dtype, device=device).to(memory_format=format)
+        weights = [torch.empty_like(w, device=device) for w in oracle.make_weights(8)]
+        weights = EmaWeights(*[w.detach().float() for w in weights])
+        out, saved = library.forward(x, fold(weights), 8, save=True)
+        dx, _ = library.backward(torch.empty_like(x), x, saved, weights, 8)
+    assert out.stride() == dx.stride() == x.stride()

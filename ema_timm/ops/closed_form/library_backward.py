@@ -75,7 +75,8 @@ def backward(
     del buffer
     dx, dtaps = _convolution_gradients(x, logits.map, w.kernel, need_x, need_weights)
     if need_x:
-        _add_to_input(split(dx, groups), d, dy, saved.gate_map, logits.votes, dmix, w)
+        dy.add_(split(dx, groups))
+        dx = _add_to_input(dy, d, saved.gate_map, logits.votes, dmix, w).flatten(1, 2)
     if not need_weights:
         return dx, None
     found, total = _parameters(saved, pooled, logits, u, dmix, dtaps, x)
@@ -89,8 +90,9 @@ def _logits_gradient(
     dtype = w.gn_weight.dtype
     mean, r, u = saved.vectors
     dgate = torch.mul(d, g, out=buffer).sum(2)
-    dlogits = torch.empty_like(dgate)
-    torch.ops.aten.sigmoid_backward.grad_input(dgate, saved.gate_map, grad_input=dlogits)
+    # Not sigmoid_backward: on CUDA it computes in the type of its output.
+    gate = saved.gate_map
+    dlogits = torch.addcmul(gate, gate, gate, value=-1, out=torch.empty_like(dgate)).mul_(dgate)
     average = dlogits.mean((2, 3), keepdim=True, dtype=dtype)
     # What the norm takes off again is taken off first, before rounding can grow with 1/std.
     centred = torch.sub(dlogits, average, out=torch.empty_like(dlogits))
@@ -139,6 +141,8 @@ def _convolution_gradients(
     seen, repeats = images(x, dlogits.shape[1])
     taps = kernel.t().reshape(1, n, 3, 3).to(x.dtype).expand(repeats, -1, -1, -1)
     grad = dlogits.to(x.dtype).view(-1, repeats, *x.shape[2:])
+    if x.is_contiguous(memory_format=torch.channels_last):
+        grad = grad.contiguous(memory_format=torch.channels_last)
     dx = dtaps = None
     if x.dtype != kernel.dtype:
         dx, dtaps, _ = torch.ops.aten.convolution_backward(
@@ -159,7 +163,7 @@ def _depthwise_gradient(x: Tensor, dlogits: Tensor, n: int) -> Tensor:
     """The gradient of k of every channel by itself, (C, 1, 3, 3).
 
     The backward of a convolution over channels rounds float32 to TF32 unless all of PyTorch is told
-    not to. That of a convolution of single channels never does.
+    not to. In that of single channels there is no product of matrices to round for.
     """
     one = [1, 1]
     grad = torch.empty_like(x)
@@ -171,15 +175,9 @@ def _depthwise_gradient(x: Tensor, dlogits: Tensor, n: int) -> Tensor:
 
 
 def _add_to_input(
-    dx: Tensor,
-    d: Tensor,
-    dy: Tensor,
-    gate_map: Tensor,
-    votes: Tensor,
-    dmix: Tensor,
-    w: FoldedWeights,
-) -> None:
-    """Add D·A, dy·s_h·s_w and what the pools receive to ``dx``; maps are (B, G, n, H, W)."""
+    dx: Tensor, d: Tensor, gate_map: Tensor, votes: Tensor, dmix: Tensor, w: FoldedWeights
+) -> Tensor:
+    """Add D·A and what the pools receive to ``dx``; it and D are (B, G, n, H, W)."""
     n, height = dx.shape[2:4]
     dpool = convolve(dmix.flatten(0, 1), w.mix_weight[..., None], transposed=True).view_as(dmix)
     # In the order of `shifted_means`.
@@ -193,9 +191,8 @@ def _add_to_input(
     corners = ends(ends(dx, -1), -2)
     corners.add_(_meeting(_meeting(dtaps[..., ::2, ::2], corners, -1), corners, -2))
     torch.addcmul(dx, d, gate_map[:, :, None], out=dx)
-    dx.add_(dy)
     torch.add(dx, row[..., None], out=dx)
-    torch.add(dx, col[..., None, :], out=dx)
+    return torch.add(dx, col[..., None, :], out=dx)
 
 
 def _meeting(borders: Tensor, seen: Tensor, dim: int) -> Tensor:
@@ -215,12 +212,17 @@ def _parameters(
     """Gradients of the folded parameters, and the sum of dL, (1,); takes ``dmix``."""
     n, (height, width) = dmix.shape[2], x.shape[2:]
     dtype, exact = dmix.dtype, exact_type(x)
-    torch._foreach_mul_([dmix[..., :height], dmix[..., height:]], [width, height])
+    # A pixel's share times the pixels: of a row, of a column. Where they are as many, at the end.
+    pixels = width if height == width else 1
+    if height != width:
+        torch._foreach_mul_([dmix[..., :height], dmix[..., height:]], [width, height])
     dmix, pooled = dmix.flatten(0, 1), pooled.flatten(0, 1)
     mix = torch.matmul(dmix.to(exact), pooled.to(exact).mT).sum(0, dtype=dtype)
     dm = logits.votes.view(-1, n)
     votes = torch.matmul(dm.to(exact).t(), saved.means.to(exact)).to(dtype)
     sums = [
+        mix,
+        dmix.sum((0, 2)),
         votes.view(n, n, 9).flip(2).view(n, 9 * n),
         dm.sum(0),
         (u * logits.product).sum((0, 1)),
@@ -228,6 +230,6 @@ def _parameters(
         logits.mean.sum((0, 1))[0],
     ]
     area = height * width
-    torch._foreach_mul_(sums, [area, area, -area, area, area])
-    *sums, total = sums
-    return FoldedWeights(mix, dmix.sum((0, 2)), dtaps, *sums), total
+    torch._foreach_mul_(sums, [pixels, pixels, area, area, -area, area, area])
+    mix, mix_bias, *norm, total = sums
+    return FoldedWeights(mix, mix_bias, dtaps, *norm), total
