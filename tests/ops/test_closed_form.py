@@ -17,7 +17,7 @@ from ema_timm.attention import EmaAttn
 from ema_timm.bench.layer import AuthorsForm
 from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
 from ema_timm.ops import ema_attention
-from ema_timm.ops.closed_form import autograd, eager, library, native
+from ema_timm.ops.closed_form import autograd, eager, native, whole_map
 from ema_timm.ops.closed_form.autograd import closed_form_eager
 from ema_timm.ops.closed_form.formula import (
     closed_form,
@@ -44,7 +44,7 @@ FORMS = {
     "operators": closed_form_eager,
     "native": closed_form_eager,
     "opaque": closed_form_opaque,
-    "library": closed_form_eager,
+    "whole_map": closed_form_eager,
 }
 
 
@@ -54,12 +54,12 @@ FORMS = {
         "operators",
         pytest.param("native", marks=needs_native),
         "opaque",
-        "library",
+        "whole_map",
     ]
 )
 def form(request, monkeypatch):
-    if request.param == "library":  # what runs on CUDA, here on the CPU
-        monkeypatch.setattr(autograd, "kernel", lambda x: library if x.numel() else eager)
+    if request.param == "whole_map":  # what runs on CUDA, here on the CPU
+        monkeypatch.setattr(autograd, "kernel", lambda x: whole_map if x.numel() else eager)
     if request.param == "operators":
         monkeypatch.setattr(native, "takes", lambda x: False)
     return FORMS[request.param]
@@ -84,9 +84,9 @@ def cases(draw, dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.floa
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_output_and_every_gradient_equal_the_definition(form, case):
     names = ("out", *oracle.NAMES)
-    if autograd.kernel(case.x) is library and case.x.element_size() == 2:
+    if autograd.kernel(case.x) is whole_map and case.x.element_size() == 2:
         # Its maps between two passes are in half precision, as those of library layers are: on tiny
-        # maps, where a parameter's gradient may cancel, that shows. test_library.py measures it.
+        # maps, where a parameter's gradient may cancel, that shows. test_whole_map.py measures it.
         names = ("out", "x")
     oracle.assert_matches(form, case, names=names)
 

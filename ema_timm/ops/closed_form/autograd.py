@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ema_timm.ops.closed_form import eager, library, native
+from ema_timm.ops.closed_form import eager, native, whole_map
 from ema_timm.ops.closed_form.formula import closed_form, fold, statistics_type
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
@@ -49,13 +49,13 @@ def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> 
 def kernel(x: Tensor) -> ModuleType:
     """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
 
-    `library` on CUDA, `eager` elsewhere.
+    `whole_map` on CUDA, `eager` elsewhere.
 
     All have a ``forward`` and a ``backward`` of one signature, and in ``Saved`` what goes from one
     to the other.
     """
-    if library.takes(x):
-        return library
+    if whole_map.takes(x):
+        return whole_map
     return native if native.takes(x) else eager
 
 

@@ -1,4 +1,4 @@
-"""What forward and backward of `library` share: views, pools, gates, convolutions.
+"""What forward and backward of `whole_map` share: views, pools, gates, convolutions.
 
 B batch, G groups, n channels of a group, H height, W width.
 """

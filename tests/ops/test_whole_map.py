@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ema_timm.bench.authors_form import AuthorsForm
-from ema_timm.ops.closed_form import autograd, library
+from ema_timm.ops.closed_form import autograd, whole_map
 from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
 from ema_timm.ops.closed_form.formula import drop_common_vote, fold
 from ema_timm.ops.weights import EmaWeights
@@ -19,7 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def passes(monkeypatch):
-    monkeypatch.setattr(autograd, "kernel", lambda x: library)
+    monkeypatch.setattr(autograd, "kernel", lambda x: whole_map)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -152,6 +152,6 @@ def test_output_and_gradient_are_laid_out_like_the_input(dtype, layout, device):
         x = torch.empty(2, 64, 9, 7, dtype=dtype, device=device).to(memory_format=format)
         weights = [torch.empty_like(w, device=device) for w in oracle.make_weights(8)]
         weights = EmaWeights(*[w.detach().float() for w in weights])
-        out, saved = library.forward(x, fold(weights), 8, save=True)
-        dx, _ = library.backward(torch.empty_like(x), x, saved, weights, 8)
+        out, saved = whole_map.forward(x, fold(weights), 8, save=True)
+        dx, _ = whole_map.backward(torch.empty_like(x), x, saved, weights, 8)
     assert out.stride() == dx.stride() == x.stride()

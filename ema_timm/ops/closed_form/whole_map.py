@@ -13,14 +13,13 @@ range; y is scaled alike.
 
 Small matrix products are convolutions that are told not to round to TF32: what PyTorch's settings
 allow elsewhere changes nothing here. B batch, G groups, n channels of a group, H height, W width.
-The forward is here, the backward in `library_backward`, what both need in `passes`.
+The forward is here, the backward in `whole_map_backward`, what both need in `passes`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ema_timm.ops.closed_form.library_backward import backward
 from ema_timm.ops.closed_form.passes import (
     Rows,
     Saved,
@@ -33,6 +32,7 @@ from ema_timm.ops.closed_form.passes import (
     shifted_means,
     split,
 )
+from ema_timm.ops.closed_form.whole_map_backward import backward
 from ema_timm.ops.weights import EPS, FoldedWeights
 
 __all__ = ["Saved", "backward", "forward", "takes"]

@@ -1,4 +1,4 @@
-"""The backward of `library`, step by step in the order of the derivation.
+"""The backward of `whole_map`, step by step in the order of the derivation.
 
 B batch, G groups, n channels of a group, H height, W width, N = H·W; D is the gradient of the
 output, y = s_h·s_w·g, ŷ = (y − mean)·r and dev = mean − s_h·κ, so that ŷ = −r·(dev + s_h·e).
