@@ -40,14 +40,14 @@ def saved_bytes(call: Callable[[], object], known: Iterable[Tensor]) -> int:
         call: A forward with gradients.
         known: Tensors that are there anyway: the input and the parameters.
     """
-    seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+    seen = {tensor.untyped_storage()._cdata for tensor in known}  # fake ones have no address
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
         """Note what is kept, and keep it as it is."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: its address stays its
+        if storage._cdata not in seen:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # alive: its number stays its
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

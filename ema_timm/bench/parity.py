@@ -12,6 +12,10 @@ from ema_timm.ops import ema_attention
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest relative error against the float64 reference: output and gradients, in norm."""
 
+PUBLISHED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.05}
+"""The same for the published arrangement, the yardstick: in half precision its gradient of the 1×1
+convolution's bias, where rows and columns nearly cancel, is rounding for the most part."""
+
 
 def layer_errors(layers: Mapping[str, EmaAttn], x: Tensor, upstream: Tensor) -> dict[str, float]:
     """Largest relative error of output and gradients against the float64 reference.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ema_timm.ops.closed_form import whole_map
 from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
 from ema_timm.ops.closed_form.formula import closed_form, closed_form_folded
 from ema_timm.ops.closed_form.native import is_watched
@@ -108,6 +109,8 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Te
                 return operators.fused_folded_operator(x, w, groups)
         elif not recorded and _closed_form(x) == "eager":
             return closed_form_folded_eager(x, w, groups)
+        if _closed_form(x) == "inductor":
+            return closed_form_folded(x, w, groups, True)
     return closed_form_folded(x, w, groups)
 
 
@@ -124,6 +127,8 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
             return _opaque(x, weights, groups)
         if form == "eager":
             return closed_form_eager(x, weights, groups)
+        if form == "inductor":
+            return closed_form(x, weights, groups, True)
     return closed_form(x, weights, groups)
 
 
@@ -173,23 +178,28 @@ def fused_unavailable(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _closed_form(x: Tensor) -> str:
-    """Which writing of the closed form suits who looks on: "traceable", "eager" or "opaque".
+    """Which writing of the closed form suits who looks on.
+
+    "traceable", "inductor" (traceable too, for it to fuse on a GPU), "eager" or "opaque".
 
     Measured in closed_form/README.md: a compiled ResNet on the CPU trains and infers faster around
     the opaque operator than with a form for Inductor to fuse. An exported program stays made of
     PyTorch's own operators, so that it runs where this package is not.
     """
     if torch.compiler.is_compiling():
-        return "opaque" if x.device.type == "cpu" and not _is_exporting() else "traceable"
+        if _is_exporting():
+            return "traceable"
+        return {"cpu": "opaque", "cuda": "inductor"}.get(x.device.type, "traceable")
     if (
         torch.jit.is_tracing()
         or x.device.type == "meta"
-        # Elsewhere than on the CPU the eager loops run once, where a map is contiguous; in other
-        # layouts they would run once a sample.
-        or (x.device.type != "cpu" and not x.is_contiguous())
+        # Elsewhere than on the CPU and CUDA the eager loops run once, where a map is contiguous; in
+        # other layouts they would run once a sample.
+        or (x.device.type not in ("cpu", "cuda") and not x.is_contiguous())
         or torch._C._are_functorch_transforms_active()
         or forward_ad.unpack_dual(x).tangent is not None
-        or is_watched()
+        # What runs on CUDA is PyTorch's operators, which a dispatch mode sees.
+        or (is_watched() and not whole_map.takes(x))
     ):
         return "traceable"
     return "eager"

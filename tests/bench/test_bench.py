@@ -158,9 +158,12 @@ def test_brief_table_has_one_row_a_variant(measured):
     ]
 
 
-@pytest.mark.parametrize(("name", "brief"), [("layer", True), ("model", False)])
-def test_readme_tables_are_those_of_the_measurements(name, brief):
-    wanted = table(json.loads((RESULTS / f"{name}-cpu.json").read_text()), brief)
+@pytest.mark.parametrize(
+    ("name", "where", "brief"),
+    [("layer", "cpu", True), ("model", "cpu", False), ("bytes", "cuda", True)],
+)
+def test_readme_tables_are_those_of_the_measurements(name, where, brief):
+    wanted = table(json.loads((RESULTS / f"{name}-{where}.json").read_text()), brief)
     guide = RESULTS.parent / "README.md"
     for document in (guide, ROOT / "README.md"):
         _, marker, rest = document.read_text().partition(f"<!-- bench: {name} -->\n")

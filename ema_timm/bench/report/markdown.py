@@ -16,11 +16,16 @@ def caption(result: dict) -> str:
 def machine_line(result: dict) -> str:
     """The machine and the versions."""
     machine = result["machine"]
-    versions = machine["versions"]
     return (
         f"{machine['name']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"torch {versions['torch']}, timm {versions['timm']}, ema-timm {versions['ema_timm']}"
+        f"{versions_line(result)}"
     )
+
+
+def versions_line(result: dict) -> str:
+    """The versions alone."""
+    versions = result["machine"]["versions"]
+    return f"torch {versions['torch']}, timm {versions['timm']}, ema-timm {versions['ema_timm']}"
 
 
 def settings_line(result: dict) -> str:

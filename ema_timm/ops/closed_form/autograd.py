@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ema_timm.ops.closed_form import eager, native
+from ema_timm.ops.closed_form import eager, native, whole_map
 from ema_timm.ops.closed_form.formula import closed_form, fold, statistics_type
 from ema_timm.ops.closed_form.saved import Saved, restored
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
@@ -52,16 +52,23 @@ def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> 
 def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:
     """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
 
-    Both modules have a ``forward`` and a ``backward`` of one signature; `native.takes` says what
-    the arguments are.
+    `whole_map` on CUDA, `eager` elsewhere. All have a ``forward`` and a ``backward`` of one
+    signature; `native.takes` says what the arguments are.
     """
+    if whole_map.takes(x):
+        return whole_map
     return native if native.takes(x, others) else eager
+
+
+def saved_type(x: Tensor) -> type[Saved] | type[whole_map.Saved]:
+    """How what the forward of ``x`` saved is called: the passes on CUDA keep other things."""
+    return whole_map.Saved if whole_map.takes(x) else Saved
 
 
 def hand_written_backward(
     grad: Tensor,
     x: Tensor,
-    saved: Saved,
+    saved: Saved | whole_map.Saved,
     weights: EmaWeights,
     groups: int,
     need_x: bool,
@@ -83,6 +90,9 @@ def hand_written_backward(
         wanted.
     """
     grad = _with_memory(grad)
+    if whole_map.takes(x):
+        weights = statistics_type(x, weights)
+        return whole_map.backward(grad, x, saved, weights, groups, need_x, need_weights)
     x, saved, weights = restored(grad, x, saved, weights, groups)
     chosen = kernel(x, (*weights, *saved, grad))
     return chosen.backward(grad, x, saved, weights, groups, need_x, need_weights)
@@ -91,6 +101,11 @@ def hand_written_backward(
 def _with_memory(tensor: Tensor) -> Tensor:
     """``tensor``, or a copy where it is autograd's tensor of zeros that has no memory."""
     return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
+def _is_hidden(x: Tensor) -> bool:
+    """Whether a dispatch mode is on that would not see what computes on ``x``: the C kernel."""
+    return native.is_watched() and not whole_map.takes(x)
 
 
 def _is_batched(tensor: Tensor) -> bool:
@@ -113,9 +128,9 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx, grad):
         """Gradients of the arguments of `forward` from that of its output, (B, C, H, W)."""
         x, *rest = ctx.saved_tensors
-        weights, saved = EmaWeights(*rest[:6]), Saved(*rest[6:])
+        weights, saved = EmaWeights(*rest[:6]), saved_type(x)(*rest[6:])
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or _is_batched(grad) or native.is_watched():
+        if torch.is_grad_enabled() or _is_batched(grad) or _is_hidden(x):
             # create_graph, whose result must be differentiable again; or vmap, or a tracer.
             dx, dw = differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
             return dx, None, *dw

@@ -38,7 +38,7 @@ def collapsed_kernel(conv3x3_weight: Tensor, v: Tensor) -> Tensor:
         v: (n,).
     """
     n = conv3x3_weight.shape[0]
-    return (v @ conv3x3_weight.reshape(n, n * 9)).view(n, 9).t()
+    return torch.mv(conv3x3_weight.reshape(n, n * 9).t(), v).view(n, 9).t()
 
 
 def fold(w: EmaWeights) -> FoldedWeights:
@@ -108,18 +108,27 @@ def shifted_means(g: Tensor, row: Tensor, col: Tensor) -> Tensor:
     return torch.stack(taps, -1)
 
 
-def convolve_to_one_channel(g: Tensor, kernel: Tensor) -> Tensor:
+def convolve_to_one_channel(g: Tensor, kernel: Tensor, for_inductor: bool = False) -> Tensor:
     """Zero-padded 3×3 convolution n→1: nine products summed over channels, then shifted adds.
 
     Args:
         g: (B, G, n, H, W).
         kernel: (9, n).
+        for_inductor: Write the nine as sums, which Inductor takes in one pass over ``g``. A product
+            of matrices is a kernel of a library, before which it writes ``g`` out in float32; but
+            where nobody fuses, sums are nine passes.
 
     Returns:
         (B, G, H, W).
     """
     height, width = g.shape[3], g.shape[4]
-    taps = torch.matmul(kernel, g.flatten(3)).unflatten(3, (height, width))  # (B, G, 9, H, W)
+    if for_inductor:
+        sums = []  # TorchScript knows no comprehension over a range
+        for t in range(9):
+            sums.append((g * kernel[t][:, None, None]).sum(2))
+        taps = torch.stack(sums, 2)
+    else:
+        taps = torch.matmul(kernel, g.flatten(3)).unflatten(3, (height, width))  # (B, G, 9, H, W)
     taps = F.pad(taps, (1, 1, 1, 1))
     out = taps[:, :, 4, 1 : height + 1, 1 : width + 1]
     for t in range(9):
@@ -129,7 +138,9 @@ def convolve_to_one_channel(g: Tensor, kernel: Tensor) -> Tensor:
     return out
 
 
-def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
+def gate_logits(
+    g: Tensor, w: FoldedWeights, eps: float = EPS, for_inductor: bool = False
+) -> Tensor:
     """The logits L of the gate, (B, G, H, W), for ``g`` of (B, G, n, H, W)."""
     height = g.shape[3]
     row = g.mean(4)  # (B, G, n, H)
@@ -145,22 +156,23 @@ def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
     u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
 
     normed = (centred * (u * w.gn_weight * r)[..., None, None]).sum(2)
-    local = convolve_to_one_channel(g, w.kernel)
+    local = convolve_to_one_channel(g, w.kernel, for_inductor)
     return normed + local + (u * w.gn_bias).sum(-1)[..., None, None]
 
 
-def closed_form(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
+def closed_form(x: Tensor, weights: EmaWeights, groups: int, for_inductor: bool = False) -> Tensor:
     """Efficient Multi-scale Attention in closed form, of plain operations that trace anywhere.
 
     Args:
         x: Feature map, (B, C, H, W), floating point.
         weights: Parameters of one layer.
         groups: G; divides C.
+        for_inductor: Write it so that Inductor fuses most, see `convolve_to_one_channel`.
 
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``.
     """
-    return closed_form_folded(x, fold(statistics_type(x, weights)), groups)
+    return closed_form_folded(x, fold(statistics_type(x, weights)), groups, for_inductor)
 
 
 def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
@@ -187,20 +199,24 @@ def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
     )
 
 
-def closed_form_folded(x: Tensor, w: FoldedWeights, groups: int) -> Tensor:
+def closed_form_folded(
+    x: Tensor, w: FoldedWeights, groups: int, for_inductor: bool = False
+) -> Tensor:
     """`closed_form` from folded weights.
 
     Args:
         x: Feature map, (B, C, H, W), floating point.
         w: Folded parameters of one layer in the type of the statistics.
         groups: G; divides C.
+        for_inductor: As `closed_form` takes it.
 
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``.
     """
     batch, channels, height, width = x.shape
     g = x.view(batch, groups, channels // groups, height, width).to(w.gn_weight.dtype)
-    gated = (g * gate_logits(g, w).sigmoid().unsqueeze(2)).to(x.dtype)
+    gate_map = gate_logits(g, w, for_inductor=for_inductor).sigmoid()
+    gated = (g * gate_map.unsqueeze(2)).to(x.dtype)
     if torch.jit.is_tracing():  # neither the tracer nor the legacy ONNX exporter knows the other
         return gated.flatten(1, 2)
     # A plain flatten is a view in autograd's books, and ResNet adds the shortcut in place: hooks

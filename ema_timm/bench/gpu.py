@@ -1,0 +1,107 @@
+"""``ema-timm bench gpu``: what is measured on a GPU, in one go, to be sent as one file."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.layer import SHAPES, bench_layer
+from ema_timm.bench.model import NETWORKS, bench_model
+from ema_timm.bench.timing import machine
+from ema_timm.errors import UserError
+from ema_timm.measure.versions import environment
+
+LAYERS = (("bfloat16", True), ("bfloat16", False), ("float32", False))
+"""Type and whether channels_last, of the layers."""
+
+MODELS = (
+    "resnet50",
+    "resnet50_ema",
+    f"resnet50, {AUTHORS}",
+    "mobilenetv2_100",
+    "mobilenetv2_100_ema",
+)
+"""Networks: plain, with EMA attention, and with it as its authors arranged it."""
+
+
+def bench_gpu(
+    device: str = "cuda",
+    batch: int = 64,
+    size: int = 224,
+    rounds: int = 7,
+    compiled: bool = True,
+    progress: bool = True,
+    shapes: dict[str, tuple[int, int, int]] = SHAPES,
+    networks: dict[str, tuple[str, dict]] | None = None,
+) -> dict:
+    """Measure layers and networks, with parity before any time.
+
+    TF32 is switched off meanwhile, so that float32 is compared with float32.
+
+    Args:
+        device: Where to run; "cpu" is for trying the command.
+        batch: Images.
+        size: Height and width in pixels of the networks' images.
+        rounds: Samples of each.
+        compiled: Measure under ``torch.compile`` too.
+        progress: Show bars (on a terminal).
+        shapes: (C, H, W) of the layers' maps, by name.
+        networks: timm name and arguments, by name; None takes `MODELS`.
+
+    Returns:
+        The machine with what runs on it, the settings, ``parts``, each a measurement of its own,
+        and ``rows`` with the parity of all.
+
+    Raises:
+        UserError: If there is no such GPU.
+    """
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "bench gpu measures a GPU, and PyTorch finds none here. `ema-timm bench bytes` counts "
+            "without one; --device cpu tries the command."
+        )
+    if networks is None:
+        networks = {name: NETWORKS[name] for name in MODELS}
+    shared = {"batch": batch, "rounds": rounds, "device": device, "progress": progress}
+    with _without_tf32():
+        parts = [
+            bench_layer(shapes, dtype=t, channels_last=last, compiled=compiled, **shared)
+            for t, last in LAYERS
+        ]
+        parts += [
+            bench_model(networks, size=size, amp=True, channels_last=last, **shared)
+            for last in (True, False)
+        ]
+    return {
+        "bench": "gpu",
+        "machine": machine(where) | {"environment": environment()},
+        "settings": {"batch": batch, "size": size, "rounds": rounds, "TF32": False},
+        "parts": parts,
+        "rows": [_parity(part, row) for part in parts for row in part["rows"] if "parity" in row],
+    }
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+def _parity(part: dict, row: dict) -> dict:
+    place = row.get("place", row.get("network"))
+    settings = part["settings"]
+    return {
+        "part": f"{part['bench']}, {settings.get('dtype', 'amp')}, {settings['memory_format']}",
+        "place": place,
+        "variant": row.get("variant", "network"),
+        "error": row["error"],
+        "parity": row["parity"],
+    }

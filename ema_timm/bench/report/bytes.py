@@ -1,0 +1,79 @@
+"""How ``ema-timm bench bytes`` is shown."""
+
+from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.report.markdown import grid, settings_line, versions_line
+
+FLOOR = 5
+"""Maps that a training step must move: the forward reads one and writes one, the backward three."""
+
+
+def caption(result: dict) -> str:
+    """What was counted, in one line: nothing here was timed."""
+    return (
+        f"Counted on CUDA's path without a GPU, with {versions_line(result)}: "
+        f"{settings_line(result)}."
+        " Bytes that PyTorch's operators read and write, in sizes of the input (operators in"
+        " brackets); half precision under autocast."
+    )
+
+
+def table(result: dict) -> str:
+    """A table a type and memory format; of networks the sum over their layers."""
+    header = ["map", "variant", "forward", "forward + backward", "of the authors'", "kept / x"]
+    parts = []
+    settings = dict.fromkeys((row["dtype"], row["layout"]) for row in result["rows"])
+    for dtype, layout in settings:
+        rows = [row for row in result["rows"] if (row["dtype"], row["layout"]) == (dtype, layout)]
+        base = {row["place"]: _both(row) for row in rows if row["variant"] == AUTHORS}
+        lines = [_line(row, base[row["place"]]) for row in rows]
+        parts.append(f"**{dtype}, {layout}** (floor: {FLOOR})\n\n{grid(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def brief(result: dict) -> str:
+    """Networks alone: what is moved and kept, of the published arrangement and of ours."""
+    networks = [row for row in result["rows"] if row["layers"] > 1]
+    rows = {(r["place"], r["dtype"], r["layout"], r["variant"]): r for r in networks}
+    lines = []
+    for place, dtype, layout in dict.fromkeys(key[:3] for key in rows):
+        base, ours = (rows[place, dtype, layout, variant] for variant in (AUTHORS, "auto"))
+        moved = [_units(row, _both(row)) for row in (base, ours)]
+        kept = [_units(row, row["saved_bytes"]) for row in (base, ours)]
+        cells = [*(f"{m:.1f}" for m in moved), f"{moved[1] / moved[0]:.2f}"]
+        lines.append([f"{place}, {dtype}, {layout}", *cells, *(f"{k:.2f}" for k in kept)])
+    header = [f"moved / x, {AUTHORS}", "auto", "ratio", f"kept / x, {AUTHORS}", "auto"]
+    return grid(["layers of a network", *header], lines)
+
+
+def plot(result: dict, figure) -> None:
+    """Forward + backward in sizes of the input: bars of both variants at every map in bfloat16."""
+    for axes, layout in zip(figure.subplots(1, 2), ("contiguous", "channels_last"), strict=True):
+        rows = [r for r in result["rows"] if (r["dtype"], r["layout"]) == ("bfloat16", layout)]
+        for offset, variant in ((-0.2, AUTHORS), (0.2, "auto")):
+            here = [row for row in rows if row["variant"] == variant]
+            heights = [_units(row, _both(row)) for row in here]
+            axes.barh([i + offset for i in range(len(here))], heights, 0.4, label=variant)
+            axes.set_yticks(range(len(here)), [row["place"] for row in here])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"bfloat16, {layout}: forward + backward / x")
+        axes.legend()
+
+
+def _line(row: dict, base: int) -> list[str]:
+    launches = [row[f"{way}_launches"] // row["layers"] for way in ("forward", "backward")]
+    return [
+        row["place"],
+        row["variant"],
+        f"{_units(row, row['forward_bytes']):.1f} ({launches[0]})",
+        f"{_units(row, _both(row)):.1f} ({sum(launches)})",
+        f"{_both(row) / base:.2f}",
+        f"{_units(row, row['saved_bytes']):.2f}",
+    ]
+
+
+def _both(row: dict) -> int:
+    return row["forward_bytes"] + row["backward_bytes"]
+
+
+def _units(row: dict, count: int) -> float:
+    return count / row["input_bytes"]
