@@ -131,6 +131,17 @@ class _Warp:
             self._set(operands[0], found, certain)
             self._set(operands[1], None, certain)
             return
+        if base in ("IADD3", "UIADD3"):
+            self._add(operands, certain)
+            return
+        if base in ("IMAD", "UIMAD") and modifiers == ["X"]:
+            terms = [self._value(text) for text in operands[1:4]]
+            carried = self._predicate(operands[4])
+            known = None not in terms and carried is not None
+            self._set(
+                operands[0], terms[0] * terms[1] + terms[2] + carried if known else None, certain
+            )
+            return
         written, *read = [o for o in operands if not re.fullmatch(r"!?U?P(\d|T)", o)] or [""]
         for predicate in operands[: operands.index(written) + 3] if written else operands[:2]:
             if re.fullmatch(r"U?P\d", predicate):
@@ -143,8 +154,23 @@ class _Warp:
         if re.search("MMA|LDSM", base):
             width = 4
         self._forget_after(written, width)
+        if base == "CS2R" and "32" not in modifiers:
+            self._set(_next(written), value, certain)
         if base in ("ULDC", "LDC", "LDCU") and "64" in modifiers:
             self._set(_next(written), self._second(read[0]), certain)
+
+    def _add(self, operands: list[str], certain: bool) -> None:
+        """Three terms, with carries out (predicates after the result) and in (at the end)."""
+        written, *rest = operands
+        out = [rest.pop(0) for _ in range(2) if re.fullmatch(r"U?P(\d|T)", rest[0])]
+        terms = [self._value(text) for text in rest[:3]]
+        carried = [self._predicate(text) for text in rest[3:]]
+        total = None
+        if None not in terms and None not in carried:
+            total = sum(term % 2**32 for term in terms) + sum(carried)
+        self._set(written, total, certain)
+        for predicate in out:
+            self._set(predicate, None if total is None else total >= 2**32, certain)
 
     def _second(self, text: str) -> int | None:
         found = re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", text)
@@ -164,12 +190,16 @@ class _Warp:
     def _compared(self, modifiers: list[str], operands: list[str]) -> bool | None:
         left, right = self._value(operands[2]), self._value(operands[3])
         other = self._predicate(operands[4])
-        if left is None or right is None or other is None or "EX" in modifiers:
+        if left is None or right is None or other is None:
             return None
         if "U32" in modifiers:
             left, right = left % 2**32, right % 2**32
         found = _COMPARE[modifiers[0]](left, right)
-        return {"AND": found and other, "OR": found or other}.get(modifiers[-1])
+        if "EX" in modifiers and left == right:  # the lower halves have been compared
+            found = self._predicate(operands[5])
+            if found is None:
+                return None
+        return found and other if "AND" in modifiers else found or other
 
     def _combined(self, operands: list[str]) -> bool | None:
         bits = [self._predicate(text) for text in operands[2:5]]
@@ -185,22 +215,36 @@ class _Warp:
         values = [self._value(text) for text in read]
         if None in values or not values:
             return None
+        if base == "SHF" and modifiers[:1] == ["R"] and "HI" in modifiers:
+            return (values[2] if "S32" in modifiers else values[2] % 2**32) >> values[1]
+        if base == "LEA" and modifiers == ["HI"] and len(values) == 4:
+            high = (values[2] % 2**32 << 32) + values[0] % 2**32
+            return (high << values[3] >> 32) + values[1]
+        if base == "LOP3":
+            return _looked_up(*values[:4])
         if {"X", "HI", "WIDE", "64"} & set(modifiers) and base not in ("LDC", "LDCU"):
             return None
         if base in ("MOV", "LDC", "LDCU", "R2UR"):
             return values[0]
-        if base in ("IADD3", "VIADD", "IADD"):
+        if base in ("VIADD", "IADD"):
             return sum(values)
         if base == "IMAD":
             if "MOV" in modifiers or "IADD" in modifiers or "SHL" in modifiers or len(values) == 3:
                 return values[0] * values[1] + values[2]
         if base == "LEA" and len(values) == 3:
             return (values[0] << values[2]) + values[1]
-        if base == "IMNMX" or base.startswith("VIMNMX"):
-            return None
         if base == "SHF" and len(values) == 3 and "L" in modifiers:
             return values[0] << values[1]
         return None
+
+
+def _looked_up(a: int, b: int, c: int, table: int) -> int:
+    """Bitwise, as the 8 bits of ``table`` say for each combination of three bits."""
+    found = 0
+    for row in range(8):
+        if table >> row & 1:
+            found |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    return found
 
 
 def _next(register: str) -> str:
