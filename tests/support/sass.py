@@ -17,7 +17,7 @@ import triton
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+ )?(\S+)\s*(.*?)\s*;")
 _PARAMETERS = {8: 0x160, 9: 0x210, 10: 0x380, 12: 0x380}  # where a launch's arguments begin
-_MOST = 2_000_000  # instructions, beyond which a loop is taken for endless
+_MOST = 400_000  # instructions, beyond which a loop is taken for endless
 _COMPARE = {
     "LT": operator.lt,
     "LE": operator.le,

@@ -120,6 +120,7 @@ def _scratch(saved: Saved, x: Tensor) -> Scratch:
         empty(x.shape[2] + 2, x.shape[3] + 2),
         *[torch.empty_like(gates) for _ in range(3)],
         empty(n),
+        empty(3 * n),
         empty(9 * n),
         empty(9 * n),
         empty(13 * n + n * n + 1),

@@ -22,7 +22,7 @@ LONGEST = 1 << 31
 """Numbers a sample has less of: offsets within it have 32 bits."""
 SHARE = 6272
 """Numbers of a tile for each warp: with 16 warps, tiles fill a multiprocessor's first-level cache."""
-THREAD = 32
+THREAD = 16
 """Numbers of a block for each thread."""
 PADDING = 1.2
 """Most that a block's numbers may exceed those of the map inside it, where that can be chosen."""
@@ -100,19 +100,20 @@ def plan(x: Tensor, groups: int, last: bool) -> Plan:
         along = together = one = max(step, _fitting(n, 8))
     else:
         # Lanes along rows and warps along channels; or all channels in a thread; or one channel.
-        along, together, one = _fitting(n, 2 * warps), _fitting(n, 8), 1
-    common = {"n": n, "LAST": last, "BW": columns, "PN": triton.next_power_of_2(n)}
+        along, together, one = _fitting(n, max(8, 2 * warps)), _fitting(n, 8), 1
+    common = {"n": n, "LAST": last, "VECTOR": step, "BW": columns, "PN": triton.next_power_of_2(n)}
     common["BN"], common["BH"] = block(along, THREAD)
     common["BC"], common["BR"] = block(one, THREAD if last else 8)
     common["BL"] = triton.next_power_of_2(min(height + width, max(16, 1024 // common["PN"])))
     common["BQ"] = 8
-    common["BP"] = max(16, THREAD * threads // (8 * along))
+    common["BP"] = triton.next_power_of_2(min(max(height, width), 64))
+    common["BA"] = _fitting(n, max(1, THREAD * threads // (8 * common["BP"])))
     back = dict(common)
-    back["BD"], back["BE"] = block(together, THREAD)
+    back["BD"], back["BE"] = block(together, 2 * THREAD)
     back["BX"] = max(1, 4096 // common["PN"] ** 2)
     tiles, size = x.shape[0] * groups, Size(groups, height, width)
-    narrow = step if last else min(step, 4)
-    return Plan(tiles, size, warps, {**common, "VECTOR": step}, {**back, "VECTOR": narrow})
+    back["NARROW"] = step if last else min(step, 4)
+    return Plan(tiles, size, warps, common, back)
 
 
 def _power(number: int) -> int:

@@ -46,7 +46,8 @@ def forward_tile(
     BC: tl.constexpr,  # the same in walks of row after row
     BR: tl.constexpr,
     BW: tl.constexpr,
-    BP: tl.constexpr,  # lines summed at once, and positions in them
+    BA: tl.constexpr,
+    BP: tl.constexpr,  # lines summed at once, of BA channels, and positions in them
     BQ: tl.constexpr,
     BL: tl.constexpr,  # lines mixed at once
     PN: tl.constexpr,  # the power of two that holds n
@@ -55,7 +56,7 @@ def forward_tile(
     x, out = tile_of(x, size, n, VECTOR, LAST), tile_of(out, size, n, VECTOR, LAST)
     kept = kept_of(saved, size, n)
     sums += tl.program_id(0).to(tl.int64) * n * (size.H + size.W)
-    pool(x, sums, kept.mean, n, BN, BP, BQ)  # `statistics` puts means where these sums lie
+    pool(x, sums, kept.mean, n, BA, BP, BQ)  # `statistics` puts means where these sums lie
     tl.debug_barrier()
     mix(x, sums, kept, weights, n, BL, PN)
     vote(x, sums, kept, weights, n, DROPPED, PN)

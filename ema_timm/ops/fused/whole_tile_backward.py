@@ -37,6 +37,7 @@ class Scratch(NamedTuple):
         mixed: Gradients before the gates of lines, (B·G, n, L).
         terms: What reaches x through its lines, (B·G, n, L).
         dots: Sums of channels, then Σ dL·ŷ, (B·G, n).
+        slopes: What `Slope` holds, (B·G, 3, n).
         taps: What reaches x through each tap, (B·G, 9n).
         means: Shifted means, (B·G, 9n).
         parts: (B·G, 13n + n² + 1): dk (9, n), dm, dγ, dβ, db₁, dW₁ (n, n), ΣdL.
@@ -47,6 +48,7 @@ class Scratch(NamedTuple):
     mixed: Any
     terms: Any
     dots: Any
+    slopes: Any
     taps: Any
     means: Any
     parts: Any
@@ -63,6 +65,7 @@ def scratch_of(scratch, x, n: tl.constexpr):
         scratch.mixed + tile * n * L,
         scratch.terms + tile * n * L,
         scratch.dots + tile * n,
+        scratch.slopes + tile * 3 * n,
         scratch.taps + tile * 9 * n,
         scratch.means + tile * 9 * n,
         scratch.parts + tile * (13 * n + n * n + 1),
@@ -80,6 +83,7 @@ def backward_tile(
     size: Size,
     n: tl.constexpr,
     VECTOR: tl.constexpr,
+    NARROW: tl.constexpr,
     LAST: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
@@ -88,6 +92,7 @@ def backward_tile(
     BD: tl.constexpr,
     BE: tl.constexpr,
     BW: tl.constexpr,
+    BA: tl.constexpr,
     BP: tl.constexpr,
     BQ: tl.constexpr,
     BX: tl.constexpr,
@@ -98,25 +103,27 @@ def backward_tile(
 
     Grid (B·G,). Constants are those of `ema_timm.ops.fused.whole_tile.forward_tile`.
     """
+    narrow = tile_of(x, size, n, NARROW, LAST)  # few columns a thread, so that channels lie in it
     grad, x = tile_of(grad, size, n, VECTOR, LAST), tile_of(x, size, n, VECTOR, LAST)
     dx = tile_of(dx, size, n, VECTOR, LAST)
     kept, own = kept_of(saved, size, n), scratch_of(scratch, x, n)
     dl_sum = gate_gradient(grad, x, kept, own.dl, n, BC, BR, BW)
     tl.store(own.parts + 13 * n + n * n, dl_sum)
-    pool(x, own.sums, own.dots, n, BN, BP, BQ)
+    pool(x, own.sums, own.dots, n, BA, BP, BQ)
     tl.debug_barrier()
     for k0 in range(0, 9 * n, 32):
         k = k0 + tl.arange(0, 32)
         tl.store(own.means + k, shifted_means(x, own.sums, own.dots, k, n), mask=k < 9 * n)
     tl.debug_barrier()
-    kernel_gradient(x, kept, own, dl_sum, n, BD, BE, BW)
+    kernel_gradient(narrow, kept, own, dl_sum, n, BD, BE, BW)
     tl.debug_barrier()
     finish_vectors(x, kept, own, weights, dl_sum, n, PN)
-    line_gradients(x, kept, own, weights, dl_sum, n, BN, BH, BW)
+    tl.debug_barrier()
+    line_gradients(x, kept, own, n, BN, BH, BW)
     tl.debug_barrier()
     mix_gradient(x, own, weights, n, BX, BL, PN)
     tl.debug_barrier()
-    input_gradient(grad, x, dx, kept, own, weights, dl_sum, n, BD, BE, BW)
+    input_gradient(grad, x, dx, kept, own, weights.kernel, n, BC, BR, BW)
 
 
 @triton.jit
@@ -198,7 +205,7 @@ def kernel_gradient(
 
 @triton.jit
 def finish_vectors(x, kept, own, weights, dl_sum, n: tl.constexpr, PN: tl.constexpr):
-    """Write dm, dγ, dβ and what reaches x through the taps."""
+    """Write dm, dγ, dβ, what the norm's gradient needs and what reaches x through the taps."""
     o = tl.arange(0, PN)
     u, y_dot = load_vector(kept.u, o, n), load_vector(own.dots, o, n)
     gamma, beta = load_vector(weights.gn_weight, o, n), load_vector(weights.gn_bias, o, n)
@@ -207,6 +214,12 @@ def finish_vectors(x, kept, own, weights, dl_sum, n: tl.constexpr, PN: tl.conste
     store_vector(own.parts + 9 * n, dm, o, n)
     store_vector(own.parts + 10 * n, u * y_dot, o, n)
     store_vector(own.parts + 11 * n, u * dl_sum, o, n)
+    r = load_vector(kept.r, o, n)
+    slope = r * y_dot / (x.H * x.W)
+    store_vector(own.slopes, u * gamma * r, o, n)
+    store_vector(own.slopes + n, slope, o, n)
+    level = dl_sum / (x.H * x.W) - load_vector(kept.rest, o, n) * slope
+    store_vector(own.slopes + 2 * n, level, o, n)
     for k0 in range(0, 9 * n, 32):
         k = k0 + tl.arange(0, 32)
         at = o[:, None] * (9 * n) + k[None, :]
@@ -233,14 +246,10 @@ class Slope(NamedTuple):
 
 
 @triton.jit
-def slope_of(x, kept, own, weights, dl_sum, c, n: tl.constexpr):
+def slope_of(kept, own, c, n: tl.constexpr):
     """`Slope` of the channels c."""
-    area = x.H * x.W
-    r = load_vector(kept.r, c, n)
-    slope = r * load_vector(own.dots, c, n) / area
-    coef = load_vector(kept.u, c, n) * load_vector(weights.gn_weight, c, n) * r
-    level = dl_sum / area - load_vector(kept.rest, c, n) * slope
-    return Slope(load_vector(kept.mean, c, n), coef, slope, level)
+    coef, slope = load_vector(own.slopes, c, n), load_vector(own.slopes + n, c, n)
+    return Slope(load_vector(kept.mean, c, n), coef, slope, load_vector(own.slopes + 2 * n, c, n))
 
 
 @triton.jit
@@ -252,21 +261,13 @@ def norm_gradient(block, gate_h, gate_w, dl, of):
 
 @triton.jit
 def line_gradients(
-    x,
-    kept,
-    own,
-    weights,
-    dl_sum,
-    n: tl.constexpr,
-    BN: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
+    x, kept, own, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
 ):
     """Write [dp | dq], the gradient before the gates of all lines."""
     w, rows = tl.arange(0, BW), tl.arange(0, BH)
     for c0 in range(0, n, BN):
         c = c0 + tl.arange(0, BN)
-        of = slope_of(x, kept, own, weights, dl_sum, c, n)
+        of = slope_of(kept, own, c, n)
         gate_w = load_columns(kept.gates, x, c, w, n)
         dq = tl.zeros((BN, BH, BW), tl.float32)
         for h0 in range(0, x.H, BH):
@@ -342,36 +343,45 @@ def input_gradient(
     dx,
     kept,
     own,
-    weights,
-    dl_sum,
+    kernel,
     n: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Write dx."""
+    """Write dx. What the taps see of dL is loaded once for all channels."""
     w, rows = tl.arange(0, BW), tl.arange(0, BH)
     wide = x.W + 2
     for h0 in range(0, x.H, BH):
         h = h0 + rows
         pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
         gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
-        seen = own.dl + pixels_at(x, h, w)
-        dl = tl.load(seen)
+        dl = own.dl + pixels_at(x, h, w)
+        above, below = dl - wide, dl + wide
+        seen = (
+            tl.load(below + 1),
+            tl.load(below),
+            tl.load(below - 1),
+            tl.load(dl + 1),
+            tl.load(dl),
+            tl.load(dl - 1),
+            tl.load(above + 1),
+            tl.load(above),
+            tl.load(above - 1),
+        )
         for c0 in range(0, n, BN):
             c = c0 + tl.arange(0, BN)
             at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            of = slope_of(x, kept, own, weights, dl_sum, c, n)
+            of = slope_of(kept, own, c, n)
             block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
             gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
-            found = norm_gradient(block, gate_h, gate_w, dl, of)
+            found = norm_gradient(block, gate_h, gate_w, seen[4], of)
             found *= gate_h[:, :, None] * (gate_w * of.coef[:, None])[:, None, :]
             found += load_rows(own.terms, x, c, h, n)[:, :, None]
             found += load_columns(own.terms, x, c, w, n)[:, None, :]
             for tap in tl.static_range(9):
-                spread = tl.load(seen - (tap // 3 - 1) * wide - (tap % 3 - 1))
-                taps = load_vector(weights.kernel + tap * n, c, n)
-                found += taps[:, None, None] * spread[None, :, :]
+                taps = load_vector(kernel + tap * n, c, n)
+                found += taps[:, None, None] * seen[tap][None, :, :]
             incoming = tl.load(grad.start + at, mask=mask, other=0.0).to(tl.float32)
             found += incoming * gate[None, :, :]
             if (h0 == 0) | (h0 + BH >= x.H):
