@@ -134,6 +134,13 @@ class _Warp:
         if base in ("IADD3", "UIADD3"):
             self._add(operands, certain)
             return
+        if base == "P2R" and not modifiers:
+            self._set(operands[0], self._kept(int(operands[3], 16)), certain)
+            return
+        if base == "R2P":
+            for number in range(7):
+                self._set(f"P{number}", None, certain)
+            return
         if base in ("IMAD", "UIMAD") and modifiers == ["X"]:
             terms = [self._value(text) for text in operands[1:4]]
             carried = self._predicate(operands[4])
@@ -151,8 +158,8 @@ class _Warp:
         value = self._result(base.removeprefix("U"), modifiers, read)
         self._set(written, value, certain)
         width = 4 if "128" in modifiers else 2 if {"64", "WIDE"} & set(modifiers) else 1
-        if re.search("MMA|LDSM", base):
-            width = 4
+        if base in ("HMMA", "LDSM"):
+            width = 4 if base == "HMMA" or "4" in modifiers else 2 if "2" in modifiers else 1
         self._forget_after(written, width)
         if base == "CS2R" and "32" not in modifiers:
             self._set(_next(written), value, certain)
@@ -171,6 +178,13 @@ class _Warp:
         self._set(written, total, certain)
         for predicate in out:
             self._set(predicate, None if total is None else total >= 2**32, certain)
+
+    def _kept(self, mask: int) -> int | None:
+        """Predicates as the bits of a register."""
+        bits = [self._predicate(f"P{i}") for i in range(7) if mask >> i & 1]
+        if None in bits:
+            return None
+        return sum(bit << i for bit, i in zip(bits, (i for i in range(7) if mask >> i & 1), strict=True))
 
     def _second(self, text: str) -> int | None:
         found = re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", text)

@@ -53,6 +53,7 @@ def forward(
                 DROPPED=dropped,
                 SAVE=save,
                 num_warps=walk.warps,
+                num_stages=1,
                 **walk.forward,
             )
         if target is not out:
@@ -91,6 +92,7 @@ def backward(
             folded,
             walk.size,
             num_warps=walk.warps,
+                num_stages=1,
             **walk.backward,
         )
         dw = _weight_gradients(scratch, weights) if need_weights else None

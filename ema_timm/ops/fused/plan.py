@@ -110,6 +110,11 @@ def plan(x: Tensor, groups: int, last: bool) -> Plan:
     common["BA"] = _fitting(n, max(1, THREAD * threads // (8 * common["BP"])))
     back = dict(common)
     back["BD"], back["BE"] = block(together, 2 * THREAD)
+    if n >= 16 and columns * triton.next_power_of_2(height) >= 16:
+        # A product over pixels, which takes at least 16 of them.
+        back["BD"] = _fitting(n, 32)
+        back["BE"] = max(block(back["BD"], 2 * THREAD)[1], triton.cdiv(16, columns))
+    back["PRODUCT"] = back["BD"] * columns * back["BE"] >= 256 and back["BE"] * columns >= 16 and n >= 16
     back["BX"] = max(1, 4096 // common["PN"] ** 2)
     tiles, size = x.shape[0] * groups, Size(groups, height, width)
     back["NARROW"] = step if last else min(step, 4)

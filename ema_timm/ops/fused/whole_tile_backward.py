@@ -84,6 +84,7 @@ def backward_tile(
     n: tl.constexpr,
     VECTOR: tl.constexpr,
     NARROW: tl.constexpr,
+    PRODUCT: tl.constexpr,
     LAST: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
@@ -115,7 +116,7 @@ def backward_tile(
         k = k0 + tl.arange(0, 32)
         tl.store(own.means + k, shifted_means(x, own.sums, own.dots, k, n), mask=k < 9 * n)
     tl.debug_barrier()
-    kernel_gradient(narrow, kept, own, dl_sum, n, BD, BE, BW)
+    kernel_gradient(narrow, kept, own, dl_sum, n, PRODUCT, BD, BE, BW)
     tl.debug_barrier()
     finish_vectors(x, kept, own, weights, dl_sum, n, PN)
     tl.debug_barrier()
@@ -166,41 +167,83 @@ def pixels_at(x, h, w):
 
 @triton.jit
 def kernel_gradient(
-    x, kept, own, dl_sum, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
+    x,
+    kept,
+    own,
+    dl_sum,
+    n: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
 ):
-    """Write dk, and Σ dL·ŷ. Three walks, one for each row of taps, leave few sums to hold."""
-    w, rows = tl.arange(0, BW), tl.arange(0, BH)
-    wide = x.W + 2
+    """Write dk, and Σ dL·ŷ."""
     for c0 in range(0, n, BN):
         c = c0 + tl.arange(0, BN)
+        if PRODUCT:
+            multiply_taps(x, own, c, n, BH, BW)
+        else:
+            for dy in tl.static_range(-1, 2):
+                sum_taps(x, own, c, dy, n, BH, BW)
+        w, rows = tl.arange(0, BW), tl.arange(0, BH)
         gate_w, mean = load_columns(kept.gates, x, c, w, n), load_vector(kept.mean, c, n)
-        for dy in tl.static_range(-1, 2):
-            left = tl.zeros((BN, BH, BW), tl.float32)
-            middle = tl.zeros((BN, BH, BW), tl.float32)
-            right = tl.zeros((BN, BH, BW), tl.float32)
-            y_dot = tl.zeros((BN, BH, BW), tl.float32)
-            for h0 in range(0, x.H, BH):
-                h = h0 + rows
-                at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-                block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
-                pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
-                seen = own.dl + pixels_at(x, h, w) - dy * wide
-                left += block * tl.load(seen + 1)[None, :, :]
-                dl = tl.load(seen)
-                middle += block * dl[None, :, :]
-                right += block * tl.load(seen - 1)[None, :, :]
-                if dy == 0:
-                    y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
-                    dl = tl.where(pixels, dl, 0.0)
-                    y_dot += (y - mean[:, None, None]) * dl[None, :, :]
-            taps = own.parts + 3 * (dy + 1) * n
-            store_vector(taps, tl.sum(tl.sum(left, axis=2), axis=1), c, n)
-            store_vector(taps + n, tl.sum(tl.sum(middle, axis=2), axis=1), c, n)
-            store_vector(taps + 2 * n, tl.sum(tl.sum(right, axis=2), axis=1), c, n)
-            if dy == 0:
-                dot = tl.sum(tl.sum(y_dot, axis=2), axis=1)
-                dot -= load_vector(kept.rest, c, n) * dl_sum
-                store_vector(own.dots, dot * load_vector(kept.r, c, n), c, n)
+        y_dot = tl.zeros((BN, BH, BW), tl.float32)
+        for h0 in range(0, x.H, BH):
+            h = h0 + rows
+            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
+            pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
+            dl = tl.load(own.dl + pixels_at(x, h, w), mask=pixels, other=0.0)
+            y_dot += (y - mean[:, None, None]) * dl[None, :, :]
+        dot = tl.sum(tl.sum(y_dot, axis=2), axis=1) - load_vector(kept.rest, c, n) * dl_sum
+        store_vector(own.dots, dot * load_vector(kept.r, c, n), c, n)
+
+
+@triton.jit
+def multiply_taps(x, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+    """Write dk of the channels c: what each tap sees of dL times what there is of x."""
+    w, rows, t = tl.arange(0, BW), tl.arange(0, BH), tl.arange(0, 16)
+    shift = tl.where(t < 9, (t // 3 - 1) * (x.W + 2) + (t % 3 - 1), 0)
+    dk = tl.zeros((16, c.shape[0]), tl.float32)
+    for h0 in range(0, x.H, BH):
+        h = h0 + rows
+        at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+        block = tl.load(x.start + at, mask=mask, other=0.0)
+        block = tl.trans(tl.reshape(block, (c.shape[0], BH * BW)))
+        pixels = tl.reshape(pixels_at(x, h, w), (BH * BW,))
+        seen = tl.load(own.dl + (pixels[None, :] - shift[:, None]))
+        if block.dtype == tl.float32:
+            dk = tl.dot(seen, block, dk, input_precision="tf32x3")
+        else:  # half precision is exact in TF32, and dL is in two parts
+            high = seen.to(tl.bfloat16).to(tl.float32)
+            dk = tl.dot(high, block.to(tl.float32), dk, input_precision="tf32")
+            dk = tl.dot(seen - high, block.to(tl.float32), dk, input_precision="tf32")
+    at = t[:, None] * n + c[None, :]
+    tl.store(own.parts + at, dk, mask=(t < 9)[:, None] & (c < n)[None, :])
+
+
+@triton.jit
+def sum_taps(
+    x, own, c, dy: tl.constexpr, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
+):
+    """Write dk of the channels c in one row of taps; three walks leave few sums to hold."""
+    w, rows = tl.arange(0, BW), tl.arange(0, BH)
+    left = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    middle = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    right = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    for h0 in range(0, x.H, BH):
+        h = h0 + rows
+        at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+        block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+        seen = own.dl + pixels_at(x, h, w) - dy * (x.W + 2)
+        left += block * tl.load(seen + 1)[None, :, :]
+        middle += block * tl.load(seen)[None, :, :]
+        right += block * tl.load(seen - 1)[None, :, :]
+    taps = own.parts + 3 * (dy + 1) * n
+    store_vector(taps, tl.sum(tl.sum(left, axis=2), axis=1), c, n)
+    store_vector(taps + n, tl.sum(tl.sum(middle, axis=2), axis=1), c, n)
+    store_vector(taps + 2 * n, tl.sum(tl.sum(right, axis=2), axis=1), c, n)
 
 
 @triton.jit
