@@ -13,6 +13,7 @@ fixed order: no atomics, the same bits every time.
 """
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 
 import torch
@@ -150,11 +151,23 @@ def _launching(x: Tensor, groups: int) -> Iterator[None]:
     try:
         with device:
             yield
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(_without_compiler(error, x, groups)) from error
     except RuntimeError as error:
+        if str(error).startswith(("Failed to find C compiler", "Could not create or locate cache")):
+            raise RuntimeError(_without_compiler(error, x, groups)) from error
         error.args = (f"{error} [{_described(x, groups)}]",)
         raise
     except triton.TritonError as error:  # these put their text together themselves
         raise RuntimeError(f"{error} [{_described(x, groups)}]") from error
+
+
+def _without_compiler(error: Exception, x: Tensor, groups: int) -> str:
+    return (
+        f"Triton compiles the kernels at their first call and could not: {error}. It needs a C "
+        "compiler (CC names it) and a folder that it may write (TRITON_CACHE_DIR names it); "
+        f"impl='auto' needs neither [{_described(x, groups)}]"
+    )
 
 
 def _described(x: Tensor, groups: int) -> str:

@@ -42,13 +42,13 @@ def unavailable(x: Tensor, n: int) -> str | None:
         return f"it takes samples of less than 2^31 numbers, got {tuple(x.shape[1:])}"
     if interpreted():
         return None
+    if torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, and on AMD's (HIP {torch.version.hip}) nothing is proved"
     if x.device.type != "cuda":
         return (
             f"it needs a CUDA GPU and the input is on {x.device} (under Triton's interpreter, "
             "TRITON_INTERPRET=1, it also runs on the CPU, very slowly)"
         )
-    if torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU, and on AMD's (HIP {torch.version.hip}) nothing is proved"
     if compute_capability(x.device.index) < (8, 0):
         major, minor = compute_capability(x.device.index)
         return f"it needs compute capability 8.0 or newer, {x.device} has {major}.{minor}"
