@@ -410,7 +410,10 @@ def test_amd_is_refused_with_the_reason(monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "reason"),
-    [((1, 8, 2, 2049), "at most 2048 columns"), ((1, 8, 1 << 20, 1 << 9), "less than 2.31 numbers")],
+    [
+        ((1, 8, 2, 2049), "at most 2048 columns"),
+        ((1, 8, 1 << 20, 1 << 9), "less than 2.31 numbers"),
+    ],
 )
 def test_maps_too_large_are_refused_with_the_reason(shape, reason):
     assert re.search(reason, plan.unavailable(torch.empty(shape, device="meta"), 4))

@@ -184,7 +184,9 @@ class _Warp:
         bits = [self._predicate(f"P{i}") for i in range(7) if mask >> i & 1]
         if None in bits:
             return None
-        return sum(bit << i for bit, i in zip(bits, (i for i in range(7) if mask >> i & 1), strict=True))
+        return sum(
+            bit << i for bit, i in zip(bits, (i for i in range(7) if mask >> i & 1), strict=True)
+        )
 
     def _second(self, text: str) -> int | None:
         found = re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", text)

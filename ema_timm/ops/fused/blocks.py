@@ -12,9 +12,7 @@ from ema_timm.ops.fused.bundles import store_lines, store_vector
 
 
 @triton.jit
-def pool(
-    x, sums, totals, n: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr
-):
+def pool(x, sums, totals, n: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr):
     """Write the sum of every line and of every channel."""
     for c0 in range(0, n, BN):
         c = c0 + tl.arange(0, BN)

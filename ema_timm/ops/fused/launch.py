@@ -93,7 +93,7 @@ def backward(
             folded,
             walk.size,
             num_warps=walk.warps,
-                num_stages=1,
+            num_stages=1,
             **walk.backward,
         )
         dw = _weight_gradients(scratch, weights) if need_weights else None

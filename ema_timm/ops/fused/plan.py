@@ -96,11 +96,14 @@ def plan(x: Tensor, groups: int, last: bool) -> Plan:
         """Channels and rows of a block with ``each`` numbers a thread."""
         return channels, _fitting(height, max(1, each * threads // (channels * columns)))
 
+    pixels = columns * triton.next_power_of_2(height)
+    many = max(8, THREAD * threads // pixels)  # where a map is small, more channels fill a block
     if last:
-        along = together = one = max(step, _fitting(n, 8))
+        along = together = one = max(step, _fitting(n, many))
     else:
-        # Lanes along rows and warps along channels; or all channels in a thread; or one channel.
-        along, together, one = _fitting(n, max(8, 2 * warps)), _fitting(n, 8), 1
+        # Lanes along rows and warps along channels; or all channels in a thread; or few channels.
+        along, together = _fitting(n, max(many, 2 * warps)), _fitting(n, many)
+        one = _fitting(n, max(1, 8 * threads // pixels))
     common = {"n": n, "LAST": last, "VECTOR": step, "BW": columns, "PN": triton.next_power_of_2(n)}
     common["BN"], common["BH"] = block(along, THREAD)
     common["BC"], common["BR"] = block(one, THREAD if last else 8)
@@ -114,7 +117,9 @@ def plan(x: Tensor, groups: int, last: bool) -> Plan:
         # A product over pixels, which takes at least 16 of them.
         back["BD"] = _fitting(n, 32)
         back["BE"] = max(block(back["BD"], 2 * THREAD)[1], triton.cdiv(16, columns))
-    back["PRODUCT"] = back["BD"] * columns * back["BE"] >= 256 and back["BE"] * columns >= 16 and n >= 16
+    back["PRODUCT"] = (
+        back["BD"] * columns * back["BE"] >= 256 and back["BE"] * columns >= 16 and n >= 16
+    )
     back["BX"] = max(1, 4096 // common["PN"] ** 2)
     tiles, size = x.shape[0] * groups, Size(groups, height, width)
     back["NARROW"] = step if last else min(step, 4)

@@ -224,9 +224,7 @@ def multiply_taps(x, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
 
 
 @triton.jit
-def sum_taps(
-    x, own, c, dy: tl.constexpr, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
-):
+def sum_taps(x, own, c, dy: tl.constexpr, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     """Write dk of the channels c in one row of taps; three walks leave few sums to hold."""
     w, rows = tl.arange(0, BW), tl.arange(0, BH)
     left = tl.zeros((c.shape[0], BH, BW), tl.float32)
