@@ -27,8 +27,8 @@ from ema_timm.ops.fused import launch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.oracle import make_case  # noqa: E402
-from support.sass import issued  # noqa: E402
+from support.oracle import make_case
+from support.sass import issued
 
 _MODULES = ("whole_tile", "whole_tile_backward")
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}

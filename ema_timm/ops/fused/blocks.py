@@ -56,8 +56,8 @@ def shifted_means(x, sums, totals, k, n: tl.constexpr):
     row, column = tl.where(dy < 0, x.H - 1, 0), tl.where(dx < 0, x.W - 1, 0)
     line = sums + i * x.lc
     found = tl.load(totals + i, mask=known, other=0.0)
-    found -= tl.load(line + row * x.l, mask=known & (dy != 0), other=0.0)
-    found -= tl.load(line + (x.H + column) * x.l, mask=known & (dx != 0), other=0.0)
+    found -= tl.load(line + row * x.lp, mask=known & (dy != 0), other=0.0)
+    found -= tl.load(line + (x.H + column) * x.lp, mask=known & (dx != 0), other=0.0)
     corner = x.start + i * x.c + row * x.h + column * x.w
     found += tl.load(corner, mask=known & (dy != 0) & (dx != 0), other=0.0).to(tl.float32)
     return found / (x.H * x.W)

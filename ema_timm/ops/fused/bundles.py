@@ -51,7 +51,7 @@ class Tile(NamedTuple):
         H: Rows.
         W: Columns.
         lc: Among numbers of lines, the step from channel to channel.
-        l: From line to line.
+        lp: From line to line.
     """
 
     start: Any
@@ -61,7 +61,7 @@ class Tile(NamedTuple):
     H: Any
     W: Any
     lc: Any
-    l: Any
+    lp: Any
 
 
 class Kept(NamedTuple):
@@ -132,16 +132,16 @@ def inside(x, c, h, w, n: tl.constexpr):
 @triton.jit
 def load_lines(numbers, x, c, first, p, P, n: tl.constexpr):
     """Of numbers of lines those of the lines ``first`` + p, zero from P on: (BN, BP)."""
-    at = (c * x.lc)[:, None] + (p * x.l)[None, :]
+    at = (c * x.lc)[:, None] + (p * x.lp)[None, :]
     mask = (c < n)[:, None] & (p < P)[None, :]
-    return tl.load(numbers + first * x.l + at, mask=mask, other=0.0)
+    return tl.load(numbers + first * x.lp + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_lines(numbers, lines, x, c, first, p, P, n: tl.constexpr):
     """Write what `load_lines` reads."""
-    at = (c * x.lc)[:, None] + (p * x.l)[None, :]
-    tl.store(numbers + first * x.l + at, lines, mask=(c < n)[:, None] & (p < P)[None, :])
+    at = (c * x.lc)[:, None] + (p * x.lp)[None, :]
+    tl.store(numbers + first * x.lp + at, lines, mask=(c < n)[:, None] & (p < P)[None, :])
 
 
 @triton.jit

@@ -21,7 +21,7 @@ WIDEST_MAP = 2048
 LONGEST = 1 << 31
 """Numbers a sample has less of: offsets within it have 32 bits."""
 SHARE = 6272
-"""Numbers of a tile for each warp: with 16 warps, tiles fill a multiprocessor's first-level cache."""
+"""Numbers of a tile for each warp: the tiles of 16 warps fill the first-level cache."""
 THREAD = 16
 """Numbers of a block for each thread."""
 PADDING = 1.2
@@ -89,41 +89,67 @@ def plan(x: Tensor, groups: int, last: bool) -> Plan:
     n, height, width = x.shape[1] // groups, *x.shape[2:]
     warps = _power(min(max(n * height * width // SHARE, 1), 8))
     step = _dividing(n if last else width, 16 // x.element_size())
-    threads = 32 * warps
-    columns = triton.next_power_of_2(width)
+    forward = {
+        **{"n": n, "PN": triton.next_power_of_2(n), "LAST": last, "VECTOR": step},
+        **_walks(n, height, width, warps, step if last else 0),
+    }
+    backward = {**forward, **_gradient_walks(forward, height, warps)}
+    size = Size(groups, height, width)
+    return Plan(x.shape[0] * groups, size, warps, forward, backward)
 
-    def block(channels: int, each: int) -> tuple[int, int]:
-        """Channels and rows of a block with ``each`` numbers a thread."""
-        return channels, _fitting(height, max(1, each * threads // (channels * columns)))
 
+def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
+    """Blocks of the forward, as `ema_timm.ops.fused.whole_tile.forward_tile` takes them.
+
+    Args:
+        n: Channels of a group.
+        height: H.
+        width: W.
+        warps: Warps of a program.
+        step: Channels that are loaded at once, 0 where they do not lie side by side.
+    """
+    columns, numbers = triton.next_power_of_2(width), THREAD * 32 * warps
     pixels = columns * triton.next_power_of_2(height)
-    many = max(8, THREAD * threads // pixels)  # where a map is small, more channels fill a block
-    if last:
-        along = together = one = max(step, _fitting(n, many))
-    else:
-        # Lanes along rows and warps along channels; or all channels in a thread; or few channels.
-        along, together = _fitting(n, max(many, 2 * warps)), _fitting(n, many)
-        one = _fitting(n, max(1, 8 * threads // pixels))
-    common = {"n": n, "LAST": last, "VECTOR": step, "BW": columns, "PN": triton.next_power_of_2(n)}
-    common["BN"], common["BH"] = block(along, THREAD)
-    common["BC"], common["BR"] = block(one, THREAD if last else 8)
-    common["BL"] = triton.next_power_of_2(min(height + width, max(16, 1024 // common["PN"])))
-    common["BQ"] = 8
-    common["BP"] = triton.next_power_of_2(min(max(height, width), 64))
-    common["BA"] = _fitting(n, max(1, THREAD * threads // (8 * common["BP"])))
-    back = dict(common)
-    back["BD"], back["BE"] = block(together, 2 * THREAD)
-    if n >= 16 and columns * triton.next_power_of_2(height) >= 16:
-        # A product over pixels, which takes at least 16 of them.
-        back["BD"] = _fitting(n, 32)
-        back["BE"] = max(block(back["BD"], 2 * THREAD)[1], triton.cdiv(16, columns))
-    back["PRODUCT"] = (
-        back["BD"] * columns * back["BE"] >= 256 and back["BE"] * columns >= 16 and n >= 16
-    )
-    back["BX"] = max(1, 4096 // common["PN"] ** 2)
-    tiles, size = x.shape[0] * groups, Size(groups, height, width)
-    back["NARROW"] = step if last else min(step, 4)
-    return Plan(tiles, size, warps, common, back)
+    many = max(8, numbers // pixels)  # where a map is small, more channels fill a block
+    if step:
+        along = few = max(step, _fitting(n, many))
+    else:  # lanes along rows, and warps along channels or rows
+        along, few = _fitting(n, max(many, 2 * warps)), _fitting(n, max(1, numbers // 2 // pixels))
+    lines = triton.next_power_of_2(min(max(height, width), 64))
+    return {
+        "BN": along,
+        "BH": _rows(height, numbers, along * columns),
+        "BC": few,
+        "BR": _rows(height, numbers if step else numbers // 2, few * columns),
+        "BW": columns,
+        "BA": _fitting(n, max(1, numbers // (8 * lines))),
+        "BP": lines,
+        "BQ": 8,
+        "BL": triton.next_power_of_2(
+            min(height + width, max(16, 1024 // triton.next_power_of_2(n)))
+        ),
+    }
+
+
+def _gradient_walks(forward: dict, height: int, warps: int) -> dict:
+    """What the backward takes beside, or instead of, what the forward does."""
+    n, columns, step = forward["n"], forward["BW"], forward["VECTOR"]
+    numbers = 2 * THREAD * 32 * warps
+    product = _fitting(n, 32) >= 16 and columns * triton.next_power_of_2(height) >= 16
+    channels = _fitting(n, 32) if product else max(_fitting(n, 8), forward["LAST"] * forward["BN"])
+    rows = _rows(height, numbers, channels * columns)
+    return {
+        "NARROW": step if forward["LAST"] else min(step, 4),
+        "PRODUCT": product,
+        "BD": channels,
+        "BE": max(rows, triton.cdiv(16, columns)) if product else rows,
+        "BX": max(1, 4096 // forward["PN"] ** 2),
+    }
+
+
+def _rows(height: int, numbers: int, row: int) -> int:
+    """Rows of a block of ``numbers``, of which one row has ``row``."""
+    return _fitting(height, max(1, numbers // row))
 
 
 def _power(number: int) -> int:

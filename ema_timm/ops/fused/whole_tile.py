@@ -84,11 +84,11 @@ def mix(x, sums, kept, weights, n: tl.constexpr, BL: tl.constexpr, PN: tl.conste
     o = tl.arange(0, PN)
     bias = load_vector(weights.mix_bias, o, n)
     L = x.H + x.W
-    for l0 in range(0, L, BL):
-        p = l0 + tl.arange(0, BL)
+    for p0 in range(0, L, BL):
+        p = p0 + tl.arange(0, BL)
         mixed = tl.zeros((PN, BL), tl.float32)
         for i in range(n):
-            pooled = tl.load(sums + i * x.lc + p * x.l, mask=p < L, other=0.0)
+            pooled = tl.load(sums + i * x.lc + p * x.lp, mask=p < L, other=0.0)
             column = tl.load(weights.mix_weight + o * n + i, mask=o < n, other=0.0)
             mixed += column[:, None] * pooled[None, :]
         mixed *= tl.where(p < x.H, 1.0 / x.W, 1.0 / x.H)[None, :]
