@@ -134,12 +134,17 @@ def _weight_gradients(scratch: Scratch, weights: EmaWeights) -> EmaWeights:
     """Gradients of the parameters from every tile's share of them."""
     n = weights.gn_bias.shape[0]
     dm = scratch.parts[:, 9 * n : 10 * n]
-    # Copies: an operator's results must not share memory.
-    kernel, dm_sum, dgamma, dbeta, mix_bias, mix, logits = (
-        t.clone() for t in scratch.parts.sum(0).split([9 * n, n, n, n, n, n * n, 1])
+    kernel, dm_sum, dgamma, dbeta, mix_bias, mix, logits = scratch.parts.sum(0).split(
+        [9 * n, n, n, n, n, n * n, 1]
     )
     found = FoldedWeights(
-        mix.view(n, n), mix_bias, kernel.view(9, n), dm.t() @ scratch.means, dm_sum, dgamma, dbeta
+        mix.view(n, n).clone(),  # copies: an operator's results must not share memory
+        mix_bias.clone(),
+        kernel.view(9, n),
+        dm.t() @ scratch.means,
+        dm_sum,
+        dgamma.clone(),
+        dbeta,
     )
     return finish_weights(found, logits, weights)
 
