@@ -45,7 +45,9 @@ class Compiled(NamedTuple):
         shared: Bytes of shared memory a program.
         warps: Warps a program.
         programs: Of the launch.
-        issued: What a warp of one of them issues, by instruction.
+        cubin: Its machine code.
+        numbers: Its arguments, None for pointers.
+        capability: Of the GPU, 10·major + minor.
     """
 
     name: str
@@ -54,7 +56,14 @@ class Compiled(NamedTuple):
     shared: int
     warps: int
     programs: int
-    issued: Counter
+    cubin: bytes
+    numbers: tuple
+    capability: int
+
+    @property
+    def issued(self) -> Counter:
+        """What a warp of one program issues, by instruction; ValueError where a loop has no end."""
+        return issued(self.cubin, self.numbers, self.capability)
 
     @property
     def resident(self) -> int:
@@ -92,10 +101,9 @@ class Recorder:
         done = triton.compile(source, GPUTarget("cuda", self.capability, 32), options=options)
         registers, spilled = _assemble(done.asm["ptx"], self.capability)
         name = self.kernel.fn.__name__
-        warps = options["num_warps"]
-        counts = issued(done.asm["cubin"], numbers, self.capability)
-        shared = done.metadata.shared
-        self.found.append(Compiled(name, registers, spilled, shared, warps, programs, counts))
+        on_chip = registers, spilled, done.metadata.shared, options["num_warps"]
+        code = done.asm["cubin"], tuple(numbers), self.capability
+        self.found.append(Compiled(name, *on_chip, programs, *code))
 
 
 def _specialize(value, path: tuple[int, ...], constexprs: dict, attrs: dict, numbers: list):

@@ -28,7 +28,7 @@ _COMPARE = {
 }
 
 
-def issued(cubin: bytes, arguments: list[int | None], capability: int) -> Counter:
+def issued(cubin: bytes, arguments: tuple[int | None, ...], capability: int) -> Counter:
     """How often warp 0 of program 0 issues each instruction.
 
     Args:
@@ -79,7 +79,7 @@ def _disassembled(cubin: bytes) -> list[tuple[int, str, str, list[str]]]:
     return found
 
 
-def _constants(arguments: list[int | None], offset: int) -> dict[int, int | None]:
+def _constants(arguments: tuple[int | None, ...], offset: int) -> dict[int, int | None]:
     """Values in constant memory by address: pointers are 8 bytes wide, numbers 4."""
     values = {}
     for value in arguments:
