@@ -5,10 +5,14 @@ chip. The interpreter checks numbers; this checks types, layouts and resources.
 """
 
 import inspect
+import math
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +25,12 @@ from triton.compiler import ASTSource
 from ema_timm.ops.closed_form.formula import fold
 from ema_timm.ops.fused import launch
 
-_MODULES = ("whole_tile", "whole_tile_backward", "split_tile", "split_tile_backward")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.oracle import make_case
+from support.sass import issued
+
+_MODULES = ("whole_tile", "whole_tile_backward")
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -35,6 +44,10 @@ class Compiled(NamedTuple):
         spilled: Bytes a thread keeps in memory for want of registers.
         shared: Bytes of shared memory a program.
         warps: Warps a program.
+        programs: Of the launch.
+        cubin: Its machine code.
+        numbers: Its arguments, None for pointers.
+        capability: Of the GPU, 10·major + minor.
     """
 
     name: str
@@ -42,6 +55,26 @@ class Compiled(NamedTuple):
     spilled: int
     shared: int
     warps: int
+    programs: int
+    cubin: bytes
+    numbers: tuple
+    capability: int
+
+    @property
+    def issued(self) -> Counter:
+        """What a warp of one program issues, by instruction; ValueError where a loop has no end."""
+        return issued(self.cubin, self.numbers, self.capability)
+
+    @property
+    def resident(self) -> int:
+        """Warps a multiprocessor holds: of 64, by registers alone."""
+        each = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(64, 65536 // each * self.warps)
+
+    @property
+    def lanes(self) -> int:
+        """Lane-instructions of the whole launch."""
+        return self.issued.total() * self.warps * 32 * self.programs
 
 
 class Recorder:
@@ -51,37 +84,41 @@ class Recorder:
         self.kernel, self.capability, self.found = kernel, capability, found
 
     def __getitem__(self, grid):
-        return self.launch
+        return partial(self.launch, math.prod(grid))
 
-    def launch(self, *args, **kwargs):
+    def launch(self, programs: int, *args, **kwargs):
         """Compile for the types and values of one launch."""
         options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
         constants = {p.name for p in self.kernel.params if p.is_constexpr}
-        signature, constexprs, attrs = {}, {}, {}
+        signature, constexprs, attrs, numbers = {}, {}, {}, []
         for index, (name, value) in enumerate(bound.items()):
             if name in constants:
                 signature[name], constexprs[(index,)] = "constexpr", value
             else:
-                signature[name] = _specialize(value, (index,), constexprs, attrs)
+                signature[name] = _specialize(value, (index,), constexprs, attrs, numbers)
         source = ASTSource(self.kernel, signature, constexprs=constexprs, attrs=attrs)
         done = triton.compile(source, GPUTarget("cuda", self.capability, 32), options=options)
         registers, spilled = _assemble(done.asm["ptx"], self.capability)
         name = self.kernel.fn.__name__
-        warps = options["num_warps"]
-        self.found.append(Compiled(name, registers, spilled, done.metadata.shared, warps))
+        on_chip = registers, spilled, done.metadata.shared, options["num_warps"]
+        code = done.asm["cubin"], tuple(numbers), self.capability
+        self.found.append(Compiled(name, *on_chip, programs, *code))
 
 
-def _specialize(value, path: tuple[int, ...], constexprs: dict, attrs: dict):
+def _specialize(value, path: tuple[int, ...], constexprs: dict, attrs: dict, numbers: list):
     """The type of one argument, or of each in a bundle; what a launch would know of its value."""
     if isinstance(value, tuple):
-        types = [_specialize(v, (*path, i), constexprs, attrs) for i, v in enumerate(value)]
+        types = [
+            _specialize(v, (*path, i), constexprs, attrs, numbers) for i, v in enumerate(value)
+        ]
         return type(value)(*types)
     if isinstance(value, int) and value == 1:
         constexprs[path] = value
         return "constexpr"
     if isinstance(value, Tensor) or value % 16 == 0:
         attrs[path] = [["tt.divisibility", 16]]
+    numbers.append(None if isinstance(value, Tensor) else value)
     return _TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
 
 
@@ -138,27 +175,39 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     raise RuntimeError(f"no ptxas in {folder} takes PTX {version} for {target}: {done.stderr}")
 
 
-def main() -> None:
-    """Print the table of ResNet-50's stages."""
-    from oracle import make_case  # beside this script
+STAGES = {
+    "ResNet-50": ((256, 56), (512, 28), (1024, 14), (2048, 7)),
+    "MobileNetV2": ((192, 28), (384, 14), (576, 14), (960, 7)),
+}
+"""Channels and height of the maps that EMA gates in both networks, 32 groups."""
 
-    print("| stage | layout | kernel | warps | registers | spilled | shared | warps an SM |")
-    print("|---|---|---|---|---|---|---|---|")
-    for channels, size in ((256, 56), (512, 28), (1024, 14), (2048, 7)):
+
+def stage(channels: int, size: int, layout: str, capability: int) -> list[Compiled]:
+    """Every kernel of one training step of one layer, bfloat16 and 2 samples."""
+    case = make_case((2, channels, size, size), 32, torch.bfloat16, layout)
+    weights = type(case.weights)(*[w.float() for w in case.weights])
+    grad = torch.empty_like(case.x).copy_(case.grad)
+    return compile_call(case.x, weights, 32, grad, capability)
+
+
+def main() -> None:
+    """Print the table of both networks' stages: `offline.py 80 90 100`."""
+    print(
+        "| stage | layout | GPU | kernel | warps | registers | spilled | shared | warps an SM "
+        "| barriers | lane-instructions an element |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    capabilities = [int(text) for text in sys.argv[1:]] or [90]
+    for channels, size in [shape for shapes in STAGES.values() for shape in shapes]:
         for layout in ("contiguous", "channels_last"):
-            case = make_case((2, channels, size, size), 32, torch.bfloat16, layout)
-            weights = type(case.weights)(*[w.float() for w in case.weights])
-            grad = case.grad.contiguous(
-                memory_format=torch.channels_last
-                if layout == "channels_last"
-                else torch.contiguous_format
-            )
-            for k in compile_call(case.x, weights, 32, grad, 90):
-                resident = min(64, 65536 // (k.registers * 32 * k.warps) * k.warps)
-                print(
-                    f"| {channels}×{size}×{size} | {layout} | {k.name} | {k.warps} | "
-                    f"{k.registers} | {k.spilled} | {k.shared} | {resident} |"
-                )
+            for capability in capabilities:
+                for k in stage(channels, size, layout, capability):
+                    print(
+                        f"| {channels}×{size}×{size} | {layout} | {capability} | {k.name} "
+                        f"| {k.warps} | {k.registers} | {k.spilled} | {k.shared} | {k.resident} "
+                        f"| {k.issued['BAR']} | {k.lanes / (2 * channels * size * size):.1f} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the fused kernels run, and how they cut the tiles of a shape.
+"""Where the fused kernels run, and in which blocks they walk the tiles of a shape.
 
 n channels of a group; a tile is one group of one sample, (n, H, W).
 """
@@ -16,14 +16,16 @@ from ema_timm.ops.fused.bundles import Size
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 128
 """Channels a group the kernels take."""
-WIDEST_TILE = 32
-"""Channels a group one program takes: n × n numbers of the 1×1 convolution live in registers."""
-TILE_BYTES = 128 << 10
-"""Bytes of a tile one program takes: half of the first-level cache of an A100 or H100."""
-MIXING = 1 << 14
-"""Products of the 1×1 convolution of one row of pooled columns that one program holds."""
-BLOCK = 2048
-"""Numbers in a block: 16 for each thread of four warps, which leaves room for three programs."""
+WIDEST_MAP = 2048
+"""Columns of a map the kernels take: a row lies in one block."""
+LONGEST = 1 << 31
+"""Numbers a sample has less of: offsets within it have 32 bits."""
+SHARE = 6272
+"""Numbers of a tile for each warp: the tiles of 16 warps fill the first-level cache."""
+THREAD = 16
+"""Numbers of a block for each thread."""
+PADDING = 1.2
+"""Most that a block's numbers may exceed those of the map inside it, where that can be chosen."""
 
 
 def unavailable(x: Tensor, n: int) -> str | None:
@@ -34,14 +36,20 @@ def unavailable(x: Tensor, n: int) -> str | None:
         return f"it takes float32, bfloat16 and float16 input, got {x.dtype}"
     if n > WIDEST:
         return f"it takes groups of at most {WIDEST} channels, got {n}"
+    if x.shape[3] > WIDEST_MAP:
+        return f"it takes maps of at most {WIDEST_MAP} columns, got {x.shape[3]}"
+    if x.shape[1] * x.shape[2] * x.shape[3] >= LONGEST:
+        return f"it takes samples of less than 2^31 numbers, got {tuple(x.shape[1:])}"
     if interpreted():
         return None
+    if torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, and on AMD's (HIP {torch.version.hip}) nothing is proved"
     if x.device.type != "cuda":
         return (
             f"it needs a CUDA GPU and the input is on {x.device} (under Triton's interpreter, "
             "TRITON_INTERPRET=1, it also runs on the CPU, very slowly)"
         )
-    if torch.version.hip is None and compute_capability(x.device.index) < (8, 0):
+    if compute_capability(x.device.index) < (8, 0):
         major, minor = compute_capability(x.device.index)
         return f"it needs compute capability 8.0 or newer, {x.device} has {major}.{minor}"
     return None
@@ -59,96 +67,104 @@ def interpreted() -> bool:
 
 
 class Plan(NamedTuple):
-    """How the tiles of one shape are cut.
+    """How the tiles of one shape are walked.
 
     Attributes:
-        whole: One program takes a tile from end to end.
-        channels: Channels of a block.
-        rows: Rows of a block.
-        columns: Columns of a block.
-        warps: Warps of a program.
         tiles: B·G.
-        groups: G.
+        size: What a kernel is told of the shape when it runs.
+        warps: Warps of a program.
+        forward: What the forward must know when it is compiled.
+        backward: The same for the backward.
+    """
+
+    tiles: int
+    size: Size
+    warps: int
+    forward: dict
+    backward: dict
+
+
+def plan(x: Tensor, groups: int, last: bool) -> Plan:
+    """How to walk ``x``, (B, C, H, W), contiguous or, where ``last``, channels_last."""
+    n, height, width = x.shape[1] // groups, *x.shape[2:]
+    warps = _power(min(max(n * height * width // SHARE, 1), 8))
+    step = _dividing(n if last else width, 16 // x.element_size())
+    forward = {
+        **{"n": n, "PN": triton.next_power_of_2(n), "LAST": last, "VECTOR": step},
+        **_walks(n, height, width, warps, step if last else 0),
+    }
+    backward = {**forward, **_gradient_walks(forward, height, warps)}
+    size = Size(groups, height, width)
+    return Plan(x.shape[0] * groups, size, warps, forward, backward)
+
+
+def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
+    """Blocks of the forward, as `ema_timm.ops.fused.whole_tile.forward_tile` takes them.
+
+    Args:
         n: Channels of a group.
         height: H.
         width: W.
+        warps: Warps of a program.
+        step: Channels that are loaded at once, 0 where they do not lie side by side.
     """
-
-    whole: bool
-    channels: int
-    rows: int
-    columns: int
-    warps: int
-    tiles: int
-    groups: int
-    n: int
-    height: int
-    width: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Blocks that cover a map, down and across."""
-        return triton.cdiv(self.height, self.rows), triton.cdiv(self.width, self.columns)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of pixels that cover a map."""
-        down, across = self.grid
-        return down * across
-
-    @property
-    def channel_blocks(self) -> int:
-        """Blocks of channels that cover a group."""
-        return triton.cdiv(self.n, self.channels)
-
-    @property
-    def block_grid(self) -> tuple[int, int]:
-        """Axes of a grid in which a program takes one block of pixels and channels."""
-        return self.blocks, self.channel_blocks
-
-    @property
-    def size(self) -> Size:
-        """What a kernel is told of the shape when it runs."""
-        return Size(self.groups, self.height, self.width)
-
-    @property
-    def constants(self) -> dict:
-        """What a kernel must know of the cut when it is compiled."""
-        return {"n": self.n, "BN": self.channels, "BH": self.rows, "BW": self.columns}
+    columns, numbers = triton.next_power_of_2(width), THREAD * 32 * warps
+    pixels = columns * triton.next_power_of_2(height)
+    many = max(8, numbers // pixels)  # where a map is small, more channels fill a block
+    if step:
+        along = few = max(step, _fitting(n, many))
+    else:  # lanes along rows, and warps along channels or rows
+        along, few = _fitting(n, max(many, 2 * warps)), _fitting(n, max(1, numbers // 2 // pixels))
+    lines = triton.next_power_of_2(min(max(height, width), 64))
+    return {
+        "BN": along,
+        "BH": _rows(height, numbers, along * columns),
+        "BC": few,
+        "BR": _rows(height, numbers if step else numbers // 2, few * columns),
+        "BW": columns,
+        "BA": _fitting(n, max(1, numbers // (8 * lines))),
+        "BP": lines,
+        "BQ": 8,
+        "BL": triton.next_power_of_2(
+            min(height + width, max(16, 1024 // triton.next_power_of_2(n)))
+        ),
+    }
 
 
-def plan(x: Tensor, groups: int) -> Plan:
-    """How to cut ``x``, (B, C, H, W)."""
-    n, height, width = x.shape[1] // groups, *x.shape[2:]
-    channels, columns = triton.next_power_of_2(n), triton.next_power_of_2(width)
-    whole = (
-        n <= WIDEST_TILE
-        and channels * columns <= BLOCK
-        and channels * channels * columns <= MIXING
-        and n * height * width * x.element_size() <= TILE_BYTES
-    )
-    if not whole:
-        channels, columns = min(channels, 32), min(columns, 64)
-    rows = min(triton.next_power_of_2(height), max(1, BLOCK // (channels * columns)))
-    warps = 8 if channels >= 32 else 4
-    tiles = x.shape[0] * groups
-    return Plan(whole, channels, rows, columns, warps, tiles, groups, n, height, width)
+def _gradient_walks(forward: dict, height: int, warps: int) -> dict:
+    """What the backward takes beside, or instead of, what the forward does."""
+    n, columns, step = forward["n"], forward["BW"], forward["VECTOR"]
+    numbers = 2 * THREAD * 32 * warps
+    product = _fitting(n, 32) >= 16 and columns * triton.next_power_of_2(height) >= 16
+    channels = _fitting(n, 32) if product else max(_fitting(n, 8), forward["LAST"] * forward["BN"])
+    rows = _rows(height, numbers, channels * columns)
+    return {
+        "NARROW": step if forward["LAST"] else min(step, 4),
+        "PRODUCT": product,
+        "BD": channels,
+        "BE": max(rows, triton.cdiv(16, columns)) if product else rows,
+        "BX": max(1, 4096 // forward["PN"] ** 2),
+    }
 
 
-def vectors_of(n: int, *maps: Tensor) -> dict:
-    """The layout and the widest loads that all maps allow, in numbers.
-
-    Triton finds out by itself only what 16 divides, and 56, 28 and 14 are not such numbers.
-    """
-    last = all(m.stride(1) == 1 and m.stride(3) != 1 for m in maps)
-    size = n if last else maps[0].shape[3]
-    width = 16 // maps[0].element_size()
-    while width > 1 and (size % width or not all(_steps(m, last, width) for m in maps)):
-        width //= 2
-    return {"VECTOR": width, "LAST": last}
+def _rows(height: int, numbers: int, row: int) -> int:
+    """Rows of a block of ``numbers``, of which one row has ``row``."""
+    return _fitting(height, max(1, numbers // row))
 
 
-def _steps(m: Tensor, last: bool, width: int) -> bool:
-    """Whether one stride is 1 and ``width`` divides the others."""
-    fast, *slow = (m.stride(1), m.stride(3)) if last else (m.stride(3), m.stride(1))
-    return fast == 1 and all(s % width == 0 for s in (*slow, m.stride(0), m.stride(2)))
+def _power(number: int) -> int:
+    """The largest power of two that is not above ``number``."""
+    return 1 << (number.bit_length() - 1)
+
+
+def _dividing(number: int, most: int) -> int:
+    """The largest power of two, at most ``most``, that divides ``number``."""
+    return min(number & -number, most)
+
+
+def _fitting(number: int, most: int) -> int:
+    """The largest power of two, at most ``most``, whose multiple above ``number`` is near it."""
+    size = min(_power(most), triton.next_power_of_2(number))
+    while size > 1 and triton.cdiv(number, size) * size > PADDING * number:
+        size //= 2
+    return size

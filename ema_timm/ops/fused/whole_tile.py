@@ -1,48 +1,39 @@
-"""Triton kernels of EMA attention: one program takes one tile from the first pass to the last.
+"""Triton kernel of EMA attention: the forward of one tile by one program.
 
-Letters and bundles are those of `ema_timm.ops.fused.bundles`. Here a block is all channels of the
-tile, BH rows and the whole width, each rounded up to a power of two; a tile is walked in steps of
-BH rows. Only the first walk reads the tile from memory, the later ones find it in cache.
-Accumulators are float32.
-
-Nothing here is shared between programs: every output number is written by one program, once.
-`ema_timm.ops.fused.split_tile` has the kernels for tiles that do not suit one program.
+Letters and bundles are those of `ema_timm.ops.fused.bundles`. The tile is walked four times: sums
+of lines, statistics, gate, output. Only the first walk reads it from memory, the later ones find
+it in cache. What one walk leaves for the next lies in the tile's own part of ``saved``, with a
+barrier between; nothing is shared between programs. Accumulators are float32.
 """
 
 import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import (
-    EPS,
-    centred,
-    mix,
-    shift_columns,
-    shifted_means,
-    vote,
-)
+from ema_timm.ops.fused.blocks import pool, shift_columns, shifted_means
 from ema_timm.ops.fused.bundles import (
-    Map,
     Size,
-    aligned_size,
     inside,
     kept_of,
-    load_block,
-    load_matrix,
+    load_columns,
+    load_rows,
     load_vector,
-    store_block,
+    places,
     store_lines,
-    store_plane,
+    store_vector,
     tile_of,
 )
 from ema_timm.ops.weights import FoldedWeights
 
+EPS = tl.constexpr(1e-5)  # that of `ema_timm.ops.weights`; kernels see constants of this file only
+
 
 @triton.jit
 def forward_tile(
-    x: Map,
-    out: Map,
-    saved: Saved,  # written where SAVE
+    x,
+    out,
+    saved: Saved,  # written; of the gate map that holds where SAVE
+    sums,  # scratch for sums of lines, (B·G, n, L)
     weights: FoldedWeights,  # the first DROPPED of the votes' n rows are left out
     size: Size,
     n: tl.constexpr,
@@ -50,96 +41,151 @@ def forward_tile(
     SAVE: tl.constexpr,
     VECTOR: tl.constexpr,
     LAST: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr,  # channels and rows of a block in walks of channel after channel
     BH: tl.constexpr,
+    BC: tl.constexpr,  # the same in walks of row after row
+    BR: tl.constexpr,
     BW: tl.constexpr,
+    BA: tl.constexpr,
+    BP: tl.constexpr,  # lines summed at once, of BA channels, and positions in them
+    BQ: tl.constexpr,
+    BL: tl.constexpr,  # lines mixed at once
+    PN: tl.constexpr,  # the power of two that holds n
 ):
-    """The whole forward of one tile: pool, vote and centre, gate. Grid (B·G,)."""
-    size = aligned_size(size, VECTOR, LAST)
+    """The whole forward of one tile: pool, mix and vote, normalise, gate. Grid (B·G,)."""
     x, out = tile_of(x, size, n, VECTOR, LAST), tile_of(out, size, n, VECTOR, LAST)
-    c, w, t = tl.arange(0, BN), tl.arange(0, BW), tl.arange(0, 16)
-    w1, b1 = load_matrix(weights.mix_weight, c, n, n, 1), load_vector(weights.mix_bias, c, n)
-
-    col_sum = sum_columns(x, c, w, BH)
-    gate_w = mix(w1, b1, col_sum / size.H)
-    means = shifted_means(x, col_sum, c, w, t)
-    u = vote(means, weights.vote_weight, weights.vote_bias, c, t, n, DROPPED)
-    mean, rest, r = statistics(x, w1, b1, gate_w, c, w, BH)
-
-    # The norm and the collapsed convolution meet in one map L.
-    coef = u * load_vector(weights.gn_weight, c, n) * r
-    constant = tl.sum(u * load_vector(weights.gn_bias, c, n), axis=0)
     kept = kept_of(saved, size, n)
-    for h0 in range(0, size.H, BH):
-        h = h0 + tl.arange(0, BH)
-        block = load_block(x, c, h, w)
-        gate_h = mix(w1, b1, tl.sum(block, axis=2) / size.W)
-        y = centred(block, gate_h, gate_w, mean, rest)
-        logits = tl.sum(y * coef[:, None, None], axis=0) + constant
-        gate = tl.sigmoid(add_convolution(logits, x, block, weights.kernel, c, h, w, BW))
-        store_block(out, block * gate[None, :, :], c, h, w)
+    sums += tl.program_id(0).to(tl.int64) * n * (size.H + size.W)
+    pool(x, sums, kept.mean, n, BA, BP, BQ)  # `statistics` puts means where these sums lie
+    tl.debug_barrier()
+    mix(x, sums, kept, weights, n, BL, PN)
+    vote(x, sums, kept, weights, n, DROPPED, PN)
+    tl.debug_barrier()
+    statistics(x, kept, n, BN, BH, BW)
+    tl.debug_barrier()
+    w, rows = tl.arange(0, BW), tl.arange(0, BR)
+    for h0 in range(0, x.H, BR):
+        h = h0 + rows
+        gate = gate_rows(x, kept, weights, h0, rows, w, n, BC, BW)
+        for c0 in range(0, n, BC):
+            c = c0 + tl.arange(0, BC)
+            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            block *= gate[None, :, :]
+            tl.store(out.start + at, block.to(out.start.dtype.element_ty), mask=mask)
         if SAVE:
-            store_plane(kept.gate_map, x, gate, h, w)
-            store_lines(kept.gates, gate_h, c, h, n, size.H, size.H + size.W)
-    if SAVE:
-        store_lines(kept.gates + size.H, gate_w, c, w, n, size.W, size.H + size.W)
-        tl.store(kept.mean + c, mean, mask=c < n)
-        tl.store(kept.rest + c, rest, mask=c < n)
-        tl.store(kept.r + c, r, mask=c < n)
-        tl.store(kept.u + c, u, mask=c < n)
+            at = h[:, None] * x.W + w[None, :]
+            tl.store(kept.gate_map + at, gate, mask=(h < x.H)[:, None] & (w < x.W)[None, :])
 
 
 @triton.jit
-def sum_columns(x, c, w, BH: tl.constexpr):
-    """Sums of the tile along H, (BN, BW).
+def mix(x, sums, kept, weights, n: tl.constexpr, BL: tl.constexpr, PN: tl.constexpr):
+    """Write the gates of all lines: the shared 1×1 convolution of their means, and its sigmoid."""
+    o = tl.arange(0, PN)
+    bias = load_vector(weights.mix_bias, o, n)
+    L = x.H + x.W
+    for p0 in range(0, L, BL):
+        p = p0 + tl.arange(0, BL)
+        mixed = tl.zeros((PN, BL), tl.float32)
+        for i in range(n):
+            pooled = tl.load(sums + i * x.lc + p * x.lp, mask=p < L, other=0.0)
+            column = tl.load(weights.mix_weight + o * n + i, mask=o < n, other=0.0)
+            mixed += column[:, None] * pooled[None, :]
+        mixed *= tl.where(p < x.H, 1.0 / x.W, 1.0 / x.H)[None, :]
+        store_lines(kept.gates, tl.sigmoid(mixed + bias[:, None]), x, o, 0, p, L, n)
 
-    A row is whole within one step, so its mean needs no memory.
+
+@triton.jit
+def vote(x, sums, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.constexpr):
+    """Write u, the softmax weights of the local branch.
+
+    The votes' weight is (n - DROPPED, 9n): with one row dropped, channel 0 votes 0.
     """
-    col_sum = tl.zeros((c.shape[0], w.shape[0]), tl.float32)
-    for h0 in range(0, x.H, BH):
-        col_sum += tl.sum(load_block(x, c, h0 + tl.arange(0, BH), w), axis=1)
-    return col_sum
+    o = tl.arange(0, PN)
+    voter = (o >= DROPPED) & (o < n)
+    products = tl.zeros((PN, 32), tl.float32)
+    for k0 in range(0, 9 * n, 32):
+        k = k0 + tl.arange(0, 32)
+        at = (o - DROPPED)[:, None] * (9 * n) + k[None, :]
+        mask = voter[:, None] & (k < 9 * n)[None, :]
+        row = tl.load(weights.vote_weight + at, mask=mask, other=0.0)
+        products += row * shifted_means(x, sums, kept.mean, k, n)[None, :]
+    logits = tl.sum(products, axis=1)
+    logits += tl.load(weights.vote_bias + o - DROPPED, mask=voter, other=0.0)
+    logits = tl.where(o < n, logits, float("-inf"))
+    votes = tl.exp(logits - tl.max(logits, axis=0))
+    store_vector(kept.u, votes / tl.sum(votes, axis=0), o, n)
 
 
 @triton.jit
-def statistics(x, w1, b1, gate_w, c, w, BH: tl.constexpr):
-    """Mean of y, what its rounding leaves, and 1/std of y, (BN,) each.
+def statistics(x, kept, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+    """Write mean of y, what its rounding leaves, and 1/std of y.
 
     Shifted by the mean of the first step: the whole mean lies within sqrt(H / BH) standard
     deviations of it, so the difference of squares cancels no more.
     """
-    shift = tl.zeros((c.shape[0],), tl.float32)
-    rest = tl.zeros((c.shape[0],), tl.float32)
-    squares = tl.zeros((c.shape[0],), tl.float32)
-    for h0 in range(0, x.H, BH):
-        h = h0 + tl.arange(0, BH)
-        block = load_block(x, c, h, w)
-        gate_h = mix(w1, b1, tl.sum(block, axis=2) / x.W)
-        y = block * gate_h[:, :, None] * gate_w[:, None, :]
-        if h0 == 0:
-            shift = tl.sum(tl.sum(y, axis=2), axis=1) / (tl.minimum(BH, x.H) * x.W)
-        y = tl.where(inside(x, c, h, w), y - shift[:, None, None], 0.0)
-        rest += tl.sum(tl.sum(y, axis=2), axis=1)
-        squares += tl.sum(tl.sum(y * y, axis=2), axis=1)
-    rest = rest / (x.H * x.W)
-    r = tl.rsqrt(tl.maximum(squares / (x.H * x.W) - rest * rest, 0.0) + EPS)
-    return shift, rest, r
+    w, rows = tl.arange(0, BW), tl.arange(0, BH)
+    for c0 in range(0, n, BN):
+        c = c0 + tl.arange(0, BN)
+        at = places(x, c, rows, w)
+        gate_w = load_columns(kept.gates, x, c, w, n)
+        block = tl.load(x.start + at, mask=inside(x, c, rows, w, n), other=0.0).to(tl.float32)
+        y = block * load_rows(kept.gates, x, c, rows, n)[:, :, None] * gate_w[:, None, :]
+        shift = tl.sum(tl.sum(y, axis=2), axis=1) / (tl.minimum(BH, x.H) * x.W)
+        shift_w = tl.where((w < x.W)[None, :], shift[:, None], 0.0)
+        rest = tl.zeros((BN, BH, BW), tl.float32)
+        squares = tl.zeros((BN, BH, BW), tl.float32)
+        for h0 in range(0, x.H, BH):
+            h = h0 + rows
+            mask = inside(x, c, h, w, n)
+            block = tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
+            y -= shift_w[:, None, :]
+            if h0 + BH > x.H:
+                y = tl.where((h < x.H)[None, :, None], y, 0.0)
+            rest += y
+            squares += y * y
+        left = tl.sum(tl.sum(rest, axis=2), axis=1) / (x.H * x.W)
+        variance = tl.sum(tl.sum(squares, axis=2), axis=1) / (x.H * x.W) - left * left
+        store_vector(kept.mean, shift, c, n)
+        store_vector(kept.rest, left, c, n)
+        store_vector(kept.r, tl.rsqrt(tl.maximum(variance, 0.0) + EPS), c, n)
 
 
 @triton.jit
-def add_convolution(logits, x, block, kernel, c, h, w, BW: tl.constexpr):
-    """Identity b: ``logits`` (BH, BW) and the collapsed convolution of the tile around ``block``.
+def gate_rows(x, kept, weights, h0, rows, w, n: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr):
+    """A of the rows from ``h0`` on, (BH, BW): the norm and identity b meet in one map L.
 
     Channels are summed before columns are shifted, so a shift moves one map, not n.
     """
-    left = tl.zeros((h.shape[0], BW), tl.float32)
-    right = tl.zeros((h.shape[0], BW), tl.float32)
-    for dy in tl.static_range(-1, 2):
-        near = block
-        if dy != 0:
-            near = load_block(x, c, h + dy, w)
-        taps = kernel + 3 * (dy + 1) * x.n
-        left += tl.sum(near * load_vector(taps, c, x.n)[:, None, None], axis=0)
-        logits += tl.sum(near * load_vector(taps + x.n, c, x.n)[:, None, None], axis=0)
-        right += tl.sum(near * load_vector(taps + 2 * x.n, c, x.n)[:, None, None], axis=0)
-    return logits + (shift_columns(left, w, -1, BW) + shift_columns(right, w, 1, BW))
+    left = tl.zeros((BC, rows.shape[0], BW), tl.float32)
+    middle = tl.zeros((BC, rows.shape[0], BW), tl.float32)
+    right = tl.zeros((BC, rows.shape[0], BW), tl.float32)
+    constant = tl.zeros((BC,), tl.float32)
+    h = h0 + rows
+    for c0 in range(0, n, BC):
+        c = c0 + tl.arange(0, BC)
+        at = places(x, c, rows, w)
+        u = load_vector(kept.u, c, n)
+        coef = u * load_vector(weights.gn_weight, c, n) * load_vector(kept.r, c, n)
+        constant += u * load_vector(weights.gn_bias, c, n)
+        constant -= coef * load_vector(kept.rest, c, n)
+        gate_h = load_rows(kept.gates, x, c, h, n)
+        gate_w = load_columns(kept.gates, x, c, w, n)
+        mean = load_vector(kept.mean, c, n)
+        for dy in tl.static_range(-1, 2):
+            mask = inside(x, c, h + dy, w, n)
+            if dy == -1:
+                mask = mask & (h > 0)[None, :, None]
+            near = tl.load(x.start + (h0 + dy) * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            taps = weights.kernel + 3 * (dy + 1) * n
+            left += near * load_vector(taps, c, n)[:, None, None]
+            middle += near * load_vector(taps + n, c, n)[:, None, None]
+            right += near * load_vector(taps + 2 * n, c, n)[:, None, None]
+            if dy == 0:
+                y = near * gate_h[:, :, None] * gate_w[:, None, :] - mean[:, None, None]
+                middle += y * coef[:, None, None]
+    logits = tl.sum(middle, axis=0) + tl.sum(constant, axis=0)
+    logits += shift_columns(tl.sum(left, axis=0), w, -1, BW)
+    logits += shift_columns(tl.sum(right, axis=0), w, 1, BW)
+    return tl.sigmoid(logits)

@@ -1,8 +1,7 @@
-"""Triton kernels of EMA attention: the backward of one tile by one program.
+"""Triton kernel of EMA attention: the backward of one tile by one program.
 
-Letters and bundles are those of `ema_timm.ops.fused.bundles`, blocks and walks those of
-`ema_timm.ops.fused.whole_tile`. dL is a kernel of its own, for tiles of any size: what shifts dL
-reads it where other programs wrote it.
+Letters and bundles are those of `ema_timm.ops.fused.bundles`, walks those of
+`ema_timm.ops.fused.whole_tile`, and `ema_timm.ops.fused.whole_tile_sums` has the first of them.
 """
 
 from typing import Any, NamedTuple
@@ -11,235 +10,298 @@ import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import (
-    Slope,
-    at_ends,
-    centred,
-    kernel_gradient,
-    norm_gradient,
-    pick,
-    shifted_means,
-    softmax_gradient,
-    spread,
-    spread_votes,
-    sum_taps,
-    without_ends,
-)
+from ema_timm.ops.fused.blocks import pool, shifted_means
 from ema_timm.ops.fused.bundles import (
-    Map,
     Size,
-    aligned_size,
+    inside,
     kept_of,
-    load_block,
     load_columns,
-    load_matrix,
-    load_plane,
+    load_lines,
     load_rows,
     load_vector,
-    store_block,
+    places,
     store_lines,
-    store_plane,
+    store_vector,
     tile_of,
+)
+from ema_timm.ops.fused.whole_tile_sums import (
+    finish_vectors,
+    gate_gradient,
+    kernel_gradient,
+    pixels_at,
 )
 from ema_timm.ops.weights import FoldedWeights
 
 
-@triton.jit
-def gate_gradient(
-    grad: Map,
-    x: Map,
-    gate_map,  # (B·G, H, W)
-    dl,  # dL, (B·G, H, W): written
-    size: Size,
-    n: tl.constexpr,
-    VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    BN: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
-):
-    """DL = (Σ_c D·x)·A·(1 − A), a block of pixels each. Grid (B·G, row blocks, column blocks)."""
-    size = aligned_size(size, VECTOR, LAST)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    w = tl.program_id(2) * BW + tl.arange(0, BW)
-    grad, x = tile_of(grad, size, n, VECTOR, LAST), tile_of(x, size, n, VECTOR, LAST)
-    total = tl.zeros((BH, BW), tl.float32)
-    for c0 in range(0, n, BN):
-        c = c0 + tl.arange(0, BN)
-        total += tl.sum(load_block(grad, c, h, w) * load_block(x, c, h, w), axis=0)
-    plane = tl.program_id(0).to(tl.int64) * size.H * size.W
-    gate = load_plane(gate_map + plane, x, h, w)
-    store_plane(dl + plane, x, total * gate * (1 - gate), h, w)
-
-
-class Known(NamedTuple):
-    """What the backward reads of `Kept` once a tile: gates along W, (BN, BW), the rest (BN,)."""
-
-    gate_w: Any
-    mean: Any
-    rest: Any
-    r: Any
-    u: Any
-
-
-class Shares(NamedTuple):
-    """A tile's share of the parameters' gradients, in the order of ``parts``.
+class Scratch(NamedTuple):
+    """What the walks of a tile tell each other, and a tile's share of the parameters' gradients.
 
     Attributes:
-        dk: (BN, 16), as are all below (BN,) but for the last two.
-        dm: Of the votes' logits.
-        dgamma: Of the norm's weight.
-        dbeta: Of its bias, but for v.
-        db1: Of the bias of the 1×1 convolution.
-        dw1: Of its weight, (BN, BN).
-        dl_sum: ΣdL, one number.
+        dl: dL with a border of zeros, (B·G, H + 2, W + 2).
+        sums: Sums of lines, (B·G, n, L).
+        mixed: Gradients before the gates of lines, (B·G, n, L).
+        terms: What reaches x through its lines, (B·G, n, L).
+        dots: Sums of channels, then Σ dL·ŷ, (B·G, n).
+        slopes: What `Slope` holds, (B·G, 3, n).
+        taps: What reaches x through each tap, (B·G, 9n).
+        means: Shifted means, (B·G, 9n).
+        parts: (B·G, 13n + n² + 1): dk (9, n), dm, dγ, dβ, db₁, dW₁ (n, n), ΣdL.
     """
 
-    dk: Any
-    dm: Any
-    dgamma: Any
-    dbeta: Any
-    db1: Any
-    dw1: Any
-    dl_sum: Any
+    dl: Any
+    sums: Any
+    mixed: Any
+    terms: Any
+    dots: Any
+    slopes: Any
+    taps: Any
+    means: Any
+    parts: Any
+
+
+@triton.jit
+def scratch_of(scratch, x, n: tl.constexpr):
+    """This program's part of ``scratch``."""
+    tile = tl.program_id(0).to(tl.int64)
+    L = x.H + x.W
+    return Scratch(
+        scratch.dl + tile * (x.H + 2) * (x.W + 2),
+        scratch.sums + tile * n * L,
+        scratch.mixed + tile * n * L,
+        scratch.terms + tile * n * L,
+        scratch.dots + tile * n,
+        scratch.slopes + tile * 3 * n,
+        scratch.taps + tile * 9 * n,
+        scratch.means + tile * 9 * n,
+        scratch.parts + tile * (13 * n + n * n + 1),
+    )
 
 
 @triton.jit
 def backward_tile(
-    grad: Map,
-    x: Map,
-    dx: Map,
+    grad,
+    x,
+    dx,
     saved: Saved,
-    dl,  # dL, (B·G, H, W)
+    scratch: Scratch,
     weights: FoldedWeights,
-    parts,  # (B·G, 13 n + n² + 1): dk (9, n), dm, dγ, dβ, db₁, dW₁ (n, n), ΣdL
-    means,  # (B·G, n, 9): shifted means
     size: Size,
     n: tl.constexpr,
     VECTOR: tl.constexpr,
+    NARROW: tl.constexpr,
+    PRODUCT: tl.constexpr,
     LAST: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    BC: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BW: tl.constexpr,
+    BA: tl.constexpr,
+    BP: tl.constexpr,
+    BQ: tl.constexpr,
+    BX: tl.constexpr,
+    BL: tl.constexpr,
+    PN: tl.constexpr,
+):
+    """Everything behind the output for one tile: its dx and its share of the parameters' gradients.
+
+    Grid (B·G,). Constants are those of `ema_timm.ops.fused.whole_tile.forward_tile`.
+    """
+    narrow = tile_of(x, size, n, NARROW, LAST)  # few columns a thread, so that channels lie in it
+    grad, x = tile_of(grad, size, n, VECTOR, LAST), tile_of(x, size, n, VECTOR, LAST)
+    dx = tile_of(dx, size, n, VECTOR, LAST)
+    kept, own = kept_of(saved, size, n), scratch_of(scratch, x, n)
+    dl_sum = gate_gradient(grad, x, kept, own.dl, n, BC, BR, BW)
+    tl.store(own.parts + 13 * n + n * n, dl_sum)
+    pool(x, own.sums, own.dots, n, BA, BP, BQ)
+    tl.debug_barrier()
+    for k0 in range(0, 9 * n, 32):
+        k = k0 + tl.arange(0, 32)
+        tl.store(own.means + k, shifted_means(x, own.sums, own.dots, k, n), mask=k < 9 * n)
+    tl.debug_barrier()
+    kernel_gradient(narrow, kept, own, dl_sum, n, PRODUCT, BD, BE, BW)
+    tl.debug_barrier()
+    finish_vectors(x, kept, own, weights, dl_sum, n, PN)
+    tl.debug_barrier()
+    line_gradients(x, kept, own, n, BN, BH, BW)
+    tl.debug_barrier()
+    mix_gradient(x, own, weights, n, BX, BL, PN)
+    tl.debug_barrier()
+    input_gradient(grad, x, dx, kept, own, weights.kernel, n, BC, BR, BW)
+
+
+class Slope(NamedTuple):
+    """What the norm's gradient needs: dy = coef·(dL − level − (y − μ)·slope), (BN,) each.
+
+    Attributes:
+        mean: μ, but for what its rounding leaves.
+        coef: uγr.
+        slope: r·mean(dL·ŷ).
+        level: mean dL, and what the rounding of μ leaves.
+    """
+
+    mean: Any
+    coef: Any
+    slope: Any
+    level: Any
+
+
+@triton.jit
+def slope_of(kept, own, c, n: tl.constexpr):
+    """`Slope` of the channels c."""
+    coef, slope = load_vector(own.slopes, c, n), load_vector(own.slopes + n, c, n)
+    return Slope(load_vector(kept.mean, c, n), coef, slope, load_vector(own.slopes + 2 * n, c, n))
+
+
+@triton.jit
+def norm_gradient(block, gate_h, gate_w, dl, of):
+    """Dy / coef, (BN, BH, BW), from gates (BN, BH) and (BN, BW) and dL (BH, BW)."""
+    y = block * gate_h[:, :, None] * gate_w[:, None, :] - of.mean[:, None, None]
+    return (dl[None, :, :] - of.level[:, None, None]) - y * of.slope[:, None, None]
+
+
+@triton.jit
+def line_gradients(
+    x, kept, own, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
+):
+    """Write [dp | dq], the gradient before the gates of all lines."""
+    w, rows = tl.arange(0, BW), tl.arange(0, BH)
+    for c0 in range(0, n, BN):
+        c = c0 + tl.arange(0, BN)
+        of = slope_of(kept, own, c, n)
+        gate_w = load_columns(kept.gates, x, c, w, n)
+        dq = tl.zeros((BN, BH, BW), tl.float32)
+        for h0 in range(0, x.H, BH):
+            h = h0 + rows
+            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            gate_h = load_rows(kept.gates, x, c, h, n)
+            dl = tl.load(own.dl + pixels_at(x, h, w))
+            product = norm_gradient(block, gate_h, gate_w, dl, of) * block
+            dq += product * gate_h[:, :, None]
+            dp = tl.sum(product * gate_w[:, None, :], axis=2)
+            dp *= of.coef[:, None] * gate_h * (1 - gate_h)
+            store_lines(own.mixed, dp, x, c, 0, h, x.H, n)
+        found = tl.sum(dq, axis=1) * of.coef[:, None] * gate_w * (1 - gate_w)
+        store_lines(own.mixed, found, x, c, x.H, w, x.W, n)
+
+
+@triton.jit
+def mix_gradient(
+    x, own, weights, n: tl.constexpr, BX: tl.constexpr, BL: tl.constexpr, PN: tl.constexpr
+):
+    """Write db₁, dW₁, and what reaches x through its lines, the votes' taps among them."""
+    i = tl.arange(0, PN)
+    L = x.H + x.W
+    dw1 = tl.zeros((PN, PN, BX), tl.float32)
+    db1 = tl.zeros((PN, BX), tl.float32)
+    for p0 in range(0, L, BX):
+        p = p0 + tl.arange(0, BX)
+        mixed = load_lines(own.mixed, x, i, 0, p, L, n)
+        pooled = load_lines(own.sums, x, i, 0, p, L, n)
+        pooled *= tl.where(p < x.H, 1.0 / x.W, 1.0 / x.H)[None, :]
+        db1 += mixed
+        dw1 += mixed[:, None, :] * pooled[None, :, :]
+    dw1 = tl.sum(dw1, axis=2)
+    db1 = tl.sum(db1, axis=1)
+    store_vector(own.parts + 12 * n, db1, i, n)
+    at, mask = i[:, None] * n + i[None, :], (i < n)[:, None] & (i < n)[None, :]
+    tl.store(own.parts + 13 * n + at, dw1, mask=mask)
+    everywhere = tl.zeros((PN,), tl.float32)
+    first_row, last_row = tl.zeros((PN,), tl.float32), tl.zeros((PN,), tl.float32)
+    first_column, last_column = tl.zeros((PN,), tl.float32), tl.zeros((PN,), tl.float32)
+    for tap in tl.static_range(9):
+        reached = tl.load(own.taps + i * 9 + tap, mask=i < n, other=0.0)
+        everywhere += reached
+        if tap // 3 == 0:
+            last_row += reached
+        if tap // 3 == 2:
+            first_row += reached
+        if tap % 3 == 0:
+            last_column += reached
+        if tap % 3 == 2:
+            first_column += reached
+    for p0 in range(0, L, BL):
+        p = p0 + tl.arange(0, BL)
+        terms = tl.zeros((PN, BL), tl.float32)
+        for o in range(n):
+            mixed = tl.load(own.mixed + o * x.lc + p * x.lp, mask=p < L, other=0.0)
+            row = tl.load(weights.mix_weight + o * n + i, mask=i < n, other=0.0)
+            terms += row[:, None] * mixed[None, :]
+        terms *= tl.where(p < x.H, 1.0 / x.W, 1.0 / x.H)[None, :]
+        terms += tl.where((p < x.H)[None, :], everywhere[:, None], 0.0)
+        terms -= tl.where((p == 0)[None, :], first_row[:, None], 0.0)
+        terms -= tl.where((p == x.H - 1)[None, :], last_row[:, None], 0.0)
+        terms -= tl.where((p == x.H)[None, :], first_column[:, None], 0.0)
+        terms -= tl.where((p == L - 1)[None, :], last_column[:, None], 0.0)
+        store_lines(own.terms, terms, x, i, 0, p, L, n)
+
+
+@triton.jit
+def input_gradient(
+    grad,
+    x,
+    dx,
+    kept,
+    own,
+    kernel,
+    n: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Everything behind dL for one tile: its dx and its share of the parameters' gradients.
+    """Write dx. What the taps see of dL is loaded once for all channels."""
+    w, rows = tl.arange(0, BW), tl.arange(0, BH)
+    wide = x.W + 2
+    for h0 in range(0, x.H, BH):
+        h = h0 + rows
+        pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
+        gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
+        dl = own.dl + pixels_at(x, h, w)
+        above, below = dl - wide, dl + wide
+        seen = (
+            tl.load(below + 1),
+            tl.load(below),
+            tl.load(below - 1),
+            tl.load(dl + 1),
+            tl.load(dl),
+            tl.load(dl - 1),
+            tl.load(above + 1),
+            tl.load(above),
+            tl.load(above - 1),
+        )
+        for c0 in range(0, n, BN):
+            c = c0 + tl.arange(0, BN)
+            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+            of = slope_of(kept, own, c, n)
+            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
+            found = norm_gradient(block, gate_h, gate_w, seen[4], of)
+            found *= gate_h[:, :, None] * (gate_w * of.coef[:, None])[:, None, :]
+            found += load_rows(own.terms, x, c, h, n)[:, :, None]
+            found += load_columns(own.terms, x, c, w, n)[:, None, :]
+            for tap in tl.static_range(9):
+                taps = load_vector(kernel + tap * n, c, n)
+                found += taps[:, None, None] * seen[tap][None, :, :]
+            incoming = tl.load(grad.start + at, mask=mask, other=0.0).to(tl.float32)
+            found += incoming * gate[None, :, :]
+            if (h0 == 0) | (h0 + BH >= x.H):
+                found = add_corners(found, own.taps, x, c, h, w, n)
+            tl.store(dx.start + at, found.to(dx.start.dtype.element_ty), mask=mask)
 
-    Grid (B·G,).
+
+@triton.jit
+def add_corners(found, taps, x, c, h, w, n: tl.constexpr):
+    """``found`` and, where it holds corners, what was taken from them twice.
+
+    Tap 0 loses the last row and the last column, tap 2 the last row and the first column, ...
     """
-    size = aligned_size(size, VECTOR, LAST)
-    grad, x = tile_of(grad, size, n, VECTOR, LAST), tile_of(x, size, n, VECTOR, LAST)
-    dx = tile_of(dx, size, n, VECTOR, LAST)
-    kept = kept_of(saved, size, n)
-    tile = tl.program_id(0).to(tl.int64)
-    dl += tile * size.H * size.W
-    c, w, t = tl.arange(0, BN), tl.arange(0, BW), tl.arange(0, 16)
-    known = load_known(kept, x, c, w)
-
-    col_sum, dk, y_dot, dl_sum = sum_tile(x, kept, known, dl, c, w, t, BH)
-    gamma, beta = load_vector(weights.gn_weight, c, n), load_vector(weights.gn_bias, c, n)
-    slope = Slope(
-        known.u * gamma * known.r,
-        known.r * y_dot / (size.H * size.W),
-        dl_sum / (size.H * size.W),
-    )
-    dm = softmax_gradient(known.u, gamma * y_dot + beta * dl_sum)
-    taps = spread_votes(dm, weights.vote_weight, x, c, t, n)
-
-    # Gates along W.
-    dq = column_gradient(x, kept, known, slope, dl, c, w, BH)
-    w1 = load_matrix(weights.mix_weight, c, n, n, 1)
-    db1 = tl.sum(dq, axis=1)
-    dw1 = tl.sum(dq[:, None, :] * (col_sum / size.H)[None, :, :], axis=2)
-    col_term = tl.sum(w1[:, :, None] * dq[:, None, :], axis=0) / size.H
-
-    # What the taps leave out, and the corners that were left out twice.
-    tap_y, tap_x = t // 3 - 1, t % 3 - 1
-    lost_left, lost_right = sum_taps(taps, (tap_x > 0) & (t < 9)), sum_taps(taps, tap_x < 0)
-    lost_top, lost_bottom = sum_taps(taps, tap_y == 1), sum_taps(taps, tap_y < 0)
-    everywhere = tl.sum(taps, axis=1)
-    col_term = without_ends(col_term, lost_left, lost_right, w, size.W)
-    top = at_ends(pick(taps, t, 8), pick(taps, t, 6), w, size.W)
-    bottom = at_ends(pick(taps, t, 2), pick(taps, t, 0), w, size.W)
-
-    # Gates along H, and dx.
-    for h0 in range(0, size.H, BH):
-        h = h0 + tl.arange(0, BH)
-        block, gate_h, y, seen = walk(x, kept, known, dl, c, h, w)
-        dy = norm_gradient(y, seen, slope)
-        dy = dy * known.gate_w[:, None, :]
-        dp = tl.sum(dy * block, axis=2) * gate_h * (1 - gate_h)
-        db1 += tl.sum(dp, axis=1)
-        pooled = tl.sum(block, axis=2) / size.W
-        dw1 += tl.sum(dp[:, None, :] * pooled[None, :, :], axis=2)
-        row_term = tl.sum(w1[:, :, None] * dp[:, None, :], axis=0) / size.W + everywhere[:, None]
-        row_term = without_ends(row_term, lost_top, lost_bottom, h, size.H)
-        found = dy * gate_h[:, :, None] + row_term[:, :, None] + col_term[:, None, :]
-        found += tl.where((h == 0)[None, :, None], top[:, None, :], 0.0)
-        found += tl.where((h == size.H - 1)[None, :, None], bottom[:, None, :], 0.0)
-        found += spread(dl, weights.kernel, x, c, h, w)
-        gate = load_plane(kept.gate_map, x, h, w)
-        found += load_block(grad, c, h, w) * gate[None, :, :]
-        store_block(dx, found, c, h, w)
-
-    shares = Shares(dk, dm, known.u * y_dot, known.u * dl_sum, db1, dw1, dl_sum)
-    store_shares(parts + tile * (13 * n + n * n + 1), shares, c, t, n)
-    store_lines(means + tile * n * 9, shifted_means(x, col_sum, c, w, t), c, t, n, 9, 9)
-
-
-@triton.jit
-def load_known(kept, x, c, w):
-    """`Known` of one tile."""
-    mean, rest = load_vector(kept.mean, c, x.n), load_vector(kept.rest, c, x.n)
-    r, u = load_vector(kept.r, c, x.n), load_vector(kept.u, c, x.n)
-    return Known(load_columns(kept.gates, x, c, w), mean, rest, r, u)
-
-
-@triton.jit
-def walk(x, kept, known, dl, c, h, w):
-    """One step through a tile: a block, its gates along H, its y − μ and its rows of dL."""
-    block = load_block(x, c, h, w)
-    gate_h = load_rows(kept.gates, x, c, h)
-    seen = load_plane(dl, x, h, w)
-    return block, gate_h, centred(block, gate_h, known.gate_w, known.mean, known.rest), seen
-
-
-@triton.jit
-def sum_tile(x, kept, known, dl, c, w, t, BH: tl.constexpr):
-    """What the statistics and the collapsed kernel need: sums along H, dk, Σ dL·ŷ and ΣdL."""
-    col_sum = tl.zeros((c.shape[0], w.shape[0]), tl.float32)
-    dk = tl.zeros((c.shape[0], 16), tl.float32)
-    y_dot = tl.zeros((c.shape[0],), tl.float32)
-    dl_sum = 0.0
-    for h0 in range(0, x.H, BH):
-        h = h0 + tl.arange(0, BH)
-        block, _, y, seen = walk(x, kept, known, dl, c, h, w)
-        y_dot += tl.sum(tl.sum(y * seen[None, :, :], axis=2), axis=1)
-        dl_sum += tl.sum(tl.sum(seen, axis=1), axis=0)
-        col_sum += tl.sum(block, axis=1)
-        dk += kernel_gradient(dl, x, block, h, w, t)
-    return col_sum, dk, y_dot * known.r, dl_sum
-
-
-@triton.jit
-def column_gradient(x, kept, known, slope, dl, c, w, BH: tl.constexpr):
-    """Dq, the gradient before the gates along W, (BN, BW)."""
-    dq = tl.zeros((c.shape[0], w.shape[0]), tl.float32)
-    for h0 in range(0, x.H, BH):
-        block, gate_h, y, seen = walk(x, kept, known, dl, c, h0 + tl.arange(0, BH), w)
-        dy = norm_gradient(y, seen, slope)
-        dq += tl.sum(dy * block * gate_h[:, :, None], axis=1)
-    return dq * known.gate_w * (1 - known.gate_w)
-
-
-@triton.jit
-def store_shares(share, found, c, t, n: tl.constexpr):
-    """Write the `Shares` of one tile at ``share``."""
-    at = t[None, :] * n + c[:, None]
-    tl.store(share + at, found.dk, mask=(c < n)[:, None] & (t < 9)[None, :])
-    share += 9 * n
-    tl.store(share + c, found.dm, mask=c < n)
-    tl.store(share + n + c, found.dgamma, mask=c < n)
-    tl.store(share + 2 * n + c, found.dbeta, mask=c < n)
-    tl.store(share + 3 * n + c, found.db1, mask=c < n)
-    store_lines(share + 4 * n, found.dw1, c, c, n, n, n)
-    tl.store(share + 4 * n + n * n, found.dl_sum)
+    for corner in tl.static_range(4):
+        at_row = h == (x.H - 1 if corner < 2 else 0)
+        at_column = w == (x.W - 1 if corner % 2 == 0 else 0)
+        here = at_row[None, :, None] & at_column[None, None, :]
+        value = tl.load(taps + c * 9 + (corner // 2) * 6 + (corner % 2) * 2, mask=c < n, other=0.0)
+        found += tl.where(here, value[:, None, None], 0.0)
+    return found

@@ -1,0 +1,160 @@
+"""Sums over a tile that the backward of EMA attention begins with.
+
+Letters and bundles are those of `ema_timm.ops.fused.bundles`. dL, which has no channels, lies in
+scratch with a border of zeros, so that its neighbours are read without asking where the map ends.
+"""
+
+import triton
+import triton.language as tl
+
+from ema_timm.ops.fused.bundles import (
+    inside,
+    load_columns,
+    load_rows,
+    load_vector,
+    places,
+    store_vector,
+)
+
+
+@triton.jit
+def gate_gradient(
+    grad, x, kept, dl, n: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
+):
+    """Write dL = (Σ_c D·x)·A·(1 − A); returns its sum."""
+    w, rows = tl.arange(0, BW), tl.arange(0, BR)
+    wide = x.W + 2
+    total = tl.zeros((BR, BW), tl.float32)
+    for h0 in range(0, x.H, BR):
+        h = h0 + rows
+        products = tl.zeros((BC, BR, BW), tl.float32)
+        for c0 in range(0, n, BC):
+            c = c0 + tl.arange(0, BC)
+            at, mask = places(x, c, rows, w), inside(x, c, h, w, n)
+            block = tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            seen = tl.load(grad.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            products += block * seen
+        pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
+        gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
+        found = tl.sum(products, axis=0) * gate * (1 - gate)
+        tl.store(dl + (h + 1)[:, None] * wide + (w + 1)[None, :], found, mask=pixels)
+        tl.store(dl + (h + 1) * wide, 0.0, mask=h < x.H)
+        tl.store(dl + (h + 2) * wide - 1, 0.0, mask=h < x.H)
+        total += found
+    for p0 in range(0, wide, BW):
+        tl.store(dl + p0 + w, 0.0, mask=p0 + w < wide)
+        tl.store(dl + (x.H + 1) * wide + p0 + w, 0.0, mask=p0 + w < wide)
+    return tl.sum(tl.sum(total, axis=1), axis=0)
+
+
+@triton.jit
+def pixels_at(x, h, w):
+    """Where dL of a block of pixels lies; positions outside of the map see its first pixel."""
+    pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
+    wide = x.W + 2
+    return tl.where(pixels, (h + 1)[:, None] * wide + (w + 1)[None, :], wide + 1)
+
+
+@triton.jit
+def kernel_gradient(
+    x,
+    kept,
+    own,
+    dl_sum,
+    n: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Write dk, and Σ dL·ŷ."""
+    for c0 in range(0, n, BN):
+        c = c0 + tl.arange(0, BN)
+        if PRODUCT:
+            multiply_taps(x, own, c, n, BH, BW)
+        else:
+            for dy in tl.static_range(-1, 2):
+                sum_taps(x, own, c, dy, n, BH, BW)
+        w, rows = tl.arange(0, BW), tl.arange(0, BH)
+        gate_w, mean = load_columns(kept.gates, x, c, w, n), load_vector(kept.mean, c, n)
+        y_dot = tl.zeros((BN, BH, BW), tl.float32)
+        for h0 in range(0, x.H, BH):
+            h = h0 + rows
+            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
+            pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
+            dl = tl.load(own.dl + pixels_at(x, h, w), mask=pixels, other=0.0)
+            y_dot += (y - mean[:, None, None]) * dl[None, :, :]
+        dot = tl.sum(tl.sum(y_dot, axis=2), axis=1) - load_vector(kept.rest, c, n) * dl_sum
+        store_vector(own.dots, dot * load_vector(kept.r, c, n), c, n)
+
+
+@triton.jit
+def multiply_taps(x, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+    """Write dk of the channels c: what each tap sees of dL times what there is of x."""
+    w, rows, t = tl.arange(0, BW), tl.arange(0, BH), tl.arange(0, 16)
+    shift = tl.where(t < 9, (t // 3 - 1) * (x.W + 2) + (t % 3 - 1), 0)
+    dk = tl.zeros((16, c.shape[0]), tl.float32)
+    for h0 in range(0, x.H, BH):
+        h = h0 + rows
+        at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+        block = tl.load(x.start + at, mask=mask, other=0.0)
+        block = tl.trans(tl.reshape(block, (c.shape[0], BH * BW)))
+        pixels = tl.reshape(pixels_at(x, h, w), (BH * BW,))
+        seen = tl.load(own.dl + (pixels[None, :] - shift[:, None]))
+        if block.dtype == tl.float32:
+            dk = tl.dot(seen, block, dk, input_precision="tf32x3")
+        else:  # half precision is exact in TF32, and dL is in two parts
+            high = seen.to(tl.bfloat16).to(tl.float32)
+            dk = tl.dot(high, block.to(tl.float32), dk, input_precision="tf32")
+            dk = tl.dot(seen - high, block.to(tl.float32), dk, input_precision="tf32")
+    at = t[:, None] * n + c[None, :]
+    tl.store(own.parts + at, dk, mask=(t < 9)[:, None] & (c < n)[None, :])
+
+
+@triton.jit
+def sum_taps(x, own, c, dy: tl.constexpr, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+    """Write dk of the channels c in one row of taps; three walks leave few sums to hold."""
+    w, rows = tl.arange(0, BW), tl.arange(0, BH)
+    left = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    middle = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    right = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    for h0 in range(0, x.H, BH):
+        h = h0 + rows
+        at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+        block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+        seen = own.dl + pixels_at(x, h, w) - dy * (x.W + 2)
+        left += block * tl.load(seen + 1)[None, :, :]
+        middle += block * tl.load(seen)[None, :, :]
+        right += block * tl.load(seen - 1)[None, :, :]
+    taps = own.parts + 3 * (dy + 1) * n
+    store_vector(taps, tl.sum(tl.sum(left, axis=2), axis=1), c, n)
+    store_vector(taps + n, tl.sum(tl.sum(middle, axis=2), axis=1), c, n)
+    store_vector(taps + 2 * n, tl.sum(tl.sum(right, axis=2), axis=1), c, n)
+
+
+@triton.jit
+def finish_vectors(x, kept, own, weights, dl_sum, n: tl.constexpr, PN: tl.constexpr):
+    """Write dm, dγ, dβ, what the norm's gradient needs and what reaches x through the taps."""
+    o = tl.arange(0, PN)
+    u, y_dot = load_vector(kept.u, o, n), load_vector(own.dots, o, n)
+    gamma, beta = load_vector(weights.gn_weight, o, n), load_vector(weights.gn_bias, o, n)
+    du = gamma * y_dot + beta * dl_sum
+    dm = u * (du - tl.sum(u * du, axis=0))
+    store_vector(own.parts + 9 * n, dm, o, n)
+    store_vector(own.parts + 10 * n, u * y_dot, o, n)
+    store_vector(own.parts + 11 * n, u * dl_sum, o, n)
+    r = load_vector(kept.r, o, n)
+    slope = r * y_dot / (x.H * x.W)
+    store_vector(own.slopes, u * gamma * r, o, n)
+    store_vector(own.slopes + n, slope, o, n)
+    level = dl_sum / (x.H * x.W) - load_vector(kept.rest, o, n) * slope
+    store_vector(own.slopes + 2 * n, level, o, n)
+    for k0 in range(0, 9 * n, 32):
+        k = k0 + tl.arange(0, 32)
+        at = o[:, None] * (9 * n) + k[None, :]
+        mask = (o < n)[:, None] & (k < 9 * n)[None, :]
+        votes = tl.load(weights.vote_weight + at, mask=mask, other=0.0)
+        reached = tl.sum(votes * dm[:, None], axis=0) / (x.H * x.W)
+        tl.store(own.taps + k, reached, mask=k < 9 * n)
