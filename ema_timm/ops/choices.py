@@ -109,18 +109,21 @@ def layout(x: Tensor) -> str | None:
     return "channels_last" if x.is_contiguous(memory_format=torch.channels_last) else None
 
 
-def remember(device: torch.device, chosen: Mapping[Layer, str]) -> None:
-    """Look up ``chosen`` on ``device`` from now on, in this process, and nothing else.
+def remember(device: torch.device, chosen: Mapping[Layer, str | None]) -> None:
+    """Look up ``chosen`` on ``device`` from now on, in this process; None takes a choice back.
 
     Raises:
         UserError: If EMA_TIMM_GPU says nothing that it can say.
     """
     asked = wish()
-    for key in [key for key in _chosen if key[0] == device]:
-        del _chosen[key]
-    if asked == "auto":
-        _chosen.update({_key(device, layer): name for layer, name in chosen.items()})
     _otherwise[device] = "fused" if asked == "fused" else None
+    if asked != "auto":
+        return
+    for layer, name in chosen.items():
+        if name is None:
+            _chosen.pop(_key(device, layer), None)
+        else:
+            _chosen[_key(device, layer)] = name
 
 
 def _key(device: torch.device, layer: Layer) -> tuple:

@@ -40,11 +40,14 @@ def tune_by_name(
     Raises:
         UserError: If there is no such network, or the device's memory does not hold the batch.
     """
+    if size < 1 or batch < 1:
+        raise UserError(f"--size and --batch must be at least 1, got {size} and {batch}.")
     where = torch.device(device)
     form = torch.channels_last if channels_last else torch.contiguous_format
     model = _build(name).to(where, memory_format=form)
     try:
-        images = torch.randn(batch, 3, size, size, device=where).contiguous(memory_format=form)
+        images = torch.randn(batch, _channels(model), size, size, device=where)
+        images = images.contiguous(memory_format=form)
         with torch.autocast(where.type, torch.bfloat16, amp):
             return tune(model, images, training, retry, progress)
     except torch.OutOfMemoryError as error:
@@ -61,3 +64,8 @@ def _build(name: str) -> nn.Module:
         hint = f"Did you mean {', '.join(near)}?" if near else 'See timm.list_models("*_ema").'
         raise UserError(f"{name} is neither a folder nor a model of timm's. {hint}")
     return timm.create_model(name)
+
+
+def _channels(model: nn.Module) -> int:
+    """Of an image: a network's first convolution takes it."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)

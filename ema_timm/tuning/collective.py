@@ -29,8 +29,10 @@ def by_first_rank(decide: Callable[[], T], device: torch.device) -> T:
         try:
             outcome = decide()
         except BaseException as error:  # the others wait, and must hear of it
-            _broadcast([None, f"{type(error).__name__}: {first_line(error)}"], device)
-            raise
+            try:
+                _broadcast([None, f"{type(error).__name__}: {first_line(error)}"], device)
+            finally:  # a broken GPU does not send either; what broke it is what matters
+                raise error
     outcome, failure = _broadcast([outcome, failure], device)
     if failure:
         raise VerificationError(f"the first process of this training could not choose: {failure}")

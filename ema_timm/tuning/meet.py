@@ -28,7 +28,7 @@ def meet(model: nn.Module, example: Any, training: bool) -> tuple[dict[Layer, to
         The layers, with the type of their parameters, and the devices that they were met on.
 
     Raises:
-        UserError: If none is met.
+        UserError: If none is met, or one with an empty batch.
     """
     layers: dict[Layer, torch.dtype] = {}
     devices: set[torch.device] = set()
@@ -36,6 +36,8 @@ def meet(model: nn.Module, example: Any, training: bool) -> tuple[dict[Layer, to
     def look(module: EmaAttn, arguments: tuple) -> None:
         """Note the feature map of one call; its numbers do not matter."""
         x: Tensor = arguments[0]
+        if not x.numel():
+            raise UserError(f"an example holds at least one sample, got {tuple(x.shape)}.")
         form = layout(x)
         if form is None or x.dtype not in TOLERANCE:
             _logger.warning(

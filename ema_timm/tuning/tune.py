@@ -61,7 +61,7 @@ def tune(
         return Tuned(store.environment, asked, file, outcomes, store.notes.chosen)
 
     tuned = by_first_rank(choose, device)
-    choices.remember(device, tuned.noted)
+    choices.remember(device, {**tuned.noted, **{o.layer: o.chosen for o in tuned.outcomes}})
     return tuned
 
 

@@ -34,17 +34,17 @@ class Tuned:
 
     def as_json(self) -> dict:
         """The same as plain data."""
-        layers = [{**asdict(o), "layer": o.layer._asdict()} for o in self.outcomes]
+        layers = [{**asdict(o), "layer": o.layer._asdict(), "why": _why(o)} for o in self.outcomes]
         return {"environment": self.environment, "file": self.file, "layers": layers}
 
 
 def _row(outcome: Outcome, names: list[str]) -> list[str]:
     times = [_time(outcome.candidates.get(name, {})) for name in names]
     when = " (measured before)" if outcome.remembered else ""
-    return [str(outcome.layer), outcome.chosen or "nobody", *times, why(outcome) + when]
+    return [str(outcome.layer), outcome.chosen or "nobody", *times, _why(outcome) + when]
 
 
-def why(outcome: Outcome) -> str:
+def _why(outcome: Outcome) -> str:
     """Why that candidate was chosen, in a few words."""
     times = {name: entry["ms"] for name, entry in outcome.candidates.items() if "ms" in entry}
     if outcome.chosen is None:

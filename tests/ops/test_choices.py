@@ -179,6 +179,15 @@ def test_off_and_fused_overrule_what_was_chosen(monkeypatch, ran, caplog):
     assert len(caplog.records) == 1 and "float64" in caplog.text
 
 
+def test_a_choice_can_be_taken_back():
+    x, _ = on_gpu((2, 8, 6, 5))
+    choices.remember(GPU, {LAYER: "reference"})
+    choices.remember(GPU, {LAYER._replace(batch=9): "fused"})
+    assert choices.look_up(x, 2, False) == "reference"
+    choices.remember(GPU, {LAYER: None})
+    assert choices.look_up(x, 2, False) is None
+
+
 def test_a_wrong_wish_is_one_clear_line(monkeypatch):
     monkeypatch.setenv("EMA_TIMM_GPU", "fuse")
     with pytest.raises(UserError, match=r"^EMA_TIMM_GPU must be .*'fuse'.*unset it\.$"):

@@ -38,22 +38,34 @@ def cache(monkeypatch, tmp_path):
     return tmp_path
 
 
-def start(code, *args):
-    return subprocess.Popen(
-        [sys.executable, "-c", BEGIN + code, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=os.sep,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+@pytest.fixture
+def start():
+    """``start(code, *args)``: a process, killed in the end if it still runs."""
+    processes = []
+
+    def begin(code, *args):
+        process = subprocess.Popen(
+            [sys.executable, "-c", BEGIN + code, *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=os.sep,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def noted():
     return choices.read_file(choices.file_of(stand_ins.ENVIRONMENT), stand_ins.ENVIRONMENT)
 
 
-def test_what_a_process_was_trying_when_it_was_killed_is_not_tried_again(caplog):
+def test_what_a_process_was_trying_when_it_was_killed_is_not_tried_again(start, caplog):
     killed = start("run(lambda: os.kill(os.getpid(), signal.SIGKILL), [LAYER])")
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
@@ -75,7 +87,7 @@ def test_what_a_process_was_trying_when_it_was_killed_is_not_tried_again(caplog)
     assert noted().barred == {}
 
 
-def test_of_two_at_once_one_waits_and_nothing_is_lost(tmp_path):
+def test_of_two_at_once_one_waits_and_nothing_is_lost(start, tmp_path):
     """The first is inside its candidate until the second has said that it waits."""
     first = start(
         "ready, go = map(Path, sys.argv[1:])\n"
@@ -123,7 +135,7 @@ distributed.destroy_process_group()
 """
 
 
-def test_processes_of_one_training_take_what_the_first_one_chose(tmp_path):
+def test_processes_of_one_training_take_what_the_first_one_chose(start, tmp_path):
     ranks = [start(JOINED, rank, tmp_path / "store") for rank in (0, 1)]
     said = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said

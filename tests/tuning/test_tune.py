@@ -91,6 +91,25 @@ def test_a_model_without_such_layers_is_refused_in_one_line():
         tune(nn.Conv2d(3, 8, 3), IMAGES)
 
 
+def test_an_empty_batch_is_refused_in_one_line(capsys):
+    with pytest.raises(UserError, match=r"at least one sample, got \(0, 8, 6, 5\)"):
+        tune(model(), IMAGES[:0])
+    assert main(["tune", "test_resnet_ema", "--batch", "0", "--device", "cpu"]) == 2
+    assert "--batch must be at least 1" in capsys.readouterr().err
+
+
+def test_where_nothing_is_written_a_second_model_does_not_push_the_first_out(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EMA_TIMM_CACHE", str(tmp_path / "file"))
+    first, second = (
+        tune(EmaAttn(8, groups), torch.randn(1, 8, 3, 3), False, progress=False)
+        for groups in (2, 4)
+    )
+    assert first.file is None and "for this process alone" in str(second)
+    for groups in (2, 4):
+        assert choices.look_up(torch.empty(1, 8, 3, 3), groups, False)
+
+
 def test_an_injected_network_is_tuned_and_printed_as_a_table():
     import timm
 
