@@ -1,6 +1,7 @@
 """For each layer: parity of every candidate, then time, then the choice and its reasons."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def decide(
         VerificationError: If a candidate broke the device for this process.
     """
     outcomes = []
-    with store.hold(retry, layers), torch.inference_mode(False), torch.enable_grad():
+    with store.hold(retry, layers), _as_where_networks_train(clock.device):
         bar = tqdm(layers, "layers", disable=None if progress else True, leave=False)
         for layer in bar:
             bar.set_postfix_str(str(layer))
@@ -69,6 +70,17 @@ def decide(
             chosen = store.notes.chosen.get(layer)
             outcomes.append(Outcome(layer, chosen, dict(found), remembered))
     return outcomes
+
+
+@contextlib.contextmanager
+def _as_where_networks_train(device: torch.device) -> Iterator[None]:
+    """Gradients are recorded, and a backward runs outside of autocast, whatever the caller does."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
 
 
 def _choose(

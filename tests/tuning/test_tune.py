@@ -79,6 +79,14 @@ def test_types_and_layouts_are_those_that_reach_the_layer():
             assert len(tune(model().eval(), example, progress=False).outcomes) == 2
 
 
+def test_a_call_under_autocast_measures_backwards_outside_of_it():
+    with torch.autocast("cpu", torch.bfloat16):
+        tuned = tune(model(), IMAGES, progress=False)
+    for outcome in tuned.outcomes:
+        assert outcome.layer.dtype == "bfloat16"
+        assert all("ms" in entry for entry in outcome.candidates.values()), outcome
+
+
 def test_folded_layers_and_the_ablation():
     net = nn.Sequential(EmaAttn(8, 2), EmaAttn(8, 4, cross_spatial=False))
     net[0].reparameterize()
