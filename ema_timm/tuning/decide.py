@@ -63,7 +63,7 @@ def decide(
         bar = tqdm(layers, "layers", disable=None if progress else True, leave=False)
         for layer in bar:
             bar.set_postfix_str(str(layer))
-            remembered = store.known(layer)
+            remembered = store.known(layer, candidates)
             if not remembered:
                 _choose(layer, layers[layer], candidates, store, clock)
             found = store.notes.layers[layer]

@@ -66,10 +66,12 @@ class Store:
                 _logger.warning("%s is not tried: %s.", name, reason)
             yield
 
-    def known(self, layer: Layer) -> bool:
-        """Whether nothing is left to measure at ``layer``."""
-        found = self.notes.layers.get(layer)
-        return bool(found) and all(e["state"] in (ACCEPTED, REJECTED) for e in found.values())
+    def known(self, layer: Layer, names: Iterable[str]) -> bool:
+        """Whether nothing is left to measure at ``layer``, of the candidates ``names``."""
+        found = self.notes.layers.get(layer, {})
+        states = {found.get(name, {}).get("state") for name in names}
+        chosen = layer in self.notes.chosen
+        return states <= {ACCEPTED, REJECTED} and chosen == (ACCEPTED in states)
 
     def note(self, layer: Layer, name: str, state: str, **found: Any) -> None:
         """Note the state of a candidate, on the disk before this returns."""

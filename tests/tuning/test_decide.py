@@ -117,6 +117,20 @@ def test_ctrl_c_leaves_no_mark(clock):
     assert {o.chosen for o in outcomes} == {"swift"}
 
 
+def test_a_layer_that_was_left_half_way_is_measured_whole(clock):
+    def refuse():
+        raise RuntimeError("no.")
+
+    def stop():
+        raise KeyboardInterrupt
+
+    lame = Candidate(clock, 1.0, act=refuse)
+    with pytest.raises(KeyboardInterrupt):
+        run({"closed_form": lame, "swift": Candidate(clock, 1.0, act=stop)}, clock)
+    outcomes = run({"closed_form": lame, "swift": Candidate(clock, 1.0)}, clock)
+    assert {(o.chosen, o.remembered) for o in outcomes} == {("swift", False)}
+
+
 def test_a_fault_of_the_gpu_bars_the_candidate_and_ends_in_one_line(clock, caplog):
     def fault():
         clock.broken = True
