@@ -39,3 +39,10 @@ def test_the_guide_says_what_all_intervals_show(content):
     verdicts = {row["difference"]["verdict"] for row in content["rows"] if row["difference"]}
     assert verdicts == {"no difference shown"}
     assert "No layer is shown to help or to harm" in (COMPARE / "README.md").read_text("utf-8")
+
+
+def test_the_readme_says_the_accuracies(content):
+    text = (COMPARE.parents[2] / "README.md").read_text("utf-8")
+    for row in content["rows"]:
+        if not row["variant"].startswith("ema@groups=") or row["variant"] == "ema@groups=16":
+            assert f"| {row['top1']['mean']:.2f} |" in text, row["variant"]
