@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
-from ema_timm.ops.closed_form.formula import closed_form, closed_form_folded
+from ema_timm.ops.closed_form.exported import arrange, exported
+from ema_timm.ops.closed_form.formula import (
+    closed_form,
+    closed_form_folded,
+    fold,
+    statistics_type,
+)
 from ema_timm.ops.parallel import parallel
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
@@ -105,8 +111,12 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Te
             operators = _fused(x, w.gn_weight)
             if not recorded:
                 return operators.fused_folded_operator(x, w, groups)
-        elif not recorded and _closed_form(x) == "eager":
+            return closed_form_folded(x, w, groups)
+        form = _closed_form(x)
+        if form == "eager" and not recorded:
             return closed_form_folded_eager(x, w, groups)
+        if form == "exported":
+            return exported(x, arrange(w), groups)
     return closed_form_folded(x, w, groups)
 
 
@@ -123,6 +133,8 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
             return _opaque(x, weights, groups)
         if form == "eager":
             return closed_form_eager(x, weights, groups)
+        if form == "exported":
+            return exported(x, arrange(fold(statistics_type(x, weights))), groups)
     return closed_form(x, weights, groups)
 
 
@@ -172,17 +184,20 @@ def fused_unavailable(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _closed_form(x: Tensor) -> str:
-    """Which writing of the closed form suits who looks on: "traceable", "eager" or "opaque".
+    """Which writing suits who looks on: "traceable", "exported", "eager" or "opaque".
 
     Measured in closed_form/README.md: a compiled ResNet on the CPU trains and infers faster around
     the opaque operator than with a form for Inductor to fuse. An exported program stays made of
     PyTorch's own operators, so that it runs where this package is not.
     """
     if torch.compiler.is_compiling():
-        return "opaque" if x.device.type == "cpu" and not _is_exporting() else "traceable"
+        if _is_exporting():
+            return "exported"
+        return "opaque" if x.device.type == "cpu" else "traceable"
+    if torch.jit.is_tracing():
+        return "exported"
     if (
-        torch.jit.is_tracing()
-        or x.device.type == "meta"
+        x.device.type == "meta"
         # Elsewhere than on the CPU the eager loops run once, where a map is contiguous; in other
         # layouts they would run once a sample.
         or (x.device.type != "cpu" and not x.is_contiguous())
