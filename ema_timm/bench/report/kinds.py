@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ema_timm.bench.report import layer, model, resolution
+from ema_timm.bench.report import deploy, layer, model, resolution
 from ema_timm.bench.report.markdown import caption
 from ema_timm.bench.report.panel import Panel
 
@@ -28,6 +28,7 @@ KINDS = {
     "layer": Kind(layer.table, layer.plot, layer.brief, layer.glance),
     "model": Kind(model.table, model.plot, glance=model.glance),
     "resolution": Kind(resolution.table, resolution.plot),
+    "deploy": Kind(deploy.table, deploy.plot),
 }
 
 

@@ -1,6 +1,6 @@
 """``ema-timm bench``: one file a kind of measurement, one line here."""
 
-from ema_timm.cli.bench import layer, model, picture, table
+from ema_timm.cli.bench import deploy, layer, model, picture, table
 
 
 def add_commands(commands) -> None:
@@ -12,5 +12,5 @@ def add_commands(commands) -> None:
         "variants are timed in turn, so that ratios hold when the machine drifts.",
     )
     kinds = command.add_subparsers(metavar="KIND", required=True)
-    for kind in (layer, model, table, picture):
+    for kind in (layer, model, deploy, table, picture):
         kind.add_kind(kinds)

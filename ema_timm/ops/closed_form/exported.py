@@ -79,9 +79,10 @@ def arrange(w: FoldedWeights) -> ExportedWeights:
 
 
 def small_map(height: int, width: int) -> SmallMap:
-    """The matrices of `SmallMap`, float32."""
-    rows, columns = torch.eye(height), torch.eye(width)
-    over_h, over_w = torch.ones(height, 1) / height, torch.ones(width, 1) / width
+    """The matrices of `SmallMap`, float64."""
+    rows = torch.eye(height, dtype=torch.float64)
+    columns = torch.eye(width, dtype=torch.float64)
+    over_h, over_w = rows.sum(1, keepdim=True) / height, columns.sum(1, keepdim=True) / width
     ends_h, ends_w = (
         torch.cat([over, over * side[:, :1], over * side[:, -1:]], 1)
         for over, side in ((over_h, rows), (over_w, columns))
@@ -89,8 +90,8 @@ def small_map(height: int, width: int) -> SmallMap:
     pairs = ((rows, over_w), (over_h, columns), (ends_h, ends_w))
     return SmallMap(
         torch.cat([torch.kron(a, b) for a, b in pairs], 1),
-        torch.kron(rows, torch.ones(1, width)),
-        torch.kron(torch.ones(1, height), columns),
+        torch.kron(rows, columns.sum(0, keepdim=True)),
+        torch.kron(rows.sum(0, keepdim=True), columns),
     )
 
 

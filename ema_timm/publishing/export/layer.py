@@ -68,13 +68,18 @@ def ready_to_export(model: nn.Module, image: Tensor | None = None, onnx: bool = 
     sizes = {} if image is None else _map_sizes(model, image)
     model = copy.deepcopy(model)
     for name, layer in model.named_modules():
-        if isinstance(layer, EmaAttn) and layer.cross_spatial:
+        if isinstance(layer, EmaAttn) and layer.cross_spatial and _computes_here(layer):
             size = sizes.get(name)
             small = small_map(*size) if size and size[0] * size[1] <= SMALL_PIXELS[onnx] else None
             exported_layer = ExportedEma(_arranged(layer), layer.groups, small)
             layer.reparameterize()
             layer.folded = exported_layer.eval()
     return model
+
+
+def _computes_here(layer: EmaAttn) -> bool:
+    """Whether the layer computes as `EmaAttn` does, and not by a subclass's own arrangement."""
+    return type(layer).forward is EmaAttn.forward
 
 
 def _arranged(layer: EmaAttn) -> ExportedWeights:
