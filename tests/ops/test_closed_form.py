@@ -534,3 +534,17 @@ def test_fold_is_differentiable():
         return tuple(fold(EmaWeights(*weights)))
 
     assert torch.autograd.gradcheck(function, tuple(weights))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_folding_multiplies_matrices_alone():
+    """fvcore's counter and Core ML's converter fail on the product of a vector and a matrix."""
+
+    def function(*weights):
+        return tuple(fold(EmaWeights(*weights)))
+
+    weights = tuple(w.detach() for w in oracle.make_weights(3))
+    graph = torch.jit.trace(function, weights).graph
+    kinds = {"aten::mm", "aten::mv", "aten::matmul", "aten::dot"}
+    products = kinds & {node.kind() for node in graph.nodes()}
+    assert products == {"aten::mm"}

@@ -38,7 +38,8 @@ def collapsed_kernel(conv3x3_weight: Tensor, v: Tensor) -> Tensor:
         v: (n,).
     """
     n = conv3x3_weight.shape[0]
-    return (v @ conv3x3_weight.reshape(n, n * 9)).view(n, 9).t()
+    # Of two dimensions on either side: counters and converters stumble over a vector.
+    return torch.mm(v.unsqueeze(0), conv3x3_weight.reshape(n, n * 9)).view(n, 9).t()
 
 
 def fold(w: EmaWeights) -> FoldedWeights:
@@ -52,7 +53,7 @@ def fold(w: EmaWeights) -> FoldedWeights:
         w.conv3x3_weight.reshape(n, 9 * n),
         w.conv3x3_bias,
         w.gn_weight,
-        w.gn_bias + v @ w.conv3x3_bias,
+        w.gn_bias + torch.mm(v.unsqueeze(0), w.conv3x3_bias.unsqueeze(1)).view(1),
     )
 
 
