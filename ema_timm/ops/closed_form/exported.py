@@ -113,12 +113,12 @@ def exported(x: Tensor, w: ExportedWeights, groups: int, small: SmallMap | None 
     if small is None:
         y, features = _gated(g, w)
     else:
-        y, features = _gated_small(g.flatten(2), w, small, height, width)
+        y, features = _gated_small(_flat(g, n), w, small, height, width)
     u = (torch.matmul(features, w.vote_weight) + w.vote_bias).softmax(1).unsqueeze(1)  # (T, 1, n)
-    logits = _normed(y, u, w) + _convolved(g, w.kernel).flatten(2)
+    logits = _normed(y, u, w) + _flat(_convolved(g, w.kernel), 1)
     gate = logits.sigmoid()  # (T, 1, HW)
     if _for_onnx():
-        gated = (g.flatten(2) * gate).view(x.shape)
+        gated = (_flat(g, n) * gate).view(x.shape)
         return gated if gated.dtype == x.dtype else gated.to(x.dtype)
     # On the view of five dimensions the product keeps the memory format of x.
     tiles = wide.view(-1, groups, n, height, width)
@@ -136,6 +136,13 @@ def _for_onnx() -> bool:
     return False
 
 
+def _flat(maps: Tensor, channels: int) -> Tensor:
+    """(T, channels, H, W) as (T, channels, HW)."""
+    if _for_onnx():  # which writes a flattening of the last axes as four operators
+        return maps.reshape(maps.shape[0], channels, -1)
+    return maps.flatten(2)
+
+
 def _gated(g: Tensor, w: ExportedWeights) -> tuple[Tensor, Tensor]:
     """y, (T, n, HW), and the edge features, (T, 9n), of ``g``, (T, n, H, W)."""
     height, width = g.shape[2], g.shape[3]
@@ -149,7 +156,7 @@ def _gated(g: Tensor, w: ExportedWeights) -> tuple[Tensor, Tensor]:
     else:
         gate_h, gate_w = _mixed(row.squeeze(3), w).unsqueeze(3), _mixed(col.squeeze(2), w)
         gate_w = gate_w.unsqueeze(2)
-    return (g * gate_h * gate_w).flatten(2), features
+    return _flat(g * gate_h * gate_w, w.gn_weight.shape[0]), features
 
 
 def _gated_small(
