@@ -14,6 +14,7 @@ _HOME = {
     "ema_attention": "ema_timm.ops",
     "inject": "ema_timm.backbones.inject",
     "set_implementation": "ema_timm.attention",
+    "tune": "ema_timm.tuning.tune",
 }
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ema_attention",
     "inject",
     "set_implementation",
+    "tune",
 ]
 
 

@@ -14,6 +14,20 @@ _PASSING = re.compile(r"\..+\.(\d+)\.tmp|\.(\d+)\.writable")
 """Names of files that are just being written, with the process that writes them."""
 
 
+def cache_folder() -> Path:
+    """Where the package notes what it found out: EMA_TIMM_CACHE, else ~/.cache/ema-timm.
+
+    Raises:
+        OSError: If there is neither that variable nor a home.
+    """
+    if named := os.environ.get("EMA_TIMM_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "ema-timm"
+    except RuntimeError as error:
+        raise OSError("there is no home folder: set EMA_TIMM_CACHE to one for notes") from error
+
+
 def write_whole(final: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
     """Write a file by ``write(temporary_path)``, flush it to disk, then give it its name.
 

@@ -29,6 +29,8 @@ ELSEWHERE = {
     "pip install": "nothing is installed while tests run; CI installs the extras",
     "torchrun": "training/test_finetune.py, on two processes",
     "ema-timm bench": "bench/test_bench.py; its times want a quiet machine",
+    "ema-timm tune": "tuning/test_tune.py; its times want a GPU",
+    "ema_timm.tune(": "tuning/test_tune.py; its times want a GPU",
     "test_hub_faults.py": "publishing/test_hub_faults.py itself",
     "pytest -m gpu": "needs a GPU",
     "digits-5000": "the comparison that was made; training/compare/test_compare.py has a small one",

@@ -17,6 +17,7 @@ from ema_timm.cli import (
     recipes,
     see,
     training,
+    tune,
     yolo,
 )
 from ema_timm.errors import HubError, InterruptedRunError, UserError, VerificationError
@@ -59,6 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ema-timm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (training, recipes, measure, see, checkpoints, publishing, yolo, bench, env):
+    for group in (training, recipes, measure, see, checkpoints, publishing, yolo, bench, tune, env):
         group.add_commands(commands)
     return parser

@@ -35,6 +35,11 @@ def _add_finetune(commands) -> None:
         help="continue the interrupted run in --output, with its settings; a finished one "
         "with more --epochs, as a new run from its last weights",
     )
+    _add_config(command)
+    command.set_defaults(run=_finetune)
+
+
+def _add_config(command) -> None:
     command.add_argument(
         "-c",
         "--config",
@@ -42,13 +47,16 @@ def _add_finetune(commands) -> None:
         default=argparse.SUPPRESS,
         help="settings from a YAML file; those on the command line win over it",
     )
-    command.set_defaults(run=_finetune)
+
+
+def _given(args: argparse.Namespace) -> dict:
+    """The settings of finetune that were given, in the file and on the command line."""
+    given = given_options(args, FinetuneConfig)
+    return {**read_settings(args.config), **given} if hasattr(args, "config") else given
 
 
 def _finetune(args: argparse.Namespace) -> int:
-    given = given_options(args, FinetuneConfig)
-    if hasattr(args, "config"):
-        given = {**read_settings(args.config), **given}
+    given = _given(args)
     _check_given(given, ["output"] if args.resume else ["model", "data_dir", "output"])
 
     from ema_timm.training.finetune import continue_run, finetune
@@ -96,12 +104,13 @@ def _add_compare(commands) -> None:
         "--collect", action="store_true", help="train nothing: make the table of what is there"
     )
     add_options(command, FinetuneConfig)
+    _add_config(command)
     command.set_defaults(run=_compare)
 
 
 def _compare(args: argparse.Namespace) -> int:
     own = given_options(args, CompareConfig)
-    plan = make_plan(given_options(args, FinetuneConfig), args.attention, own.get("seeds"))
+    plan = make_plan(_given(args), args.attention, own.get("seeds"))
 
     from ema_timm.training.compare.compare import collect, compare, list_commands
     from ema_timm.training.compare.tables import markdown

@@ -6,22 +6,16 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import PIL
 from tqdm.auto import tqdm
 
 from ema_timm.errors import UnreadableImageError
-from ema_timm.files import write_whole
+from ema_timm.files import cache_folder, write_whole
 from ema_timm.measure.images import Seen, unreadable
 from ema_timm.measure.select import Dataset
 
 _CHUNK = 64
-
-
-def cache_folder() -> Path:
-    """Where it is noted which images were whole: EMA_TIMM_CACHE, else ~/.cache/ema-timm."""
-    return Path(os.environ.get("EMA_TIMM_CACHE") or Path.home() / ".cache" / "ema-timm")
 
 
 def check_readable(

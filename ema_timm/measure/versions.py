@@ -6,6 +6,8 @@ import timm
 import torch
 
 from ema_timm import __version__
+from ema_timm.errors import UserError
+from ema_timm.ops import choices
 from ema_timm.ops.closed_form import library
 from ema_timm.ops.dispatch import fused_unavailable
 
@@ -32,4 +34,23 @@ def environment() -> dict[str, str]:
         "closed_form": f"runs anywhere; on the CPU {library.status()}, "
         f"{torch.get_num_threads()} threads",
         "fused": f"cannot run here: {reason}" if reason else "runs",
+        **_choices(probe.device),
+    }
+
+
+def _choices(device: torch.device) -> dict[str, str]:
+    """What `ema_timm.tune` chose on ``device``, one entry a layer."""
+    try:
+        asked = choices.wish()
+    except UserError as error:
+        asked = str(error)
+    notes = choices.read(device)
+    made = f"{len(notes.chosen)} layers" if notes.chosen else "none; `ema-timm tune` makes them"
+    if device.type != "cuda":
+        made += ", and without CUDA none is looked up"
+    return {
+        "EMA_TIMM_GPU": asked,
+        "choices": made,
+        **{f"{name} is not tried": reason for name, reason in notes.barred.items()},
+        **{str(layer): name for layer, name in notes.chosen.items()},
     }

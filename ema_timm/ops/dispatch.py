@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ema_timm.ops import choices
 from ema_timm.ops.closed_form import whole_map
 from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
 from ema_timm.ops.closed_form.exported import arrange, exported
@@ -42,7 +43,8 @@ def ema_attention(
         x: Feature map, (B, C, H, W), floating point, H and W at least 1.
         weights: Parameters of one layer, shared by all groups; n = C / G channels wide.
         groups: G; must divide C.
-        impl: "auto" (closed_form), "reference", "closed_form" or "fused" (Triton kernels).
+        impl: "auto" (closed_form, or on CUDA what `ema_timm.tune` chose), "reference",
+            "closed_form" or "fused" (Triton kernels).
         cross_spatial: False leaves the cross-spatial step out, the paper's ablation as
             `ema_timm.ops.parallel` defines it; it has one implementation, "auto".
 
@@ -109,6 +111,8 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Te
     )
     if not torch.jit.is_scripting():
         recorded = torch.is_grad_enabled() and (x.requires_grad or w.gn_bias.requires_grad)
+        if impl == "auto" and x.is_cuda:
+            impl = _chosen(x, w, groups)
         if impl == "fused":
             operators = _fused(x, w.gn_weight)
             if not recorded:
@@ -128,6 +132,8 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
     if not cross_spatial:
         return parallel(x, weights, groups)
     if not torch.jit.is_scripting():
+        if impl == "auto" and x.is_cuda:
+            impl = _chosen(x, weights, groups)
         if impl == "reference":
             return reference(x, weights, groups)
         if impl == "fused":
@@ -144,6 +150,18 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
     return closed_form(x, weights, groups)
 
 
+def _chosen(x: Tensor, weights: EmaWeights | FoldedWeights, groups: int) -> str:
+    """Who "auto" is on CUDA: looked up, where plain tensors are computed at once."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_watched():
+        return "closed_form"
+    needed = x.requires_grad or any(w.requires_grad for w in weights)
+    name = choices.look_up(x, groups, torch.is_grad_enabled() and needed)
+    if name == "fused" and (reason := fused_unavailable(x, weights.gn_weight)):
+        choices.pass_over(reason)
+        return "closed_form"
+    return name or "closed_form"
+
+
 def _opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     # Imported at the first compile: it is slow and most processes never need it.
     from ema_timm.ops.operators import closed_form_opaque
@@ -154,8 +172,8 @@ def _opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
 def _fused(x: Tensor, weight: Tensor) -> ModuleType:
     """The module of the operators, once it is clear that the Triton kernels can take the call.
 
-    Never chosen by "auto": no GPU was at hand to measure where they are faster than the closed
-    form, and what is not measured is not a default.
+    Chosen by "auto" only where `ema_timm.tune` measured on the user's GPU that they are faster than
+    the closed form: what is not measured is not a default.
     """
     reason = fused_unavailable(x, weight)
     if reason:

@@ -165,6 +165,7 @@ def _fused_forward(*arguments):
     return launch.forward(*arguments)
 
 
+@autograd.outside_autocast
 def _fused_backward(grad, x, saved, weights, *rest):
     from ema_timm.ops.fused import launch
 

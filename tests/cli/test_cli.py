@@ -19,7 +19,7 @@ COMMANDS = (
         "publish",
         "export",
     ),
-    *("attend", "predict", "yolo", "bench", "env"),
+    *("attend", "predict", "yolo", "bench", "tune", "env"),
 )
 
 

@@ -346,3 +346,17 @@ def test_plain_tensors_still_take_the_kernel(monkeypatch):
         layer.reparameterize()
         layer(torch.randn(2, channels, 5, 6))
     assert calls == [*(["forward", "backward", "forward", "forward"] * 2), "forward"] * 2
+
+
+def test_a_backward_inside_autocast_is_the_one_outside():
+    """Products of weights in bfloat16 would reach C as if they were float32."""
+    torch.manual_seed(0)
+    layer, x = EmaAttn(16, 2), torch.randn(SHAPE, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    wanted = torch.autograd.grad(layer(x).square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(layer(x).square().sum(), leaves)
+        compared = torch.autograd.grad(layer(x).square().sum(), leaves, create_graph=True)
+    for a, b, c in zip(wanted, found, compared, strict=True):
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(c, a)

@@ -1,6 +1,7 @@
 """What autograd sees of the closed form: one node, whose backward is written out by hand."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -65,6 +66,23 @@ def saved_type(x: Tensor) -> type[Saved] | type[whole_map.Saved]:
     return whole_map.Saved if whole_map.takes(x) else Saved
 
 
+def outside_autocast(backward: Callable) -> Callable:
+    """``backward(grad, x, ...)``, which may be called inside autocast, without it.
+
+    Products of weights in half precision would reach the kernels as if they were float32.
+    """
+
+    @functools.wraps(backward)
+    def run(grad, x, *rest):
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+            return backward(grad, x, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return backward(grad, x, *rest)
+
+    return run
+
+
+@outside_autocast
 def hand_written_backward(
     grad: Tensor,
     x: Tensor,
@@ -149,6 +167,7 @@ class _ClosedForm(torch.autograd.Function):
         )
 
 
+@outside_autocast
 def differentiable_backward(
     grad: Tensor,
     x: Tensor,
