@@ -1,6 +1,7 @@
 """Parity with the definition, before anything is timed: who does not agree gets no time."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -49,18 +50,25 @@ def layer_errors(layers: Mapping[str, EmaAttn], x: Tensor, upstream: Tensor) -> 
 @torch.no_grad()
 def network_error(model: nn.Module, images: Tensor) -> float | None:
     """Relative difference of the logits with every EMA layer by definition; None without any."""
-    layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
-    if not layers:
+    if not any(isinstance(m, EmaAttn) for m in model.modules()):
         return None
     model.eval()
     out = model(images)
+    with by_definition(model):
+        want = model(images)
+    return float((out - want).norm() / want.norm())
+
+
+@contextlib.contextmanager
+def by_definition(model: nn.Module) -> Iterator[None]:
+    """Within the block every EMA layer of ``model`` computes as the paper defines it."""
+    layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
     # AuthorsForm is an EmaAttn that computes otherwise: the definition is forced on it as well.
     for layer in layers:
         layer.forward = partial(_by_definition, layer)
-    want = model(images)
+    yield
     for layer in layers:
         del layer.forward
-    return float((out - want).norm() / want.norm())
 
 
 def _by_definition(layer: EmaAttn, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ def round_robin(
     device: torch.device,
     label: str = "",
     progress: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each call in turn, ``rounds`` times, so that a drifting machine is shared by all.
 
@@ -40,6 +41,7 @@ def round_robin(
         device: Where the calls run; waited for before the clock is read.
         label: Text of the progress bar.
         progress: Show a bar (on a terminal).
+        clock: Seconds; ``time.process_time`` counts those of this process alone.
 
     Returns:
         Time of one call in ms, by name.
@@ -47,14 +49,14 @@ def round_robin(
     repeats = {}
     for name, call in calls.items():
         call()  # allocations, compilation, autotuning
-        seconds = _sample(call, 1, device)
+        seconds = _sample(call, 1, device, clock)
         repeats[name] = max(1, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     hide = None if progress else True
     with tqdm(total=rounds * len(calls), desc=label, disable=hide, leave=False) as bar:
         for _ in range(rounds):
             for name, call in calls.items():
-                seconds = _sample(call, repeats[name], device)
+                seconds = _sample(call, repeats[name], device, clock)
                 samples[name].append(1e3 * seconds / repeats[name])
                 bar.update()
     return {
@@ -63,13 +65,15 @@ def round_robin(
     }
 
 
-def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+def _sample(
+    call: Callable[[], object], repeats: int, device: torch.device, clock: Callable[[], float]
+) -> float:
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeats):
         call()
     _wait(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _wait(device: torch.device) -> None:

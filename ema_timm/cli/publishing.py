@@ -72,14 +72,23 @@ def _add_export(commands) -> None:
         "export",
         help="write a trained folder as ONNX, TorchScript or torch.export (.pt2), verified",
         description="Write a checkpoint folder's network as one file into that folder. Batch, "
-        "height and width stay free. The file gets its name only after it has been loaded afresh "
-        "and has agreed with the network at three sizes.",
-        epilog="example: ema-timm export runs/flowers --format onnx",
+        "height and width stay free unless --batch or --size fixes them. The file gets its name "
+        "only after it has been loaded afresh and has agreed with the network on three inputs. "
+        "The weights of EMA layers are always folded.",
+        epilog="example: ema-timm export runs/flowers --format onnx --size 224",
     )
     command.add_argument("folder", metavar="FOLDER", help="a checkpoint in timm's format")
     command.add_argument("--format", required=True, choices=("onnx", "torchscript", "pt2"))
     command.add_argument(
-        "--reparam", action="store_true", help="fold what depends on weights alone first"
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="fix the image's size, one number or height and width: fewer and faster operators",
+    )
+    command.add_argument("--batch", type=int, metavar="IMAGES", help="fix the batch too")
+    command.add_argument(
+        "--reparam", action="store_true", help="timm's, for other layers that fold weights"
     )
     command.add_argument(
         "--exporter",
@@ -96,15 +105,29 @@ def _add_export(commands) -> None:
 def _export(args: argparse.Namespace) -> int:
     if args.format != "onnx" and (args.int8 or args.exporter != "dynamo"):
         raise UserError("--int8 and --exporter go with --format onnx.")
-    from ema_timm.publishing.export import export, quantize_int8
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch is at least 1, got {args.batch}.")
+    if args.int8 and args.batch not in (None, 1):
+        raise UserError("--int8 compares image by image: leave the batch free, or --batch 1.")
+    from ema_timm.publishing.export import InputSize, export, quantize_int8
 
-    done = export(args.folder, args.format, args.reparam, args.exporter)
+    fixed = InputSize(_image_size(args.size), args.batch)
+    done = export(args.folder, args.format, args.reparam, args.exporter, fixed)
     sizes = ", ".join("x".join(map(str, size)) for size in done.sizes)
     print(f"{done.path}: agrees with the network at {sizes} to {done.difference:.1e}")
     if args.int8:
-        small = quantize_int8(args.folder)
+        small = quantize_int8(args.folder, fixed)
         print(
             f"{small.path}: differs by {small.difference:.1e}, same class for {small.same_class} "
             f"of {small.images} random images; measure its accuracy on yours"
         )
     return 0
+
+
+def _image_size(given: list[int] | None) -> tuple[int, int] | None:
+    """(H, W) of ``--size``, which takes one number or both."""
+    if given is None:
+        return None
+    if len(given) > 2 or min(given) < 1:
+        raise UserError(f"--size takes one number of pixels or two, at least 1, got {given}.")
+    return given[0], given[-1]

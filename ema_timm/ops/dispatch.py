@@ -9,7 +9,13 @@ from torch.autograd import forward_ad
 from ema_timm.ops import choices
 from ema_timm.ops.closed_form import whole_map
 from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
-from ema_timm.ops.closed_form.formula import closed_form, closed_form_folded
+from ema_timm.ops.closed_form.exported import arrange, exported
+from ema_timm.ops.closed_form.formula import (
+    closed_form,
+    closed_form_folded,
+    fold,
+    statistics_type,
+)
 from ema_timm.ops.closed_form.native import is_watched
 from ema_timm.ops.parallel import parallel
 from ema_timm.ops.reference import reference
@@ -111,9 +117,13 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Te
             operators = _fused(x, w.gn_weight)
             if not recorded:
                 return operators.fused_folded_operator(x, w, groups)
-        elif not recorded and _closed_form(x) == "eager":
+            return closed_form_folded(x, w, groups)
+        form = _closed_form(x)
+        if form == "eager" and not recorded:
             return closed_form_folded_eager(x, w, groups)
-        if _closed_form(x) == "inductor":
+        if form == "exported":
+            return exported(x, arrange(w), groups)
+        if form == "inductor":
             return closed_form_folded(x, w, groups, True)
     return closed_form_folded(x, w, groups)
 
@@ -133,6 +143,8 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
             return _opaque(x, weights, groups)
         if form == "eager":
             return closed_form_eager(x, weights, groups)
+        if form == "exported":
+            return exported(x, arrange(fold(statistics_type(x, weights))), groups)
         if form == "inductor":
             return closed_form(x, weights, groups, True)
     return closed_form(x, weights, groups)
@@ -198,7 +210,8 @@ def fused_unavailable(x: Tensor, weight: Tensor) -> str | None:
 def _closed_form(x: Tensor) -> str:
     """Which writing of the closed form suits who looks on.
 
-    "traceable", "inductor" (traceable too, for it to fuse on a GPU), "eager" or "opaque".
+    "traceable", "exported", "inductor" (traceable too, for it to fuse on a GPU), "eager" or
+    "opaque".
 
     Measured in closed_form/README.md: a compiled ResNet on the CPU trains and infers faster around
     the opaque operator than with a form for Inductor to fuse. An exported program stays made of
@@ -206,11 +219,12 @@ def _closed_form(x: Tensor) -> str:
     """
     if torch.compiler.is_compiling():
         if _is_exporting():
-            return "traceable"
+            return "exported"
         return {"cpu": "opaque", "cuda": "inductor"}.get(x.device.type, "traceable")
+    if torch.jit.is_tracing():
+        return "exported"
     if (
-        torch.jit.is_tracing()
-        or x.device.type == "meta"
+        x.device.type == "meta"
         # Elsewhere than on the CPU and CUDA the eager loops run once, where a map is contiguous; in
         # other layouts they would run once a sample.
         or (x.device.type not in ("cpu", "cuda") and not x.is_contiguous())

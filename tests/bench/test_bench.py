@@ -200,3 +200,31 @@ def test_env_says_which_kernel_runs(capsys):
     assert "closed_form: runs anywhere; on the CPU " in text
     assert "fused: " in text
     assert "timm: " in text
+
+
+def test_exported_networks_are_measured_beside_plain_se_and_the_authors_form(
+    monkeypatch, capsys, tmp_path
+):
+    file = tmp_path / "deploy.json"
+    args = ["bench", "deploy", "--networks", "test_resnet", "--runtimes", "torchscript"]
+    args += ["--size", "64", "--rounds", "1", "--json", str(file)]
+    args += ["--threads", str(torch.get_num_threads())]
+    assert main(args) == 0
+    result = json.loads(file.read_text())
+    rows = {(row["sizes"], row["variant"]): row for row in result["rows"]}
+    free, fixed = ["plain", "ema", "se"], ["plain", "ema", "se", AUTHORS]
+    assert list(rows) == [("free", n) for n in free] + [("fixed", n) for n in fixed]
+    assert all(row["parity"] and row["inference_ms"]["median"] > 0 for row in rows.values())
+    assert rows["free", "se"]["nodes_per_layer"] < rows["free", "ema"]["nodes_per_layer"]
+    assert "| test_resnet | torchscript | fixed | 1 |" in capsys.readouterr().out
+    plot(result, tmp_path / "deploy.png")
+    assert (tmp_path / "deploy.png").stat().st_size > 0
+
+    monkeypatch.setattr(AuthorsForm, "forward", lambda self, x: x * 0.6)
+    assert main(args) == 1
+    assert "failed parity" in capsys.readouterr().out
+
+
+def test_an_unknown_runtime_is_refused(capsys):
+    assert main(["bench", "deploy", "--runtimes", "tensorrt"]) == 2
+    assert "tensorrt is no runtime here: give onnxruntime" in capsys.readouterr().err

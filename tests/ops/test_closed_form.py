@@ -18,14 +18,18 @@ from ema_timm.bench.layer import AuthorsForm
 from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
 from ema_timm.ops import ema_attention
 from ema_timm.ops.closed_form import eager, library, native, whole_map
+from ema_timm.ops.closed_form import exported as exported_module
 from ema_timm.ops.closed_form.autograd import closed_form_eager
+from ema_timm.ops.closed_form.exported import SmallMap, arrange, exported, small_map
 from ema_timm.ops.closed_form.formula import (
     closed_form,
     collapsed_kernel,
     constant_channel_weights,
     convolve_to_one_channel,
+    drop_common_vote,
     fold,
     shifted_means,
+    statistics_type,
 )
 from ema_timm.ops.operators import closed_form_opaque
 from ema_timm.ops.reference import reference
@@ -39,8 +43,13 @@ needs_native = pytest.mark.skipif(
 )
 
 
+def as_exported(x, weights, groups):
+    return exported(x, arrange(fold(statistics_type(x, weights))), groups)
+
+
 FORMS = {
     "traceable": closed_form,
+    "exported": as_exported,
     "operators": closed_form_eager,
     "native": closed_form_eager,
     "opaque": closed_form_opaque,
@@ -51,6 +60,7 @@ FORMS = {
 @pytest.fixture(
     params=[
         "traceable",
+        "exported",
         "operators",
         pytest.param("native", marks=needs_native),
         "opaque",
@@ -442,6 +452,64 @@ def test_exports_to_onnx_with_dynamic_sizes(dynamo, tmp_path):
         torch.testing.assert_close(run(size), layer(size), rtol=1e-4, atol=1e-5)
 
 
+# What runtimes get.
+
+WAYS = [(onnx, small) for onnx in (False, True) for small in (False, True)]
+
+
+@pytest.fixture(params=WAYS, ids=["pytorch", "pytorch, small", "onnx", "onnx, small"])
+def runtime_form(request, monkeypatch):
+    onnx, small = request.param
+    monkeypatch.setattr(exported_module, "_for_onnx", lambda: onnx)
+
+    def form(x, weights, groups):
+        matrices = None
+        if small:
+            kind = torch.promote_types(x.dtype, torch.float32)
+            matrices = SmallMap(*[m.to(kind) for m in small_map(*x.shape[2:])])
+        return exported(x, arrange(fold(statistics_type(x, weights))), groups, matrices)
+
+    return form
+
+
+@pytest.mark.parametrize("size", [(7, 7), (5, 8), (1, 6), (6, 1), (2, 2)])
+def test_every_way_of_the_exported_form_is_the_definition(runtime_form, size):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        case = oracle.make_case((3, 24, *size), 4, dtype)
+        truth = reference(*oracle.widened(case)[:3])
+        with torch.no_grad():
+            out = runtime_form(case.x, case.weights, 4)
+        assert out.dtype == dtype
+        assert oracle.relative_error(out, truth) < oracle.TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("shape", [(1, 256, 14, 14), (2, 512, 7, 7), (1, 64, 28, 28)])
+def test_the_exported_form_is_exact_to_five_tenths_of_a_millionth(runtime_form, shape):
+    case = oracle.make_case(shape, 32)
+    with torch.no_grad():
+        out = runtime_form(case.x, case.weights, 32)
+    assert oracle.relative_error(out, reference(*oracle.widened(case)[:3])) < 5e-7
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_numbers_in_runtimes_are_no_worse_than_the_authors_form(runtime_form, kind):
+    test_hard_numbers_are_no_worse_than_the_authors_form(runtime_form, kind)
+
+
+def test_edge_features_and_arranged_votes_are_the_shifted_means():
+    w = fold(oracle.make_weights(5))
+    g = torch.randn(3, 5, 6, 7, dtype=torch.double)
+    means = shifted_means(g, g.mean(3), g.mean(2)).flatten(1)
+    arranged = arrange(w)
+    for features in (
+        exported_module._gated(g, arranged)[1],
+        (g.flatten(2) @ small_map(6, 7).pool)[:, :, 13:].flatten(1),
+    ):
+        found = features @ arranged.vote_weight
+        torch.testing.assert_close(found, means @ w.vote_weight.t(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(arrange(drop_common_vote(w)).vote_bias[0].item(), 0.0)
+
+
 # The native kernel.
 
 
@@ -522,3 +590,16 @@ def test_other_sizes_are_not_compiled_anew(dynamic):
         x = torch.randn(2, 16, *size)
         torch.testing.assert_close(compiled(x), closed_form(x, weights, 4), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == (1 if dynamic else 2)  # the second size tells what varies
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_folding_is_made_of_sums():
+    """Over a vector times a matrix fvcore and Core ML stumble; matrices may round to TF32."""
+
+    def function(*weights):
+        return tuple(fold(EmaWeights(*weights)))
+
+    weights = tuple(w.detach() for w in oracle.make_weights(3))
+    graph = torch.jit.trace(function, weights).graph
+    kinds = {"aten::mm", "aten::mv", "aten::matmul", "aten::dot"}
+    assert not kinds & {node.kind() for node in graph.nodes()}

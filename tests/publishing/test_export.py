@@ -22,7 +22,8 @@ from ema_timm.publishing.export import packages
 from ema_timm.publishing.export import write as export_module
 from ema_timm.publishing.export.formats import FORMATS
 from ema_timm.publishing.export.int8 import quantize_int8
-from ema_timm.publishing.export.network import load
+from ema_timm.publishing.export.layer import ExportedEma, ready_to_export
+from ema_timm.publishing.export.network import FREE_AXES, InputSize, load
 from ema_timm.publishing.export.onnx import open_onnx, write_onnx
 from ema_timm.publishing.export.write import export
 
@@ -64,6 +65,83 @@ def assert_same(run, model, sizes=SIZES):
             x = torch.randn(size)
             want = model(x)
             assert (run(x) - want).abs().max() < TOLERANCE * want.abs().max(), size
+
+
+def nodes_per_layer(path, plain, layers):
+    """Operators that a layer adds, from the graphs of both networks."""
+    import onnx
+
+    counts = [
+        sum(node.op_type != "Constant" for node in onnx.load(file).graph.node)
+        for file in (path, plain)
+    ]
+    return (counts[0] - counts[1]) / layers
+
+
+@pytest.mark.parametrize(("fixed", "at_most"), [(False, 80), (True, 40)], ids=["free", "fixed"])
+@pytest.mark.parametrize("exporter", ["legacy", "dynamo"])
+def test_a_layer_is_few_operators(exporter, fixed, at_most, tmp_path):
+    plain = shake(timm.create_model("test_resnet", num_classes=4)).eval()
+    model = network("test_resnet_ema", ema_stages=(3, 4), num_classes=4)
+    x = torch.randn(2, 3, 64, 96)
+    free = {} if fixed else FREE_AXES
+    ready = ready_to_export(model, x if fixed else None, onnx=True)
+    for net, name in ((ready, "ema"), (plain, "plain")):
+        write_onnx(net, x, tmp_path / f"{name}.onnx", exporter, free)
+    assert nodes_per_layer(tmp_path / "ema.onnx", tmp_path / "plain.onnx", 2) <= at_most
+    assert_same(open_onnx(tmp_path / "ema.onnx"), model, [(2, 3, 64, 96)] if fixed else SIZES)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torchscript", "pt2"])
+def test_a_fixed_size_is_taken_and_verified(folder, format):
+    done = export(folder, format, exporter="legacy", fixed=InputSize((48, 64)))
+    assert done.sizes == [(1, 3, 48, 64), (3, 3, 48, 64), (2, 3, 48, 64)]
+    assert done.difference < TOLERANCE
+    assert_same(FORMATS[format].open(done.path), load(folder), [(4, 3, 48, 64)])
+
+
+def test_a_fixed_batch_and_int8_of_a_fixed_size(folder, capsys):
+    command = ["export", str(folder), "--format", "onnx", "--exporter", "legacy"]
+    assert main([*command, "--size", "64", "--batch", "1", "--int8"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "at 1x3x64x64, 1x3x64x64, 1x3x64x64 to" in first
+    assert "of 32 random images" in second
+    with pytest.raises(Exception, match=r"[Ii]nvalid|INVALID"):
+        open_onnx(folder / "model.onnx")(torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--size", "1", "2", "3"], "--size takes one number of pixels or two"),
+        (["--size", "0"], "--size takes one number of pixels or two"),
+        (["--batch", "0"], "--batch is at least 1"),
+        (["--batch", "2", "--int8"], "--int8 compares image by image"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(folder, options, said, capsys):
+    assert main(["export", str(folder), "--format", "onnx", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_fixed_size_opens_export_to_networks_of_one_size(tmp_path):
+    model = timm.create_model("test_vit", num_classes=4)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    size = model.pretrained_cfg["input_size"][1:]
+    done = export(tmp_path, "torchscript", fixed=InputSize(tuple(size)))
+    assert done.path.exists()
+
+
+def test_layers_are_made_ready_whether_folded_or_not():
+    model = network("test_resnet_ema", num_classes=4)
+    x = torch.randn(2, 3, 64, 48)
+    for net in (model, reparameterize_model(model)):
+        for image in (None, x):
+            ready = ready_to_export(net, image)
+            layers = [m for m in ready.modules() if isinstance(m, EmaAttn)]
+            assert layers and all(isinstance(m.folded, ExportedEma) for m in layers)
+            assert_same(ready, model, [x.shape])
+        assert not any(isinstance(m, ExportedEma) for m in net.modules())
 
 
 WAYS = {
@@ -195,7 +273,7 @@ def test_a_file_that_differs_is_not_kept(folder, monkeypatch, capsys, change, sa
 
 
 def test_a_file_of_one_size_is_not_kept(folder, monkeypatch):
-    def write(model, example, path, exporter):
+    def write(model, example, path, exporter, free):
         torch.onnx.export(model, (example,), str(path), dynamo=False, input_names=["x"])
 
     onnx = FORMATS["onnx"]._replace(write=write)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ema_timm.bench.report import bytes as moved
-from ema_timm.bench.report import gpu, layer, markdown, model, resolution
+from ema_timm.bench.report import deploy, gpu, layer, markdown, model, resolution
 from ema_timm.bench.report.panel import Panel
 
 
@@ -32,6 +32,7 @@ KINDS = {
     "resolution": Kind(resolution.table, resolution.plot),
     "gpu": Kind(gpu.table, gpu.plot),
     "bytes": Kind(moved.table, moved.plot, moved.brief, caption=moved.caption),
+    "deploy": Kind(deploy.table, deploy.plot),
 }
 
 

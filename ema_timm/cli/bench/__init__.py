@@ -1,7 +1,7 @@
 """``ema-timm bench``: one file a kind of measurement, one line here."""
 
 from ema_timm.cli.bench import bytes as moved
-from ema_timm.cli.bench import gpu, layer, model, picture, table
+from ema_timm.cli.bench import deploy, gpu, layer, model, picture, table
 
 
 def add_commands(commands) -> None:
@@ -13,5 +13,5 @@ def add_commands(commands) -> None:
         "variants are timed in turn, so that ratios hold when the machine drifts.",
     )
     kinds = command.add_subparsers(metavar="KIND", required=True)
-    for kind in (layer, model, gpu, moved, table, picture):
+    for kind in (layer, model, gpu, moved, deploy, table, picture):
         kind.add_kind(kinds)

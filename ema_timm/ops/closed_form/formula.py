@@ -38,7 +38,9 @@ def collapsed_kernel(conv3x3_weight: Tensor, v: Tensor) -> Tensor:
         v: (n,).
     """
     n = conv3x3_weight.shape[0]
-    return torch.mv(conv3x3_weight.reshape(n, n * 9).t(), v).view(n, 9).t()
+    # A sum: over the product of a vector and a matrix counters and converters stumble, and that of
+    # two matrices is rounded to TF32 where matrix products are.
+    return (v.unsqueeze(1) * conv3x3_weight.reshape(n, n * 9)).sum(0).view(n, 9).t()
 
 
 def fold(w: EmaWeights) -> FoldedWeights:
@@ -52,7 +54,7 @@ def fold(w: EmaWeights) -> FoldedWeights:
         w.conv3x3_weight.reshape(n, 9 * n),
         w.conv3x3_bias,
         w.gn_weight,
-        w.gn_bias + v @ w.conv3x3_bias,
+        w.gn_bias + (v * w.conv3x3_bias).sum(),
     )
 
 

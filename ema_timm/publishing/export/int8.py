@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.errors import UserError
 from ema_timm.publishing.export.formats import FORMATS, Run
-from ema_timm.publishing.export.network import check_inputs, load
+from ema_timm.publishing.export.network import ALL_FREE, InputSize, check_inputs, load
 from ema_timm.publishing.export.onnx import open_onnx
 from ema_timm.publishing.export.packages import require
 from ema_timm.publishing.export.verify import relative_difference
@@ -32,7 +33,7 @@ class Quantized(NamedTuple):
     images: int
 
 
-def quantize_int8(folder: str | Path) -> Quantized:
+def quantize_int8(folder: str | Path, fixed: InputSize = ALL_FREE) -> Quantized:
     """Write ``model.int8.onnx`` beside ``model.onnx``.
 
     Convolutions and the classifier are quantised; the statistics and gates of EMA attention stay
@@ -40,10 +41,16 @@ def quantize_int8(folder: str | Path) -> Quantized:
 
     Args:
         folder: Where `export` has written ``model.onnx``.
+        fixed: What of its sizes is fixed.
+
+    Raises:
+        UserError: If its batch is fixed at another size than 1.
     """
+    if fixed.batch not in (None, 1):
+        raise UserError("--int8 compares image by image: leave the batch free, or --batch 1.")
     require("onnx", "onnxruntime")
     run, source = CheckpointWriter(folder), Path(folder) / FORMATS["onnx"].file
-    size = check_inputs(load(folder))[0].shape[1:]
+    size = check_inputs(load(folder), fixed)[0].shape[1:]
     found = []
 
     def quantize_and_compare(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The network that is exported, and the inputs of several sizes that it must take."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -9,6 +10,29 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ema_timm.errors import UserError, first_line
+
+FREE_AXES = {0: "batch", 2: "height", 3: "width"}
+"""Axes of the input, (B, C, H, W), whose sizes a file leaves free unless told otherwise."""
+
+
+class InputSize(NamedTuple):
+    """What is fixed of the sizes of the input; None is free.
+
+    Attributes:
+        image: (H, W).
+        batch: B.
+    """
+
+    image: tuple[int, int] | None = None
+    batch: int | None = None
+
+    def free(self) -> dict[int, str]:
+        """The axes that stay free, with their names."""
+        fixed = {0: self.batch, 2: self.image, 3: self.image}
+        return {axis: name for axis, name in FREE_AXES.items() if fixed[axis] is None}
+
+
+ALL_FREE = InputSize()
 
 
 def load(folder: str | Path, **options) -> nn.Module:
@@ -33,19 +57,24 @@ def load(folder: str | Path, **options) -> nn.Module:
         raise UserError(f"cannot load {folder}: {first_line(error)}") from error
 
 
-def check_inputs(model: nn.Module) -> list[Tensor]:
-    """Inputs of three sizes, the network's own first; the last is the exporters' example."""
+def check_inputs(model: nn.Module, fixed: InputSize = ALL_FREE) -> list[Tensor]:
+    """Inputs of three sizes, the network's own first; the last is the exporters' example.
+
+    Args:
+        model: The network.
+        fixed: What of their sizes is the same in all.
+    """
     channels, height, width = resolve_data_config(model=model)["input_size"]
+    images = [(height, width), (height + 32, width), (height // 2 + 16, width // 2 + 25)]
     sizes = [
-        (1, channels, height, width),
-        (3, channels, height + 32, width),
-        (2, channels, height // 2 + 16, width // 2 + 25),
+        (fixed.batch or batch, channels, *(fixed.image or image))
+        for batch, image in zip((1, 3, 2), images, strict=True)
     ]
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(size, generator=generator) for size in sizes]
 
 
-def require_free_sizes(model: nn.Module, inputs: list[Tensor]) -> None:
+def require_sizes(model: nn.Module, inputs: list[Tensor], fixed: InputSize) -> None:
     """See that the network itself takes every input.
 
     Raises:
@@ -56,7 +85,8 @@ def require_free_sizes(model: nn.Module, inputs: list[Tensor]) -> None:
             with torch.no_grad():
                 model(x)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"export leaves the image size free, and this network does not take "
-                f"{x.shape[2]}x{x.shape[3]}: {first_line(error)}"
-            ) from error
+            size = f"{x.shape[2]}x{x.shape[3]}"
+            said = "this network does not take"
+            if fixed.image is None:
+                said = f"export leaves the image size free without --size, and {said}"
+            raise UserError(f"{said} {size}: {first_line(error)}") from error

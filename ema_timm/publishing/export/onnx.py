@@ -1,22 +1,37 @@
 """ONNX, by either of PyTorch's exporters, and ONNX Runtime to read it back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ema_timm.publishing.export.network import FREE_AXES
 
-def write_onnx(model: nn.Module, example: Tensor, path: Path, exporter: str = "dynamo") -> None:
-    """An ONNX file with the input ``x`` and the output ``logits``, sizes free."""
-    axes = {0: "batch", 2: "height", 3: "width"}
+
+def write_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: Path,
+    exporter: str = "dynamo",
+    free: Mapping[int, str] = FREE_AXES,
+) -> None:
+    """An ONNX file with the input ``x`` and the output ``logits``.
+
+    Args:
+        model: A network in inference mode.
+        example: An input.
+        path: The file.
+        exporter: "dynamo" or "legacy".
+        free: Names of the axes whose sizes stay free; the others are the example's.
+    """
     names = {"input_names": ["x"], "output_names": ["logits"]}
     if exporter == "legacy":
         torch.onnx.export(
-            model, (example,), str(path), dynamo=False, dynamic_axes={"x": axes}, **names
+            model, (example,), str(path), dynamo=False, dynamic_axes={"x": dict(free)}, **names
         )
         return
-    dims = {axis: torch.export.Dim(name, max=1 << 15) for axis, name in axes.items()}
+    dims = {axis: torch.export.Dim(name, max=1 << 15) for axis, name in free.items()}
     program = torch.onnx.export(
         model, (example,), dynamo=True, dynamic_shapes=(dims,), verbose=False, **names
     )

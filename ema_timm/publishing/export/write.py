@@ -1,7 +1,7 @@
 """A checkpoint folder -> one verified file in it.
 
 A file gets its final name only after it has been loaded afresh and has agreed with the network on
-inputs of several sizes; batch, height and width stay free.
+inputs of several sizes; what of batch, height and width is not given stays free.
 """
 
 import warnings
@@ -13,7 +13,14 @@ from timm.utils import reparameterize_model
 
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.publishing.export.formats import FORMATS
-from ema_timm.publishing.export.network import check_inputs, load, require_free_sizes
+from ema_timm.publishing.export.layer import ready_to_export
+from ema_timm.publishing.export.network import (
+    ALL_FREE,
+    InputSize,
+    check_inputs,
+    load,
+    require_sizes,
+)
 from ema_timm.publishing.export.packages import require
 from ema_timm.publishing.export.verify import verify
 
@@ -33,7 +40,11 @@ class Exported(NamedTuple):
 
 
 def export(
-    folder: str | Path, format: str, reparam: bool = False, exporter: str = "dynamo"
+    folder: str | Path,
+    format: str,
+    reparam: bool = False,
+    exporter: str = "dynamo",
+    fixed: InputSize = ALL_FREE,
 ) -> Exported:
     """Write ``model.onnx``, ``model.torchscript`` or ``model.pt2`` into a checkpoint folder.
 
@@ -42,6 +53,7 @@ def export(
         format: A key of `FORMATS`.
         reparam: Fold first what depends on weights alone, timm's ``--reparam``.
         exporter: For ONNX, which of PyTorch's two exporters: "dynamo" or "legacy".
+        fixed: Sizes of the input that the file takes alone; the rest stays free.
 
     Raises:
         UserError: If the folder holds no checkpoint, or a package is missing.
@@ -52,8 +64,9 @@ def export(
     model = load(folder, scriptable=way.scriptable, exportable=way.exportable)
     if reparam:
         model = reparameterize_model(model).eval()
-    inputs = check_inputs(model)
-    require_free_sizes(model, inputs)
+    inputs = check_inputs(model, fixed)
+    require_sizes(model, inputs, fixed)
+    ready = ready_to_export(model, inputs[-1] if fixed.image else None, onnx=way.exportable)
     options = {"exporter": exporter} if way.exporters else {}
     found = []
 
@@ -62,7 +75,7 @@ def export(
         with torch.no_grad(), warnings.catch_warnings():
             # PyTorch's exporters warn about their own future, at every call.
             warnings.simplefilter("ignore")
-            way.write(model, inputs[-1], path, **options)
+            way.write(ready, inputs[-1], path, free=fixed.free(), **options)
             found.append(verify(path, way, model, inputs))
 
     run = CheckpointWriter(folder)

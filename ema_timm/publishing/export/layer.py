@@ -1,0 +1,112 @@
+"""EMA layers as the exporters get them: weights folded and arranged, nothing left to work out."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ema_timm.attention import EmaAttn
+from ema_timm.ops.closed_form.exported import (
+    ExportedWeights,
+    SmallMap,
+    arrange,
+    exported,
+    small_map,
+)
+from ema_timm.ops.closed_form.formula import fold
+from ema_timm.ops.weights import EmaWeights, FoldedWeights
+
+SMALL_PIXELS = {True: 256, False: 64}
+"""Largest map, H·W, pooled by one matrix product where its size is fixed: in ONNX or not."""
+
+
+class ExportedEma(nn.Module):
+    """One EMA layer for a file: arranged weights as buffers.
+
+    Args:
+        weights: Arranged weights.
+        groups: G.
+        small: Matrices of the one size of its maps, or None.
+    """
+
+    def __init__(self, weights: ExportedWeights, groups: int, small: SmallMap | None = None):
+        super().__init__()
+        self.groups = groups
+        self.fixed = small is not None
+        for name, value in weights._asdict().items():
+            self.register_buffer(name, value)
+        for name in SmallMap._fields:
+            matrix = torch.empty(0) if small is None else getattr(small, name)
+            self.register_buffer(name, matrix.to(weights.gn_weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate ``x``, (B, C, H, W)."""
+        weights = ExportedWeights(
+            self.mix_weight,
+            self.mix_bias,
+            self.kernel,
+            self.vote_weight,
+            self.vote_bias,
+            self.gn_weight,
+            self.gn_bias,
+        )
+        if self.fixed:
+            small = SmallMap(self.pool, self.spread_h, self.spread_w)
+            return exported(x, weights, self.groups, small)
+        return exported(x, weights, self.groups)
+
+
+@torch.no_grad()
+def ready_to_export(model: nn.Module, image: Tensor | None = None, onnx: bool = False) -> nn.Module:
+    """A copy of ``model`` whose EMA layers are `ExportedEma`; the same function.
+
+    Args:
+        model: A network in inference mode.
+        image: One input where its size is to be fixed, so that the sizes of all maps are known.
+        onnx: Whether the copy becomes ONNX; runtimes differ in what is fast.
+    """
+    sizes = {} if image is None else _map_sizes(model, image)
+    model = copy.deepcopy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, EmaAttn) and layer.cross_spatial and _computes_here(layer):
+            size = sizes.get(name)
+            small = small_map(*size) if size and size[0] * size[1] <= SMALL_PIXELS[onnx] else None
+            exported_layer = ExportedEma(_arranged(layer), layer.groups, small)
+            layer.reparameterize()
+            layer.folded = exported_layer.eval()
+    return model
+
+
+def _computes_here(layer: EmaAttn) -> bool:
+    """Whether the layer computes as `EmaAttn` does, and not by a subclass's own arrangement."""
+    return type(layer).forward is EmaAttn.forward
+
+
+def _arranged(layer: EmaAttn) -> ExportedWeights:
+    """Worked out in float64, in the type of the statistics."""
+    if layer.folded is None:
+        weights = layer.weights()
+        folded = fold(EmaWeights(*[w.double() for w in weights]))
+    else:
+        weights = FoldedWeights(*[getattr(layer.folded, name) for name in FoldedWeights._fields])
+        folded = FoldedWeights(*[w.double() for w in weights])
+    kind = torch.promote_types(weights.gn_weight.dtype, torch.float32)
+    return ExportedWeights(*[w.to(kind).contiguous() for w in arrange(folded)])
+
+
+def _map_sizes(model: nn.Module, image: Tensor) -> dict[str, tuple[int, int]]:
+    """(H, W) of the maps of every EMA layer that sees but one size."""
+    seen: dict[str, set] = {}
+    hooks = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, EmaAttn):
+            found = seen.setdefault(name, set())
+            hooks.append(
+                layer.register_forward_pre_hook(
+                    lambda module, args, found=found: found.add(tuple(args[0].shape[2:]))
+                )
+            )
+    model(image)
+    for hook in hooks:
+        hook.remove()
+    return {name: found.pop() for name, found in seen.items() if len(found) == 1}
