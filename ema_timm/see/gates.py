@@ -8,8 +8,8 @@ all of them have in common, the layer's input and its weights, by the formula of
 B batch, C channels, G groups, n = C / G, H height, W width.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
+from ema_timm.backbones.modes import evaluating
 from ema_timm.backbones.slots import find_slots
 from ema_timm.errors import UserError
 from ema_timm.ops.closed_form.formula import fold, gate_logits, statistics_type
@@ -82,7 +83,7 @@ def layer_gates(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[str
 
     with ExitStack() as left:
         left.enter_context(torch.no_grad())
-        left.enter_context(_evaluating(model))
+        left.enter_context(evaluating(model))
         for name, layer in layers.items():
             left.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
         model(_moved(images, next(model.parameters())))
@@ -128,18 +129,6 @@ def _layers(model: nn.Module) -> dict[str, EmaAttn]:
             f"A scripted, traced or exported network hides them. {_SHOW_LAYERS}"
         )
     return layers
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _moved(images: Tensor | Sequence[Tensor], like: Tensor) -> Tensor | list[Tensor]:

@@ -1,14 +1,14 @@
 """Which EMA attention layers a network meets with an input, each distinct one once."""
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
+from ema_timm.backbones.modes import evaluating
 from ema_timm.bench.parity import TOLERANCE
 from ema_timm.errors import UserError
 from ema_timm.ops.choices import Layer, layout
@@ -53,7 +53,7 @@ def meet(model: nn.Module, example: Any, training: bool) -> tuple[dict[Layer, to
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if _is_chosen_for(m)]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             _call(model, example)
     finally:
         for hook in hooks:
@@ -78,15 +78,3 @@ def _call(model: nn.Module, example: Any) -> None:
         model(*example)
     else:
         model(example)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that running statistics stay; then each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
