@@ -7,7 +7,10 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include <immintrin.h>
+
 #define VARIANT avx2
+#define EMA_AVX
 #include "kernel.h"
 
 #if defined(__clang__)

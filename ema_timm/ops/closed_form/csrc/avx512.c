@@ -8,7 +8,11 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512vl")
 #endif
 
+#include <immintrin.h>
+
 #define VARIANT avx512
+#define EMA_AVX
+#define EMA_WIDE
 #include "kernel.h"
 
 #if defined(__clang__)

@@ -40,12 +40,16 @@ static inline Tile restore_tile(const BackwardCall *call, BackwardScratch m, int
     const float *vectors = call->saved->vectors + tile * n;
     return (Tile){
         .size = call->size,
-        .g = load_tile(call->x, s->x, s, tile, m.copy),
-        .d = load_tile(call->grad, s->grad, s, tile, m.copy_d),
+        .g = load_tile(call->x, s->x, s, call->size, tile, m.copy),
+        .d = load_tile(call->grad, s->grad, s, call->size, tile, m.copy_d),
         .mean = vectors,
         .rest = vectors + tiles * n,
         .r = vectors + 2 * tiles * n,
         .u = vectors + 3 * tiles * n,
+        .next_g = address_of(call->x, s->x, s, tile + 1),
+        .next_d = address_of(call->grad, s->grad, s, tile + 1),
+        .dx = address_of(call->grads->dx, s->out, s, tile),
+        .bytes = s->dtype == FLOAT32 ? 4 : 2,
     };
 }
 
@@ -54,7 +58,7 @@ static inline void backward_tile(const BackwardCall *call, BackwardScratch m, Su
     const Weights *k = call->weights;
     const Tile t = restore_tile(call, m, tile);
     pool(t.g, t.size, m.pools);
-    shifted_means(t.g, t.size, m.pools, m.means);
+    shifted_means(t.g, t.size, m.pools, m.means, 1);
     const float sum_dl = gate_gradient(t, m);
     const float inner = logit_dots(t, k, m, sum_dl);
     vote_gradient(t, k, m, sum_dl, inner);
@@ -66,7 +70,7 @@ static inline void backward_tile(const BackwardCall *call, BackwardScratch m, Su
     }
     if (call->grads->dx) {
         pool_gradient(t, k, m);
-        input_gradient(t, m, output_tile(call->grads->dx, call->shape, tile, m.rows));
+        input_gradient(t, m, call->shape, call->grads->dx, tile);
     }
 }
 

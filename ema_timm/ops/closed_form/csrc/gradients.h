@@ -13,21 +13,21 @@
 #include "vectors.h"
 
 typedef struct {
-    float *copy, *copy_d;                    /* g and D, (n, H, Wp), where not read in place */
+    float *copy, *copy_d;                    /* g and D, (n, area), where not read in place */
     float *pools, *gates, *dmix, *dpool;     /* (n, P) */
     float *means, *dtaps, *dots;             /* (n, 9) */
     float *ydot, *dm, *base, *slope, *scale; /* (n) */
     float *kernel;                           /* (n, 9) */
     float *dlogits;                          /* (H + 2, line): dL in a margin of zeros */
-    float *rows;                             /* (LANES, Wp) */
+    float *rows;                             /* (LANES, Wp), or a channel (H, Wp) */
     float *map;                              /* A, (H, Wp) */
 } BackwardScratch;
 
 static inline BackwardScratch backward_scratch(Arena *arena, Sizes size) {
     const int64_t n = size.n, H = size.H, Wp = size.Wp;
     BackwardScratch m;
-    m.copy = take(arena, n * H * Wp);
-    m.copy_d = take(arena, n * H * Wp);
+    m.copy = take(arena, n * size.area);
+    m.copy_d = take(arena, n * size.area);
     m.pools = take(arena, n * size.P);
     m.gates = take(arena, n * size.P);
     m.dmix = take(arena, n * size.P);
@@ -42,7 +42,7 @@ static inline BackwardScratch backward_scratch(Arena *arena, Sizes size) {
     m.scale = take(arena, n);
     m.kernel = take(arena, 9 * n);
     m.dlogits = take(arena, (H + 2) * size.line);
-    m.rows = take(arena, LANES * Wp);
+    m.rows = take(arena, (H > LANES ? H : LANES) * Wp);
     m.map = take(arena, H * Wp);
     return m;
 }
@@ -57,6 +57,8 @@ typedef struct {
     Sizes size;
     Maps g, d;                        /* the input, and the gradient D of the output */
     const float *mean, *rest, *r, *u; /* (n), from the forward */
+    uintptr_t next_g, next_d, dx;     /* addresses: the next tile, and what is to be written */
+    int64_t bytes;                    /* of a number there */
 } Tile;
 
 /* dL = (Σ_c D·g)·A·(1 - A). Returns its sum. */
@@ -92,8 +94,11 @@ INLINE float channel_dots(Tile t, BackwardScratch m, int64_t c, float *dots) {
     for (int64_t h = 0; h < H; h++) {
         const float *p = t.g.at + c * t.g.step + h * Wp;
         const float *q = dlogits_row(m, t.size, h);
+        const int64_t ahead = (c * H + h) * t.size.W * t.bytes;
         for (int64_t w = 0; w < Wp; w += LANES) {
             const vec v = load(p + w);
+            will_read(t.next_g + ahead + w * t.bytes);
+            will_read(t.next_d + ahead + w * t.bytes);
             yd += load(q + w) * (v * load(gate_w + w) * gate_h[h] - mean);
             t0 += load(q + w + line + 1) * v;
             t1 += load(q + w + line) * v;
@@ -106,8 +111,9 @@ INLINE float channel_dots(Tile t, BackwardScratch m, int64_t c, float *dots) {
             t8 += load(q + w - line - 1) * v;
         }
     }
-    const vec all[9] = {t0, t1, t2, t3, t4, t5, t6, t7, t8};
-    for (int64_t i = 0; i < 9; i++) dots[i] = hsum(all[i]);
+    const vec eight[8] = {t0, t1, t2, t3, t4, t5, t6, t7};
+    store(dots, hsums(eight));
+    dots[8] = hsum(t8);
     return hsum(yd);
 }
 
@@ -153,18 +159,22 @@ STEP void mix_gradient(Tile t, BackwardScratch m) {
         const float scale = m.scale[c], base = m.base[c], slope = m.slope[c];
         const float mean = t.mean[c];
         float *dh = m.dmix + c * P, *dw = dh + Hp;
-        for (int64_t h = 0; h < H; h++) {
-            const float *p = t.g.at + c * t.g.step + h * Wp;
-            const float *q = dlogits_row(m, t.size, h);
-            vec sum = {0};
-            for (int64_t w = 0; w < Wp; w += LANES) {
-                const vec v = load(p + w), sw = load(gate_w + w);
-                const vec dy = load(q + w) * scale - base - (v * sw * gate_h[h] - mean) * slope;
-                const vec z = dy * v; /* 0 in the padding, as v is */
-                sum += z * sw;
-                store(dw + w, load(dw + w) + z * gate_h[h]);
+        for (int64_t first = 0; first < H; first += LANES) {
+            vec sums[LANES] = {{0}};
+            for (int64_t h = first; h < H && h < first + LANES; h++) {
+                const float *p = t.g.at + c * t.g.step + h * Wp;
+                const float *q = dlogits_row(m, t.size, h);
+                const uintptr_t dx = t.dx + (c * H + h) * t.size.W * t.bytes;
+                for (int64_t w = 0; w < Wp; w += LANES) {
+                    const vec v = load(p + w), sw = load(gate_w + w);
+                    const vec dy = load(q + w) * scale - base - (v * sw * gate_h[h] - mean) * slope;
+                    const vec z = dy * v; /* 0 in the padding, as v is */
+                    will_write(dx + w * t.bytes);
+                    sums[h - first] += z * sw;
+                    store(dw + w, load(dw + w) + z * gate_h[h]);
+                }
             }
-            dh[h] = hsum(sum);
+            store(dh + first, hsums(sums));
         }
         for (int64_t i = 0; i < P; i += LANES) {
             const vec a = load(gate_h + i);

@@ -31,13 +31,9 @@ static inline void spread_taps(const float *dtaps, Sizes size, float *drow, floa
 STEP void pool_gradient(Tile t, const Weights *k, BackwardScratch m) {
     const int64_t n = t.size.n, P = t.size.P;
     const float area = (float)t.size.H * (float)t.size.W;
-    mix((Matrix){k->mix_weight, 1, n}, NULL, m.dmix, m.dpool, t.size);
-    memset(m.dtaps, 0, 9 * n * sizeof(float));
-    for (int64_t o = 0; o < n; o++) {
-        const float *votes = k->vote_weight + o * 9 * n;
-        const float dm = m.dm[o] / area;
-        for (int64_t i = 0; i < 9 * n; i++) m.dtaps[i] += dm * votes[i];
-    }
+    product((Matrix){k->mix_weight, 1, n, n, n}, NULL, m.dmix, m.dpool, P);
+    for (int64_t o = 0; o < n; o++) m.dm[o] /= area;
+    combination(k->vote_weight, m.dm, n, m.dtaps, 9 * n);
     for (int64_t c = 0; c < n; c++)
         spread_taps(m.dtaps + c * 9, t.size, m.dpool + c * P, m.dpool + c * P + t.size.Hp);
 }
@@ -56,40 +52,69 @@ INLINE vec transposed_convolution(const float *k, const float *q, int64_t line) 
     return sum;
 }
 
-/* dg of one row but for the corners: D·A + dy·s_h·s_w + transposed convolution + pools. */
-INLINE void input_gradient_row(Tile t, BackwardScratch m, Row row, float *to) {
-    const int64_t c = row.c, h = row.h, Wp = t.size.Wp, P = t.size.P;
+/* dg of rows first to end - 1 of one channel: D·A + dy·s_h·s_w + transposed convolution + pools,
+ * and the corners. */
+INLINE void input_gradient_rows(Tile t, BackwardScratch m, int64_t c, int64_t first, int64_t end,
+                                float *to) {
+    const int64_t H = t.size.H, W = t.size.W, Wp = t.size.Wp, P = t.size.P, line = t.size.line;
     const float *gate_h = m.gates + c * P, *gate_w = gate_h + t.size.Hp;
-    const float *p = t.g.at + c * t.g.step + h * Wp, *dp = t.d.at + c * t.d.step + h * Wp;
-    const float *q = dlogits_row(m, t.size, h), *map = m.map + h * Wp, *k = m.kernel + 9 * c;
-    const float *dcol = m.dpool + c * P + t.size.Hp, drow = m.dpool[c * P + h];
+    const float *k = m.kernel + 9 * c, *drow = m.dpool + c * P, *dcol = drow + t.size.Hp;
+    const float *taps = m.dtaps + 9 * c;
     const float scale = m.scale[c], base = m.base[c], slope = m.slope[c], mean = t.mean[c];
-    for (int64_t w = 0; w < Wp; w += LANES) {
-        const vec both = load(gate_w + w) * gate_h[h];
-        const vec dy = load(q + w) * scale - base - (load(p + w) * both - mean) * slope;
-        vec sum = dy * both + drow + load(dcol + w);
-        sum += load(dp + w) * load(map + w);
-        store(to + w, sum + transposed_convolution(k, q + w, t.size.line));
-    }
-}
-
-STEP void input_gradient(Tile t, BackwardScratch m, Output out) {
-    const int64_t H = t.size.H, W = t.size.W;
-    for (int64_t i = 0; i < t.size.n * H; i++) {
-        const Row row = row_at(out, t.size, i);
-        const float *taps = m.dtaps + row.c * 9;
-        float *to = row_buffer(out, t.size, row);
-        input_gradient_row(t, m, row, to);
-        if (row.h == H - 1) {
+    for (int64_t h = first; h < end; h++, to += Wp) {
+        const float *p = t.g.at + c * t.g.step + h * Wp, *dp = t.d.at + c * t.d.step + h * Wp;
+        const float *q = dlogits_row(m, t.size, h), *map = m.map + h * Wp;
+        for (int64_t w = 0; w < Wp; w += LANES) {
+            const vec both = load(gate_w + w) * gate_h[h];
+            const vec dy = load(q + w) * scale - base - (load(p + w) * both - mean) * slope;
+            vec sum = dy * both + drow[h] + load(dcol + w);
+            sum += load(dp + w) * load(map + w);
+            store(to + w, sum + transposed_convolution(k, q + w, line));
+        }
+        if (h == H - 1) {
             to[W - 1] += taps[0];
             to[0] += taps[2];
         }
-        if (row.h == 0) {
+        if (h == 0) {
             to[W - 1] += taps[6];
             to[0] += taps[8];
         }
-        store_output(out, t.size, row);
     }
+}
+
+/* The gradient of the input for one type: packed channels one after another; else rows, whose
+ * pixels share cache lines. */
+INLINE void input_gradient_of(Tile t, BackwardScratch m, const Shape *s, void *dx, int64_t tile,
+                              int64_t dtype) {
+    const int64_t n = t.size.n, H = t.size.H, W = t.size.W, Wp = t.size.Wp;
+    const int64_t *stride = s->out, start = start_of(stride, s, tile);
+    if (is_packed(stride, s)) {
+        for (int64_t c = 0; c < n; c++) {
+            input_gradient_rows(t, m, c, 0, H, m.rows);
+            store_packed(dx, start + c * stride[1], m.rows, H, W, dtype);
+        }
+        return;
+    }
+    const int64_t lanes = has_pixels(stride, s) ? LANES : 1;
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t c = 0; c < n; c += lanes) {
+            const int64_t to = start + c * stride[1] + h * stride[2];
+            for (int64_t i = 0; i < lanes; i++)
+                input_gradient_rows(t, m, c + i, h, h + 1, m.rows + i * Wp);
+            if (lanes == LANES)
+                store_pixels(dx, to, stride[3], m.rows, Wp, W, dtype);
+            else
+                store_row(dx, to, stride[3], m.rows, W, dtype);
+        }
+}
+
+STEP void input_gradient(Tile t, BackwardScratch m, const Shape *s, void *dx, int64_t tile) {
+    if (s->dtype == FLOAT32)
+        input_gradient_of(t, m, s, dx, tile, FLOAT32);
+    else if (s->dtype == BFLOAT16)
+        input_gradient_of(t, m, s, dx, tile, BFLOAT16);
+    else
+        input_gradient_of(t, m, s, dx, tile, FLOAT16);
 }
 
 #endif

@@ -23,9 +23,43 @@ INLINE void store(float *p, vec v) { *(vec *)p = v; }
 
 INLINE vec splat(float s) { return (vec){s, s, s, s, s, s, s, s}; }
 
-/* The sum over the lanes. */
+/* Where registers are wider, the sums over channels of forward.h take sixteen numbers at a time. */
+#ifdef EMA_WIDE
+#define WIDE 16
+typedef float wide __attribute__((vector_size(64), aligned(4), may_alias));
+#else
+#define WIDE LANES
+typedef vec wide;
+#endif
+
+INLINE wide load_wide(const float *p) { return *(const wide *)p; }
+
+INLINE void store_wide(float *p, wide v) { *(wide *)p = v; }
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+/* The sum over the lanes: ((0 + 4) + (1 + 5)) + ((2 + 6) + (3 + 7)). */
 INLINE float hsum(vec v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    v += SHUFFLE(v, v, 4, 5, 6, 7, 4, 5, 6, 7);
+    v += SHUFFLE(v, v, 1, 1, 3, 3, 1, 1, 3, 3);
+    return v[0] + v[2];
+}
+
+/* Eight such sums at once. */
+INLINE vec hsums(const vec v[8]) {
+    vec half[4], pair[2];
+    for (int i = 0; i < 4; i++)
+        half[i] = SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+                  SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (int i = 0; i < 2; i++)
+        pair[i] = SHUFFLE(half[2 * i], half[2 * i + 1], 0, 2, 8, 10, 4, 6, 12, 14) +
+                  SHUFFLE(half[2 * i], half[2 * i + 1], 1, 3, 9, 11, 5, 7, 13, 15);
+    return SHUFFLE(pair[0], pair[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+           SHUFFLE(pair[0], pair[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
 /* e^x for x in [-87, 87], 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2]. */
@@ -47,19 +81,14 @@ INLINE vec exponential(vec x) {
     return (vec)((ivec)p + bits);
 }
 
-INLINE vec sigmoid(vec x) {
-    /* A comparison with NaN is false, so NaN comes through. */
+/* x within [-87, 87]. A comparison with NaN is false, so NaN comes through. */
+INLINE vec clamped(vec x) {
     const vec high = splat(87.0f);
     const ivec above = x > high, below = x < -high;
-    x = (vec)((above & (ivec)high) | (below & (ivec)-high) | (~(above | below) & (ivec)x));
-    return 1.0f / (1.0f + exponential(-x));
+    return (vec)((above & (ivec)high) | (below & (ivec)-high) | (~(above | below) & (ivec)x));
 }
 
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
-#endif
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-clamped(x))); }
 
 /* Eight vectors, as the rows of a square, become its columns. */
 INLINE void transpose(vec v[8]) {

@@ -1,0 +1,171 @@
+/* The gate of a tile: logits, sigmoid, product with the map. */
+#ifndef EMA_GATE_H
+#define EMA_GATE_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "interface.h"
+#include "norm.h"
+#include "scratch.h"
+#include "tiles.h"
+#include "vectors.h"
+
+#define CACHE_LINE 64
+
+/* What will be read and written once the logits are there: an address each. */
+typedef struct {
+    uintptr_t read, write;
+} Ahead;
+
+typedef struct {
+    float *kernel; /* (n, 9) */
+    float *taps;   /* (9, plane), a vector before and behind each row of the plane */
+    float *logits; /* (H + 2, Wp) and a vector: a row to spare above and below */
+    float *map;    /* A (H, W), and a vector */
+    float *row;    /* (Wp) */
+    int64_t plane; /* one or two rows */
+} GateScratch;
+
+/* Rows of Wp that are whole wide vectors together. */
+INLINE int64_t rows_at_once(Sizes size) { return size.Wp % WIDE ? 2 : 1; }
+
+static inline GateScratch gate_scratch(Arena *arena, Sizes size) {
+    GateScratch m;
+    m.plane = rows_at_once(size) * size.Wp + 2 * LANES;
+    m.kernel = take(arena, 9 * size.n);
+    m.taps = take(arena, 9 * m.plane);
+    m.logits = take(arena, (size.H + 2) * size.Wp + LANES);
+    m.map = take(arena, size.H * size.W + LANES);
+    m.row = take(arena, size.Wp);
+    return m;
+}
+
+/* Products of `WIDE` pixels, summed over channels: of g with the nine taps, to `taps`, and of y
+ * with the norm's coefficients, which is returned. */
+INLINE wide tap_products(const float *g, int64_t g_step, const float *y, int64_t y_step,
+                         const float *kernel, const float *coef, int64_t n, float *taps,
+                         int64_t plane, Ahead ahead) {
+    wide t0 = {0}, t1 = {0}, t2 = {0}, t3 = {0}, t4 = {0}, t5 = {0}, t6 = {0}, t7 = {0}, t8 = {0};
+    wide norm = {0};
+    for (int64_t c = 0; c < n; c++) {
+        const float *q = kernel + 9 * c;
+        const wide v = load_wide(g + c * g_step);
+        norm += coef[c] * load_wide(y + c * y_step);
+        will_read(ahead.read + c * CACHE_LINE);
+        will_write(ahead.write + c * CACHE_LINE);
+        t0 += q[0] * v;
+        t1 += q[1] * v;
+        t2 += q[2] * v;
+        t3 += q[3] * v;
+        t4 += q[4] * v;
+        t5 += q[5] * v;
+        t6 += q[6] * v;
+        t7 += q[7] * v;
+        t8 += q[8] * v;
+    }
+    const wide all[9] = {t0, t1, t2, t3, t4, t5, t6, t7, t8};
+    for (int64_t t = 0; t < 9; t++) store_wide(taps + t * plane, all[t]);
+    return norm;
+}
+
+/* Row h feeds the rows h - 1, h and h + 1. `t` is its row of the first tap's plane, `at` its row of
+ * the logits. What a shift brings in from beside the row is zero: in the padding the taps are, and
+ * where there is none `first` and `last` mask it. */
+INLINE void add_shifted(const float *t, int64_t plane, float *at, int64_t Wp, ivec first,
+                        ivec last) {
+    const ivec all = ~(ivec){0};
+    for (int64_t dy = -1; dy <= 1; dy++, t += 3 * plane) {
+        float *to = at - dy * Wp;
+        for (int64_t w = 0; w < Wp; w += LANES) {
+            const ivec left = (ivec)load(t + w - 1) & (w == 0 ? first : all);
+            const ivec right =
+                (ivec)load(t + 2 * plane + w + 1) & (w + LANES == Wp ? last : all);
+            store(to + w, load(to + w) + (vec)left + load(t + plane + w) + (vec)right);
+        }
+    }
+}
+
+/* Identities b and d: the logits of the gate but for the constant, rows 1 to H of m.logits: nine
+ * products summed over channels, then shifted adds. */
+STEP void gate_logits(Maps g, NormScratch norm, Sizes size, GateScratch m, Ahead ahead) {
+    const int64_t Wp = size.Wp, rows = rows_at_once(size);
+    const ivec first = {0, -1, -1, -1, -1, -1, -1, -1}, last = {-1, -1, -1, -1, -1, -1, -1, 0};
+    memset(m.logits, 0, (size.H + 2) * Wp * sizeof(float));
+    for (int64_t h = 0; h < size.H; h += rows) {
+        for (int64_t i = 0; i < rows * Wp; i += WIDE) {
+            const int64_t p = h * Wp + i;
+            const wide sum = tap_products(g.at + p, g.step, norm.y + p, size.area, m.kernel,
+                                          norm.coef, size.n, m.taps + LANES + i, m.plane, ahead);
+            ahead.read += size.n * CACHE_LINE;
+            ahead.write += size.n * CACHE_LINE;
+            float *to = m.logits + Wp + p;
+            store_wide(to, load_wide(to) + sum);
+        }
+        for (int64_t r = 0; r < rows && h + r < size.H; r++)
+            add_shifted(m.taps + LANES + r * Wp, m.plane, m.logits + (h + r + 1) * Wp, Wp, first,
+                        last);
+    }
+}
+
+/* m.map = A = sigmoid(L), for logits that lack the constant `bias`. */
+STEP void gate_map(Maps g, NormScratch norm, Sizes size, GateScratch m, float bias, Ahead ahead) {
+    gate_logits(g, norm, size, m, ahead);
+    const float *logits = m.logits + size.Wp;
+    for (int64_t h = 0; h < size.H; h++) /* a row's padding goes under the next row */
+        for (int64_t w = 0; w < size.W; w += LANES)
+            store(m.map + h * size.W + w, sigmoid(load(logits + h * size.Wp + w) + bias));
+}
+
+/* out = x·A for a packed channel; the last vector overlaps. */
+INLINE void gate_channel(const void *x, int64_t from, void *out, int64_t to, const float *map,
+                         int64_t area, int64_t dtype) {
+    for (int64_t i = 0; i < area; i += LANES) {
+        const int64_t at = i + LANES <= area ? i : area - LANES;
+        store_numbers(out, to + at, load_numbers(x, from + at, dtype) * load(map + at), dtype);
+    }
+}
+
+/* out = x·A for a pixel of n channels. */
+INLINE void gate_pixel(const void *x, int64_t from, void *out, int64_t to, float a, int64_t n,
+                       int64_t dtype) {
+    for (int64_t c = 0; c < n; c += LANES) {
+        const int64_t at = c + LANES <= n ? c : n - LANES;
+        store_numbers(out, to + at, load_numbers(x, from + at, dtype) * a, dtype);
+    }
+}
+
+/* out = x·A for a tile of one type. */
+INLINE void gate_tile(const Shape *s, const void *x, void *out, int64_t tile, Maps g, Sizes size,
+                      GateScratch m, int64_t dtype) {
+    const int64_t n = size.n, H = size.H, W = size.W;
+    const int64_t from = start_of(s->x, s, tile), to = start_of(s->out, s, tile);
+    if (is_packed(s->x, s) && is_packed(s->out, s) && H * W >= LANES) {
+        for (int64_t c = 0; c < n; c++)
+            gate_channel(x, from + c * s->x[1], out, to + c * s->out[1], m.map, H * W, dtype);
+    } else if (s->x[1] == 1 && s->out[1] == 1 && n >= LANES) {
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t w = 0; w < W; w++)
+                gate_pixel(x, from + h * s->x[2] + w * s->x[3], out,
+                           to + h * s->out[2] + w * s->out[3], m.map[h * W + w], n, dtype);
+    } else {
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t c = 0; c < n; c++) {
+                const float *p = g.at + c * g.step + h * size.Wp;
+                for (int64_t w = 0; w < W; w++) m.row[w] = p[w] * m.map[h * W + w];
+                store_row(out, to + c * s->out[1] + h * s->out[2], s->out[3], m.row, W, dtype);
+            }
+    }
+}
+
+STEP void apply_gate(const Shape *s, const void *x, void *out, int64_t tile, Maps g, Sizes size,
+                     GateScratch m) {
+    if (s->dtype == FLOAT32)
+        gate_tile(s, x, out, tile, g, size, m, FLOAT32);
+    else if (s->dtype == BFLOAT16)
+        gate_tile(s, x, out, tile, g, size, m, BFLOAT16);
+    else
+        gate_tile(s, x, out, tile, g, size, m, FLOAT16);
+}
+
+#endif
