@@ -49,7 +49,7 @@ static inline Tile restore_tile(const BackwardCall *call, BackwardScratch m, int
         .next_g = address_of(call->x, s->x, s, tile + 1),
         .next_d = address_of(call->grad, s->grad, s, tile + 1),
         .dx = address_of(call->grads->dx, s->out, s, tile),
-        .bytes = s->dtype == FLOAT32 ? 4 : 2,
+        .bytes = is_packed(s->x, s) ? bytes_of(s) : 0,
     };
 }
 

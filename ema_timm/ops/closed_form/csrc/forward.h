@@ -38,6 +38,8 @@ typedef struct {
     float *pools;                /* (n, P) */
     float *means, *u;            /* (9 n, LANES) and (n, LANES) */
     float *valid;                /* (P): bits that keep what is not padding */
+    int64_t *offsets;            /* (2, n) */
+    Ahead next, written;         /* what is read next, and what this tile will write */
     NormScratch norm;
     GateScratch gate;
 } ForwardScratch;
@@ -60,6 +62,7 @@ static inline ForwardScratch forward_scratch(Arena *arena, Sizes size) {
     m.means = take(arena, 9 * n * LANES);
     m.u = take(arena, n * LANES);
     m.valid = take(arena, size.P);
+    m.offsets = (int64_t *)take(arena, 4 * n);
     m.norm = norm_scratch(arena, size);
     m.gate = gate_scratch(arena, size);
     return m;
@@ -114,9 +117,9 @@ static inline void close_tile(const ForwardCall *call, ForwardScratch m, int64_t
     normalize(t.g, t.gates, size, t.centre, m.norm);
     const float bias = norm_coefficients(call->weights, size, m.u + lane, m.norm);
     const Shape *s = call->shape;
-    const Ahead ahead = {address_of(call->x, s->x, s, next),
-                         address_of(call->out, s->out, s, tile)};
-    gate_map(t.g, m.norm, size, m.gate, bias, ahead);
+    m.next.at = address_of(call->x, s->x, s, next);
+    m.written.at = address_of(call->out, s->out, s, tile);
+    gate_map(t.g, m.norm, size, m.gate, bias, m.next, m.written);
     apply_gate(call->shape, call->x, call->out, tile, t.g, size, m.gate);
     if (call->saved->gates) save_tile(call, m, lane, tile);
 }
@@ -124,16 +127,20 @@ static inline void close_tile(const ForwardCall *call, ForwardScratch m, int64_t
 /* One thread's tiles. `arena` holds zeros. */
 static inline void forward_share(const ForwardCall *call, Arena arena) {
     const Sizes size = call->size;
-    const Share share = share_of(call->shape->batch * call->shape->groups);
+    const Shape *s = call->shape;
+    const Share share = share_of(s->batch * s->groups);
     const int64_t at_once = open_tiles(size);
     ForwardScratch m = forward_scratch(&arena, size);
     by_channel(call->weights->kernel, size.n, m.gate.kernel);
+    m.next = (Ahead){.offset = m.offsets, .step = lines_of(s->x, s, size, m.offsets)};
+    m.written = (Ahead){.offset = m.offsets + size.n,
+                        .step = lines_of(s->out, s, size, m.offsets + size.n)};
     memset(m.valid, -1, size.H * sizeof(float));
     memset(m.valid + size.Hp, -1, size.W * sizeof(float));
     for (int64_t first = share.first; first < share.end; first += at_once) {
         const int64_t count = first + at_once < share.end ? at_once : share.end - first;
         for (int64_t i = 0; i < count; i++) open_tile(call, &m, i, first + i);
-        vote(m.means, call->weights, size.n, call->shape->votes, m.u);
+        vote(m.means, call->weights, size.n, s->votes, m.u);
         for (int64_t i = 0; i < count; i++) close_tile(call, m, i, first + i, first + at_once + i);
     }
 }

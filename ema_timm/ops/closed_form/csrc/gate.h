@@ -11,12 +11,23 @@
 #include "tiles.h"
 #include "vectors.h"
 
-#define CACHE_LINE 64
-
-/* What will be read and written once the logits are there: an address each. */
+/* The cache lines of a tile, as many in a step as there are channels: line c of a step is at
+ * at + offset[c], and `step` bytes lie between steps. */
 typedef struct {
-    uintptr_t read, write;
+    uintptr_t at;
+    const int64_t *offset; /* (n) */
+    int64_t step;
 } Ahead;
+
+/* Offsets (n) for a layout; returns the step, which is what `WIDE` pixels of a tile take. */
+static inline int64_t lines_of(const int64_t *stride, const Shape *s, Sizes size, int64_t *offset) {
+    const int64_t n = s->n, bytes = bytes_of(s), pixel = stride[3] * bytes;
+    const int64_t beside = (n * bytes + CACHE_LINE - 1) / CACHE_LINE; /* lines of a pixel */
+    const int pixels = has_pixels(stride, s);
+    for (int64_t c = 0; c < n; c++)
+        offset[c] = pixels ? c / beside * pixel + c % beside * CACHE_LINE : c * CACHE_LINE;
+    return (pixels ? pixel : n * bytes) * WIDE * size.W / size.Wp;
+}
 
 typedef struct {
     float *kernel; /* (n, 9) */
@@ -45,15 +56,15 @@ static inline GateScratch gate_scratch(Arena *arena, Sizes size) {
  * with the norm's coefficients, which is returned. */
 INLINE wide tap_products(const float *g, int64_t g_step, const float *y, int64_t y_step,
                          const float *kernel, const float *coef, int64_t n, float *taps,
-                         int64_t plane, Ahead ahead) {
+                         int64_t plane, Ahead next, Ahead out) {
     wide t0 = {0}, t1 = {0}, t2 = {0}, t3 = {0}, t4 = {0}, t5 = {0}, t6 = {0}, t7 = {0}, t8 = {0};
     wide norm = {0};
     for (int64_t c = 0; c < n; c++) {
         const float *q = kernel + 9 * c;
         const wide v = load_wide(g + c * g_step);
         norm += coef[c] * load_wide(y + c * y_step);
-        will_read(ahead.read + c * CACHE_LINE);
-        will_write(ahead.write + c * CACHE_LINE);
+        will_read(next.at + next.offset[c]);
+        will_write(out.at + out.offset[c]);
         t0 += q[0] * v;
         t1 += q[1] * v;
         t2 += q[2] * v;
@@ -88,7 +99,8 @@ INLINE void add_shifted(const float *t, int64_t plane, float *at, int64_t Wp, iv
 
 /* Identities b and d: the logits of the gate but for the constant, rows 1 to H of m.logits: nine
  * products summed over channels, then shifted adds. */
-STEP void gate_logits(Maps g, NormScratch norm, Sizes size, GateScratch m, Ahead ahead) {
+STEP void gate_logits(Maps g, NormScratch norm, Sizes size, GateScratch m, Ahead next,
+                      Ahead out) {
     const int64_t Wp = size.Wp, rows = rows_at_once(size);
     const ivec first = {0, -1, -1, -1, -1, -1, -1, -1}, last = {-1, -1, -1, -1, -1, -1, -1, 0};
     memset(m.logits, 0, (size.H + 2) * Wp * sizeof(float));
@@ -96,9 +108,9 @@ STEP void gate_logits(Maps g, NormScratch norm, Sizes size, GateScratch m, Ahead
         for (int64_t i = 0; i < rows * Wp; i += WIDE) {
             const int64_t p = h * Wp + i;
             const wide sum = tap_products(g.at + p, g.step, norm.y + p, size.area, m.kernel,
-                                          norm.coef, size.n, m.taps + LANES + i, m.plane, ahead);
-            ahead.read += size.n * CACHE_LINE;
-            ahead.write += size.n * CACHE_LINE;
+                                          norm.coef, size.n, m.taps + LANES + i, m.plane, next, out);
+            next.at += next.step;
+            out.at += out.step;
             float *to = m.logits + Wp + p;
             store_wide(to, load_wide(to) + sum);
         }
@@ -109,8 +121,9 @@ STEP void gate_logits(Maps g, NormScratch norm, Sizes size, GateScratch m, Ahead
 }
 
 /* m.map = A = sigmoid(L), for logits that lack the constant `bias`. */
-STEP void gate_map(Maps g, NormScratch norm, Sizes size, GateScratch m, float bias, Ahead ahead) {
-    gate_logits(g, norm, size, m, ahead);
+STEP void gate_map(Maps g, NormScratch norm, Sizes size, GateScratch m, float bias, Ahead next,
+                   Ahead out) {
+    gate_logits(g, norm, size, m, next, out);
     const float *logits = m.logits + size.Wp;
     for (int64_t h = 0; h < size.H; h++) /* a row's padding goes under the next row */
         for (int64_t w = 0; w < size.W; w += LANES)
@@ -126,12 +139,15 @@ INLINE void gate_channel(const void *x, int64_t from, void *out, int64_t to, con
     }
 }
 
-/* out = x·A for a pixel of n channels. */
-INLINE void gate_pixel(const void *x, int64_t from, void *out, int64_t to, float a, int64_t n,
-                       int64_t dtype) {
-    for (int64_t c = 0; c < n; c += LANES) {
-        const int64_t at = c + LANES <= n ? c : n - LANES;
-        store_numbers(out, to + at, load_numbers(x, from + at, dtype) * a, dtype);
+/* out = g·A for a row of eight channels, to pixels `step` apart. */
+INLINE void gate_pixels(const float *g, int64_t apart, const float *map, int64_t W, void *out,
+                        int64_t to, int64_t step, int64_t dtype) {
+    for (int64_t w = 0; w < W; w += LANES) {
+        vec v[8];
+        for (int64_t i = 0; i < 8; i++) v[i] = load(g + i * apart + w) * load(map + w);
+        transpose(v);
+        for (int64_t i = 0; i < 8 && w + i < W; i++)
+            store_numbers(out, to + (w + i) * step, v[i], dtype);
     }
 }
 
@@ -143,11 +159,13 @@ INLINE void gate_tile(const Shape *s, const void *x, void *out, int64_t tile, Ma
     if (is_packed(s->x, s) && is_packed(s->out, s) && H * W >= LANES) {
         for (int64_t c = 0; c < n; c++)
             gate_channel(x, from + c * s->x[1], out, to + c * s->out[1], m.map, H * W, dtype);
-    } else if (s->x[1] == 1 && s->out[1] == 1 && n >= LANES) {
+    } else if (has_pixels(s->out, s)) {
         for (int64_t h = 0; h < H; h++)
-            for (int64_t w = 0; w < W; w++)
-                gate_pixel(x, from + h * s->x[2] + w * s->x[3], out,
-                           to + h * s->out[2] + w * s->out[3], m.map[h * W + w], n, dtype);
+            for (int64_t i = 0; i < n; i += LANES) {
+                const int64_t c = vector_from(i, n);
+                gate_pixels(g.at + c * g.step + h * size.Wp, g.step, m.map + h * W, W, out,
+                            to + c + h * s->out[2], s->out[3], dtype);
+            }
     } else {
         for (int64_t h = 0; h < H; h++)
             for (int64_t c = 0; c < n; c++) {

@@ -58,7 +58,7 @@ typedef struct {
     Maps g, d;                        /* the input, and the gradient D of the output */
     const float *mean, *rest, *r, *u; /* (n), from the forward */
     uintptr_t next_g, next_d, dx;     /* addresses: the next tile, and what is to be written */
-    int64_t bytes;                    /* of a number there */
+    int64_t bytes;                    /* of a number there, or 0 where channels are not packed */
 } Tile;
 
 /* dL = (Σ_c D·g)·A·(1 - A). Returns its sum. */

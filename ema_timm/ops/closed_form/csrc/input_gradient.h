@@ -97,7 +97,8 @@ INLINE void input_gradient_of(Tile t, BackwardScratch m, const Shape *s, void *d
     }
     const int64_t lanes = has_pixels(stride, s) ? LANES : 1;
     for (int64_t h = 0; h < H; h++)
-        for (int64_t c = 0; c < n; c += lanes) {
+        for (int64_t first = 0; first < n; first += lanes) {
+            const int64_t c = lanes == LANES ? vector_from(first, n) : first;
             const int64_t to = start + c * stride[1] + h * stride[2];
             for (int64_t i = 0; i < lanes; i++)
                 input_gradient_rows(t, m, c + i, h, h + 1, m.rows + i * Wp);

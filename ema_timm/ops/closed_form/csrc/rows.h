@@ -148,10 +148,13 @@ INLINE void store_packed(void *to, int64_t offset, const float *from, int64_t H,
     }
 }
 
-/* Pixels of whole vectors of channels, as in channels-last maps. */
+/* Pixels of a vector of channels or more, as in channels-last maps. */
 INLINE int has_pixels(const int64_t *stride, const Shape *s) {
-    return stride[1] == 1 && s->n % LANES == 0;
+    return stride[1] == 1 && s->n >= LANES;
 }
+
+/* The first of a vector of channels, the last of which overlap. */
+INLINE int64_t vector_from(int64_t c, int64_t n) { return c + LANES <= n ? c : n - LANES; }
 
 /* One row of eight channels: pixels at stride `step` to or from rows at stride `apart`. */
 INLINE void load_pixels(float *to, int64_t apart, const void *from, int64_t offset, int64_t step,

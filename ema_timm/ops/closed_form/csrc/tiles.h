@@ -35,11 +35,15 @@ INLINE int64_t start_of(const int64_t *stride, const Shape *s, int64_t tile) {
     return tile / s->groups * stride[0] + tile % s->groups * s->n * stride[1];
 }
 
-/* Where in memory a tile starts. What lies ahead is asked for while
- * there is much to compute. The address may be any: nothing is read there. */
+INLINE int64_t bytes_of(const Shape *s) { return s->dtype == FLOAT32 ? 4 : 2; }
+
+/* Where a tile lies in memory, to ask for it while there is much to compute. Any address will do:
+ * nothing is read there. */
 INLINE uintptr_t address_of(const void *map, const int64_t *stride, const Shape *s, int64_t tile) {
-    return (uintptr_t)map + start_of(stride, s, tile) * (s->dtype == FLOAT32 ? 4 : 2);
+    return (uintptr_t)map + start_of(stride, s, tile) * bytes_of(s);
 }
+
+#define CACHE_LINE 64
 
 INLINE void will_read(uintptr_t at) { __builtin_prefetch((const void *)at, 0, 2); }
 
@@ -55,9 +59,11 @@ INLINE void copy_tile(const void *from, const int64_t *stride, const Shape *s, i
             load_packed(copy + c * area, from, start + c * stride[1], H, W, tail, dtype);
     } else if (has_pixels(stride, s)) {
         for (int64_t h = 0; h < H; h++)
-            for (int64_t c = 0; c < n; c += LANES)
+            for (int64_t i = 0; i < n; i += LANES) {
+                const int64_t c = vector_from(i, n);
                 load_pixels(copy + c * area + h * Wp, area, from, start + c + h * stride[2],
                             stride[3], W, dtype);
+            }
     } else {
         for (int64_t h = 0; h < H; h++) /* rows outside: channels-last rows share cache lines */
             for (int64_t c = 0; c < n; c++)
