@@ -39,7 +39,7 @@ STEP void pool_gradient(Tile t, const Weights *k, BackwardScratch m) {
 }
 
 /* The transposed convolution of dL with one channel's k (9), at the vector that starts at q. */
-INLINE vec transposed_convolution(const float *k, const float *q, int64_t line) {
+INLINE vec transposed_convolution(const vec k[9], const float *q, int64_t line) {
     vec sum = k[4] * load(q);
     sum += k[0] * load(q + line + 1);
     sum += k[1] * load(q + line);
@@ -58,8 +58,10 @@ INLINE void input_gradient_rows(Tile t, BackwardScratch m, int64_t c, int64_t fi
                                 float *to) {
     const int64_t H = t.size.H, W = t.size.W, Wp = t.size.Wp, P = t.size.P, line = t.size.line;
     const float *gate_h = m.gates + c * P, *gate_w = gate_h + t.size.Hp;
-    const float *k = m.kernel + 9 * c, *drow = m.dpool + c * P, *dcol = drow + t.size.Hp;
+    const float *drow = m.dpool + c * P, *dcol = drow + t.size.Hp;
     const float *taps = m.dtaps + 9 * c;
+    vec k[9];
+    for (int j = 0; j < 9; j++) k[j] = splat(m.kernel[9 * c + j]);
     const float scale = m.scale[c], base = m.base[c], slope = m.slope[c], mean = t.mean[c];
     for (int64_t h = first; h < end; h++, to += Wp) {
         const float *p = t.g.at + c * t.g.step + h * Wp, *dp = t.d.at + c * t.d.step + h * Wp;

@@ -3,6 +3,7 @@
 #define EMA_PRODUCTS_H
 
 #include <stdint.h>
+#include <string.h>
 
 #include "vectors.h"
 
@@ -52,21 +53,31 @@ INLINE void product(Matrix m, const float *bias, const float *from, float *to, i
             product_block(m, bias, from, to, width, o, p, 8, 1);
 }
 
+/* to (width) += the sum of eight rows, (width) each, times their coefficients. */
+INLINE void add_rows(const float *rows, const float *coef, float *to, int64_t width) {
+    vec k[8];
+    int64_t j = 0;
+    for (int i = 0; i < 8; i++) k[i] = splat(coef[i]);
+    for (; j + LANES <= width; j += LANES) {
+        vec sum = load(to + j), odd = {0};
+        for (int i = 0; i < 8; i += 2) {
+            sum += k[i] * load(rows + i * width + j);
+            odd += k[i + 1] * load(rows + (i + 1) * width + j);
+        }
+        store(to + j, sum + odd);
+    }
+    for (; j < width; j++)
+        for (int i = 0; i < 8; i++) to[j] += coef[i] * rows[i * width + j];
+}
+
 /* to (width) = the sum of `count` rows, (width) each, times their coefficients. */
 INLINE void combination(const float *rows, const float *coef, int64_t count, float *to,
                         int64_t width) {
-    int64_t j = 0;
-    for (; j + 8 * LANES <= width; j += 8 * LANES) {
-        vec sum[8] = {{0}};
-        for (int64_t o = 0; o < count; o++)
-            for (int i = 0; i < 8; i++) sum[i] += coef[o] * load(rows + o * width + j + i * LANES);
-        for (int i = 0; i < 8; i++) store(to + j + i * LANES, sum[i]);
-    }
-    for (; j < width; j++) {
-        float sum = 0.0f;
-        for (int64_t o = 0; o < count; o++) sum += coef[o] * rows[o * width + j];
-        to[j] = sum;
-    }
+    int64_t o = 0;
+    memset(to, 0, width * sizeof(float));
+    for (; o + 8 <= count; o += 8) add_rows(rows + o * width, coef + o, to, width);
+    for (; o < count; o++)
+        for (int64_t j = 0; j < width; j++) to[j] += coef[o] * rows[o * width + j];
 }
 
 #endif
