@@ -14,7 +14,8 @@ class Saved(NamedTuple):
     Attributes:
         gates: Gates along H and W, (BG, n, H + W).
         gate_map: A = sigmoid(L), (BG, H, W).
-        vectors: Mean of y, what its rounding leaves, 1/std of y, and u, (4, BG, n).
+        vectors: A centre of y close to its mean, what it lacks to the mean, 1/std of y, and u,
+            (4, BG, n).
     """
 
     gates: Tensor
