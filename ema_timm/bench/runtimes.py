@@ -40,7 +40,8 @@ def load(runtime: str, model: nn.Module, images: Tensor, fixed: bool) -> Loaded:
     Raises:
         UserError: If a package is missing.
     """
-    ready = ready_to_export(model, images if fixed else None, onnx=runtime == "onnxruntime")
+    image, own = images if fixed else None, ("torchscript", "torch.export")
+    ready = ready_to_export(model, image, runtime == "onnxruntime", pytorch=runtime in own)
     if not fixed:
         images = images.repeat(2, 1, 1, 1)  # a batch of one would be burnt in
     with torch.no_grad(), warnings.catch_warnings():
