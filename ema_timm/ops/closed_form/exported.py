@@ -127,7 +127,7 @@ def exported(
     logits = _normed(y, u, w) + _flat(_convolved(g, w.kernel), 1, height, width)
     gate = logits.sigmoid()  # (T, 1, HW)
     if _for_onnx():
-        gated = _flat(g, n, height, width) * gate
+        gated = g * gate.reshape(-1, 1, height, width)
         gated = gated.view_as(x) if size is None else gated.view(-1, groups * n, height, width)
         return gated if gated.dtype == x.dtype else gated.to(x.dtype)
     # On the view of five dimensions the product keeps the memory format of x.
@@ -165,7 +165,8 @@ def _gated(g: Tensor, w: ExportedWeights, height: int, width: int) -> tuple[Tens
     else:
         gate_h, gate_w = _mixed(row.squeeze(3), w).unsqueeze(3), _mixed(col.squeeze(2), w)
         gate_w = gate_w.unsqueeze(2)
-    return _flat(g * gate_h * gate_w, w.gn_weight.shape[0], height, width), features
+    # The outer product first: runtimes are slow where a factor is spread over short rows.
+    return _flat(g * (gate_h * gate_w), w.gn_weight.shape[0], height, width), features
 
 
 def _gated_small(

@@ -68,7 +68,7 @@ def _gated(g: Tensor, w: ExportedWeights) -> tuple[Tensor, Tensor]:
     over = torch.cat([col.unsqueeze(2), ends[0], ends[1]], 2)  # (T, n, 3, W)
     ends = [over.narrow(3, 0, 1) / width, over.narrow(3, -1, 1) / width]
     features = torch.cat([over.mean(3, keepdim=True), ends[0], ends[1]], 3).flatten(1)
-    y = (g * gate_h.unsqueeze(3)).mul_(gate_w.unsqueeze(2))
+    y = (gate_h.unsqueeze(3) * gate_w.unsqueeze(2)).mul_(g)
     return y.flatten(2), features
 
 
