@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import torch
 from timm.layers import create_attn
@@ -12,8 +13,9 @@ from ema_timm.attention import EmaAttn
 from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
 from ema_timm.bench.networks import build
 from ema_timm.bench.parity import TOLERANCE, by_definition
-from ema_timm.bench.runtimes import RUNTIMES, Loaded, load, require_runtime
+from ema_timm.bench.runtimes import RUNTIMES, Loaded, load, missing_packages, require_runtime
 from ema_timm.bench.timing import machine, round_robin
+from ema_timm.errors import first_line
 
 NETWORKS = ("resnet50", "mobilenetv2_100")
 PLAIN, EMA, SE = "plain", "ema", "se"
@@ -21,8 +23,8 @@ PLAIN, EMA, SE = "plain", "ema", "se"
 
 def bench_deploy(
     networks: Sequence[str] = NETWORKS,
-    runtimes: Sequence[str] = tuple(RUNTIMES),
-    batches: Sequence[int] = (1,),
+    runtimes: Sequence[str] | None = None,
+    batches: Sequence[int] = (1, 8),
     size: int = 224,
     rounds: int = 11,
     progress: bool = True,
@@ -34,7 +36,8 @@ def bench_deploy(
 
     Args:
         networks: timm names with an EMA twin.
-        runtimes: Keys of `RUNTIMES`.
+        runtimes: Keys of `RUNTIMES`; None is those that are installed, and the settings name the
+            others.
         batches: Images in a batch.
         size: Height and width in pixels.
         rounds: Samples of each.
@@ -42,8 +45,11 @@ def bench_deploy(
 
     Returns:
         The machine, the settings and one row a network, runtime, batch and variant: time in ms,
-        nodes that a layer adds to the plain network's graph.
+        nodes that a layer adds to the plain network's graph. What a runtime did not take has its
+        first line of complaint instead.
     """
+    left_out = [name for name in RUNTIMES if runtimes is None and missing_packages(name)]
+    runtimes = [r for r in runtimes or RUNTIMES if r not in left_out]
     for runtime in runtimes:
         require_runtime(runtime)
     rows = []
@@ -65,6 +71,10 @@ def bench_deploy(
                     found = _bench(here, runtime, images, fixed, wanted, rounds, progress)
                     rows += [place | row for row in found]
     settings = {"size": size, "rounds": rounds, "dtype": "float32", "clock": "process CPU time"}
+    packages = [package for name in runtimes for package in RUNTIMES[name].packages]
+    settings |= {package: version(package) for package in packages}
+    if left_out:
+        settings["not installed"] = ", ".join(left_out)
     return {
         "bench": "deploy",
         "machine": machine(torch.device("cpu")),
@@ -114,9 +124,17 @@ def _bench(
     rounds: int,
     progress: bool,
 ) -> list[dict]:
-    loaded = {name: load(runtime, model, images, fixed) for name, model in models.items()}
+    loaded: dict[str, Loaded] = {}
+    errors, failed = {}, {}
     with torch.no_grad():
-        errors = {name: _error(found(images), wanted[name]) for name, (found, _) in loaded.items()}
+        for name, model in models.items():
+            try:
+                found = load(runtime, model, images, fixed)
+                errors[name] = _error(found.call(images), wanted[name])
+            except Exception as error:  # the runtimes' errors have nothing else in common
+                failed[name] = first_line(error)
+            else:
+                loaded[name] = found
         sound = {n: f for n, f in loaded.items() if errors[n] <= TOLERANCE[torch.float32]}
         calls = {name: (lambda call=found.call: call(images)) for name, found in sound.items()}
         label = f"{runtime}, {'fixed' if fixed else 'free'}"
@@ -124,17 +142,15 @@ def _bench(
     layers = sum(isinstance(m, EmaAttn) for m in models[EMA].modules())
     rows = []
     for name in models:
-        row = {"variant": name, "error": errors[name], "parity": name in sound}
-        if name != PLAIN:
-            row["nodes_per_layer"] = _added_nodes(loaded, name) / layers
+        row = {"variant": name, "error": errors.get(name), "parity": name in sound}
+        if name in failed:
+            row["failed"] = failed[name]
+        elif name != PLAIN and PLAIN in loaded:
+            row["nodes_per_layer"] = (loaded[name].nodes - loaded[PLAIN].nodes) / layers
         if name in times:
             row["inference_ms"] = times[name]._asdict()
         rows.append(row)
     return rows
-
-
-def _added_nodes(loaded: dict[str, Loaded], name: str) -> int:
-    return loaded[name].nodes - loaded[PLAIN].nodes
 
 
 def _error(found: Tensor, want: Tensor) -> float:

@@ -3,6 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,6 @@ from ema_timm.errors import UserError
 from ema_timm.publishing.export.layer import ready_to_export
 from ema_timm.publishing.export.network import FREE_AXES
 from ema_timm.publishing.export.onnx import open_onnx, write_onnx
-from ema_timm.publishing.export.packages import require
 
 
 class Loaded(NamedTuple):
@@ -36,20 +36,17 @@ def load(runtime: str, model: nn.Module, images: Tensor, fixed: bool) -> Loaded:
         model: In inference mode.
         images: An input; its sizes are the file's where they are fixed.
         fixed: Whether they are.
-
-    Raises:
-        UserError: If a package is missing.
     """
-    ready = ready_to_export(model, images if fixed else None, onnx=runtime == "onnxruntime")
+    image, own = images if fixed else None, ("torchscript", "torch.export")
+    ready = ready_to_export(model, image, runtime == "onnxruntime", pytorch=runtime in own)
     if not fixed:
         images = images.repeat(2, 1, 1, 1)  # a batch of one would be burnt in
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's exporters warn about their own future
-        return RUNTIMES[runtime](ready, images, {} if fixed else FREE_AXES)
+        return RUNTIMES[runtime].load(ready, images, {} if fixed else FREE_AXES)
 
 
 def _onnxruntime(model: nn.Module, images: Tensor, free: dict[int, str]) -> Loaded:
-    require("onnx", "onnxruntime")
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +57,6 @@ def _onnxruntime(model: nn.Module, images: Tensor, free: dict[int, str]) -> Load
 
 
 def _openvino(model: nn.Module, images: Tensor, free: dict[int, str]) -> Loaded:
-    require("openvino")
     import openvino
 
     sizes = [-1 if axis in free else size for axis, size in enumerate(images.shape)]
@@ -94,20 +90,38 @@ def _torch_export(model: nn.Module, images: Tensor, free: dict[int, str]) -> Loa
     return Loaded(program.module(), nodes)
 
 
+class Runtime(NamedTuple):
+    """A runtime.
+
+    Attributes:
+        load: From a network made ready, images and the axes that stay free.
+        packages: What it needs beyond PyTorch.
+    """
+
+    load: Callable[[nn.Module, Tensor, dict[int, str]], Loaded]
+    packages: tuple[str, ...] = ()
+
+
 RUNTIMES = {
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
-    "torchscript": _torchscript,
-    "torch.export": _torch_export,
+    "onnxruntime": Runtime(_onnxruntime, ("onnx", "onnxruntime")),
+    "openvino": Runtime(_openvino, ("openvino",)),
+    "torchscript": Runtime(_torchscript),
+    "torch.export": Runtime(_torch_export),
 }
-"""From a network made ready, images and the axes that stay free; by name."""
 
 
 def require_runtime(name: str) -> None:
-    """Name what is known, before any work.
+    """Name what is known, and what is missing, before any work.
 
     Raises:
-        UserError: If the runtime is unknown.
+        UserError: If the runtime is unknown, or a package of it is missing.
     """
     if name not in RUNTIMES:
         raise UserError(f"{name} is no runtime here: give {', '.join(RUNTIMES)}.")
+    if missing := missing_packages(name):
+        raise UserError(f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def missing_packages(name: str) -> list[str]:
+    """What a runtime needs and is not installed."""
+    return [package for package in RUNTIMES[name].packages if find_spec(package) is None]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ema_timm.bench import layer as layer_bench
+from ema_timm.bench import runtimes
 from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
 from ema_timm.bench.layer import FLOOR, PEERS, bench_layer
 from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
@@ -160,7 +161,12 @@ def test_brief_table_has_one_row_a_variant(measured):
 
 @pytest.mark.parametrize(
     ("name", "where", "brief"),
-    [("layer", "cpu", True), ("model", "cpu", False), ("bytes", "cuda", True)],
+    [
+        ("layer", "cpu", True),
+        ("model", "cpu", False),
+        ("bytes", "cuda", True),
+        ("deploy", "cpu", False),
+    ],
 )
 def test_readme_tables_are_those_of_the_measurements(name, where, brief):
     wanted = table(json.loads((RESULTS / f"{name}-{where}.json").read_text()), brief)
@@ -207,7 +213,7 @@ def test_exported_networks_are_measured_beside_plain_se_and_the_authors_form(
 ):
     file = tmp_path / "deploy.json"
     args = ["bench", "deploy", "--networks", "test_resnet", "--runtimes", "torchscript"]
-    args += ["--size", "64", "--rounds", "1", "--json", str(file)]
+    args += ["--size", "64", "--rounds", "1", "--batch", "1", "--json", str(file)]
     args += ["--threads", str(torch.get_num_threads())]
     assert main(args) == 0
     result = json.loads(file.read_text())
@@ -228,3 +234,36 @@ def test_exported_networks_are_measured_beside_plain_se_and_the_authors_form(
 def test_an_unknown_runtime_is_refused(capsys):
     assert main(["bench", "deploy", "--runtimes", "tensorrt"]) == 2
     assert "tensorrt is no runtime here: give onnxruntime" in capsys.readouterr().err
+
+
+def test_a_runtime_that_is_missing_is_left_out_and_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    file = tmp_path / "deploy.json"
+    args = ["bench", "deploy", "--networks", "test_resnet", "--size", "64", "--rounds", "1"]
+    args += ["--batch", "1", "--json", str(file), "--threads", str(torch.get_num_threads())]
+    assert main(args) == 0
+    said = capsys.readouterr()
+    assert "openvino is left out, not installed: pip install openvino" in said.err
+    assert "not installed onnxruntime, openvino" in said.out
+    assert {row["runtime"] for row in json.loads(file.read_text())["rows"]} == {
+        "torchscript",
+        "torch.export",
+    }
+    assert main([*args, "--runtimes", "openvino"]) == 2
+    assert "openvino needs openvino: pip install openvino" in capsys.readouterr().err
+
+
+def test_what_a_runtime_does_not_take_is_said_and_the_rest_is_measured(monkeypatch, capsys):
+    def load(model, images, free):
+        if any(isinstance(m, AuthorsForm) for m in model.modules()):
+            raise RuntimeError("no such operator\nmore")
+        return runtimes._torchscript(model, images, free)
+
+    monkeypatch.setitem(runtimes.RUNTIMES, "torchscript", runtimes.Runtime(load))
+    args = ["bench", "deploy", "--networks", "test_resnet", "--runtimes", "torchscript"]
+    args += ["--size", "64", "--rounds", "1", "--batch", "1"]
+    assert main([*args, "--threads", str(torch.get_num_threads())]) == 1
+    out = capsys.readouterr().out
+    assert f"fixed sizes, batch 1, {AUTHORS}: failed (no such operator)" in out
+    (line,) = [line for line in out.splitlines() if "| fixed |" in line]
+    assert line.count("failed") == 1

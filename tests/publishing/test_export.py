@@ -78,18 +78,50 @@ def nodes_per_layer(path, plain, layers):
     return (counts[0] - counts[1]) / layers
 
 
-@pytest.mark.parametrize(("fixed", "at_most"), [(False, 80), (True, 40)], ids=["free", "fixed"])
+@pytest.mark.parametrize(
+    ("free", "at_most"),
+    [(FREE_AXES, 80), ({0: "batch"}, 40), ({}, 40)],
+    ids=["free", "free batch", "fixed"],
+)
 @pytest.mark.parametrize("exporter", ["legacy", "dynamo"])
-def test_a_layer_is_few_operators(exporter, fixed, at_most, tmp_path):
+def test_a_layer_is_few_operators(exporter, free, at_most, tmp_path):
     plain = shake(timm.create_model("test_resnet", num_classes=4)).eval()
     model = network("test_resnet_ema", ema_stages=(3, 4), num_classes=4)
     x = torch.randn(2, 3, 64, 96)
-    free = {} if fixed else FREE_AXES
-    ready = ready_to_export(model, x if fixed else None, onnx=True)
+    ready = ready_to_export(model, None if free == FREE_AXES else x, onnx=True)
     for net, name in ((ready, "ema"), (plain, "plain")):
         write_onnx(net, x, tmp_path / f"{name}.onnx", exporter, free)
     assert nodes_per_layer(tmp_path / "ema.onnx", tmp_path / "plain.onnx", 2) <= at_most
-    assert_same(open_onnx(tmp_path / "ema.onnx"), model, [(2, 3, 64, 96)] if fixed else SIZES)
+    sizes = {3: SIZES, 1: [(1, 3, 64, 96), (5, 3, 64, 96)], 0: [(2, 3, 64, 96)]}
+    assert_same(open_onnx(tmp_path / "ema.onnx"), model, sizes[len(free)])
+
+
+@pytest.mark.parametrize("way", ["script", "trace", "program"])
+@pytest.mark.parametrize("small", [False, True])
+def test_what_pytorch_runs_takes_the_smallest_maps_and_gives_gradients(way, small):
+    """It writes over maps of its own: never over the input, nor what a backward needs."""
+    layer = network("test_resnet_ema", num_classes=4).layer1[0].se
+    n, auto = layer.channels, torch.export.Dim.AUTO
+    example = torch.randn(2, n, 4, 6)
+    ready = ready_to_export(
+        torch.nn.Sequential(layer).eval(), example if small else None, pytorch=True
+    )
+    free = ({0: auto} if small else {0: auto, 2: auto, 3: auto},)
+    run = {
+        "script": lambda: torch.jit.script(ready),
+        "trace": lambda: torch.jit.trace(ready, example, check_trace=False),
+        "program": lambda: torch.export.export(ready, (example,), dynamic_shapes=free).module(),
+    }[way]()
+    for size in [(4, 6)] if small else [(4, 6), (1, 1), (2, 2), (2, 7), (9, 1)]:
+        want = torch.randn(3, n, *size, requires_grad=True)
+        found = want.detach().clone().requires_grad_()
+        out, expected = run(found), layer(want)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, want, rtol=0, atol=0)
+        weights = torch.randn_like(out)
+        (out * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(found.grad, want.grad, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["onnx", "torchscript", "pt2"])

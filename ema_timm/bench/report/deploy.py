@@ -15,10 +15,10 @@ def table(result: dict) -> str:
     lines = []
     for place, rows in _places(result).items():
         ratios = [_ratio(rows, name) for name in SHOWN]
-        nodes = [f"{rows[name]['nodes_per_layer']:.0f}" if name in rows else "" for name in SHOWN]
+        nodes = [_nodes(rows.get(name, {})) for name in SHOWN]
         plain = time(rows[PLAIN].get("inference_ms"))
         lines.append([*map(str, place), plain, *ratios, *nodes])
-    return grid(header, lines)
+    return "\n\n".join([grid(header, lines), *_failures(result)])
 
 
 def plot(result: dict, figure) -> None:
@@ -48,9 +48,25 @@ def _places(result: dict) -> dict[tuple, dict[str, dict]]:
     return places
 
 
+def _nodes(row: dict) -> str:
+    return f"{row['nodes_per_layer']:.0f}" if "nodes_per_layer" in row else ""
+
+
+def _failures(result: dict) -> list[str]:
+    """What a runtime did not take, a line each."""
+    return [
+        f"{row['network']}, {row['runtime']}, {row['sizes']} sizes, batch {row['batch']}, "
+        f"{row['variant']}: failed ({row['failed']})"
+        for row in result["rows"]
+        if "failed" in row
+    ]
+
+
 def _ratio(rows: dict[str, dict], name: str) -> str:
     if name not in rows:
         return ""
+    if "failed" in rows[name]:
+        return "failed"
     if "inference_ms" not in rows[name] or "inference_ms" not in rows[PLAIN]:
         return "failed parity"
     return f"{_quotient(rows, name):.2f}"

@@ -1,6 +1,7 @@
 """``ema-timm bench deploy``."""
 
 import argparse
+import sys
 
 from ema_timm.cli.bench.measurement import report
 
@@ -20,10 +21,10 @@ def add_kind(kinds) -> None:
         "--runtimes",
         nargs="+",
         metavar="NAME",
-        help="onnxruntime, openvino, torchscript, torch.export (default: all)",
+        help="onnxruntime, openvino, torchscript, torch.export (default: those installed)",
     )
     deploy.add_argument(
-        "--batch", type=int, nargs="+", default=[1], help="images (default: %(default)s)"
+        "--batch", type=int, nargs="+", default=[1, 8], help="images (default: 1 8)"
     )
     deploy.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
     deploy.add_argument("--rounds", type=int, default=11, help="samples (default: %(default)s)")
@@ -35,13 +36,17 @@ def add_kind(kinds) -> None:
 
 def _bench_deploy(args: argparse.Namespace) -> int:
     from ema_timm.bench.deploy import NETWORKS, bench_deploy
-    from ema_timm.bench.runtimes import RUNTIMES
+    from ema_timm.bench.runtimes import RUNTIMES, missing_packages
 
+    for name in () if args.runtimes else RUNTIMES:
+        if missing := missing_packages(name):
+            needs = " ".join(missing)
+            print(f"{name} is left out, not installed: pip install {needs}", file=sys.stderr)
     return report(
         args,
         lambda _: bench_deploy(
             args.networks or NETWORKS,
-            args.runtimes or tuple(RUNTIMES),
+            args.runtimes,
             args.batch,
             args.size,
             args.rounds,

@@ -95,7 +95,13 @@ def small_map(height: int, width: int) -> SmallMap:
     )
 
 
-def exported(x: Tensor, w: ExportedWeights, groups: int, small: SmallMap | None = None) -> Tensor:
+def exported(
+    x: Tensor,
+    w: ExportedWeights,
+    groups: int,
+    small: SmallMap | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """EMA attention in few operators.
 
     Args:
@@ -103,22 +109,26 @@ def exported(x: Tensor, w: ExportedWeights, groups: int, small: SmallMap | None 
         w: Arranged weights in the type of the statistics.
         groups: G; divides C.
         small: Matrices of this H and W where the sizes are known and small.
+        size: H and W where they are known, for a graph that takes no other: nothing checks them.
 
     Returns:
         (B, C, H, W), the dtype of ``x``.
     """
     n, height, width = w.gn_weight.shape[0], x.shape[2], x.shape[3]
+    if size is not None:  # numbers leave no arithmetic on shapes where the batch is free
+        height, width = size
     wide = x if x.dtype == w.gn_weight.dtype else x.to(w.gn_weight.dtype)
     g = wide.reshape(-1, n, height, width)
     if small is None:
-        y, features = _gated(g, w)
+        y, features = _gated(g, w, height, width)
     else:
-        y, features = _gated_small(_flat(g, n), w, small, height, width)
+        y, features = _gated_small(_flat(g, n, height, width), w, small, height, width)
     u = (torch.matmul(features, w.vote_weight) + w.vote_bias).softmax(1).unsqueeze(1)  # (T, 1, n)
-    logits = _normed(y, u, w) + _flat(_convolved(g, w.kernel), 1)
+    logits = _normed(y, u, w) + _flat(_convolved(g, w.kernel), 1, height, width)
     gate = logits.sigmoid()  # (T, 1, HW)
     if _for_onnx():
-        gated = (_flat(g, n) * gate).view(x.shape)
+        gated = g * gate.reshape(-1, 1, height, width)
+        gated = gated.view_as(x) if size is None else gated.view(-1, groups * n, height, width)
         return gated if gated.dtype == x.dtype else gated.to(x.dtype)
     # On the view of five dimensions the product keeps the memory format of x.
     tiles = wide.view(-1, groups, n, height, width)
@@ -136,16 +146,15 @@ def _for_onnx() -> bool:
     return False
 
 
-def _flat(maps: Tensor, channels: int) -> Tensor:
+def _flat(maps: Tensor, channels: int, height: int, width: int) -> Tensor:
     """(T, channels, H, W) as (T, channels, HW)."""
     if _for_onnx():  # which writes a flattening of the last axes as four operators
-        return maps.reshape(maps.shape[0], channels, -1)
+        return maps.reshape(-1, channels, height * width)
     return maps.flatten(2)
 
 
-def _gated(g: Tensor, w: ExportedWeights) -> tuple[Tensor, Tensor]:
+def _gated(g: Tensor, w: ExportedWeights, height: int, width: int) -> tuple[Tensor, Tensor]:
     """y, (T, n, HW), and the edge features, (T, 9n), of ``g``, (T, n, H, W)."""
-    height, width = g.shape[2], g.shape[3]
     row, col = g.mean(3, keepdim=True), g.mean(2, keepdim=True)  # (T, n, H, 1), (T, n, 1, W)
     ends = torch.cat([col, torch.cat([g[:, :, :1], g[:, :, -1:]], 2) / height], 2)  # (T, n, 3, W)
     ends_w = torch.cat([ends[:, :, :, :1], ends[:, :, :, -1:]], 3) / width
@@ -156,7 +165,8 @@ def _gated(g: Tensor, w: ExportedWeights) -> tuple[Tensor, Tensor]:
     else:
         gate_h, gate_w = _mixed(row.squeeze(3), w).unsqueeze(3), _mixed(col.squeeze(2), w)
         gate_w = gate_w.unsqueeze(2)
-    return _flat(g * gate_h * gate_w, w.gn_weight.shape[0]), features
+    # The outer product first: runtimes are slow where a factor is spread over short rows.
+    return _flat(g * (gate_h * gate_w), w.gn_weight.shape[0], height, width), features
 
 
 def _gated_small(

@@ -14,6 +14,7 @@ from ema_timm.ops.closed_form.exported import (
     small_map,
 )
 from ema_timm.ops.closed_form.formula import fold
+from ema_timm.ops.closed_form.in_place import exported_in_place
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 SMALL_PIXELS = {True: 256, False: 64}
@@ -27,11 +28,22 @@ class ExportedEma(nn.Module):
         weights: Arranged weights.
         groups: G.
         small: Matrices of the one size of its maps, or None.
+        size: H and W of its maps, for a graph that takes no other.
+        in_place: Whether PyTorch itself will run it.
     """
 
-    def __init__(self, weights: ExportedWeights, groups: int, small: SmallMap | None = None):
+    def __init__(
+        self,
+        weights: ExportedWeights,
+        groups: int,
+        small: SmallMap | None = None,
+        size: tuple[int, int] | None = None,
+        in_place: bool = False,
+    ):
         super().__init__()
         self.groups = groups
+        self.size = size
+        self.in_place = in_place
         self.fixed = small is not None
         for name, value in weights._asdict().items():
             self.register_buffer(name, value)
@@ -50,20 +62,26 @@ class ExportedEma(nn.Module):
             self.gn_weight,
             self.gn_bias,
         )
+        small: SmallMap | None = None
         if self.fixed:
             small = SmallMap(self.pool, self.spread_h, self.spread_w)
-            return exported(x, weights, self.groups, small)
-        return exported(x, weights, self.groups)
+        if self.in_place:
+            return exported_in_place(x, weights, self.groups, small)
+        return exported(x, weights, self.groups, small, self.size)
 
 
 @torch.no_grad()
-def ready_to_export(model: nn.Module, image: Tensor | None = None, onnx: bool = False) -> nn.Module:
+def ready_to_export(
+    model: nn.Module, image: Tensor | None = None, onnx: bool = False, pytorch: bool = False
+) -> nn.Module:
     """A copy of ``model`` whose EMA layers are `ExportedEma`; the same function.
 
     Args:
         model: A network in inference mode.
         image: One input where its size is to be fixed, so that the sizes of all maps are known.
         onnx: Whether the copy becomes ONNX; runtimes differ in what is fast.
+        pytorch: Whether PyTorch itself runs what it becomes: TorchScript or a program of
+            ``torch.export``.
     """
     sizes = {} if image is None else _map_sizes(model, image)
     model = copy.deepcopy(model)
@@ -71,7 +89,9 @@ def ready_to_export(model: nn.Module, image: Tensor | None = None, onnx: bool = 
         if isinstance(layer, EmaAttn) and layer.cross_spatial and _computes_here(layer):
             size = sizes.get(name)
             small = small_map(*size) if size and size[0] * size[1] <= SMALL_PIXELS[onnx] else None
-            exported_layer = ExportedEma(_arranged(layer), layer.groups, small)
+            # ONNX refuses other sizes; a traced network would take them, and be wrong.
+            known = size if onnx else None
+            exported_layer = ExportedEma(_arranged(layer), layer.groups, small, known, pytorch)
             layer.reparameterize()
             layer.folded = exported_layer.eval()
     return model

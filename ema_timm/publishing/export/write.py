@@ -66,7 +66,8 @@ def export(
         model = reparameterize_model(model).eval()
     inputs = check_inputs(model, fixed)
     require_sizes(model, inputs, fixed)
-    ready = ready_to_export(model, inputs[-1] if fixed.image else None, onnx=way.exportable)
+    image = inputs[-1] if fixed.image else None
+    ready = ready_to_export(model, image, onnx=way.exportable, pytorch=not way.exportable)
     options = {"exporter": exporter} if way.exporters else {}
     found = []
 
