@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ema_timm.ops import EmaWeights, FoldedWeights, ema_attention, folded_ema_attention
 from ema_timm.ops.closed_form.formula import drop_common_vote, fold
 from ema_timm.ops.dispatch import require_implementation
+from ema_timm.ops.macs import closed_form_macs, parallel_macs
 from ema_timm.ops.weights import EPS
 
 # Symbolic tracers (torch.fx, timm's and torchvision's feature extraction) keep the operator
@@ -129,6 +130,17 @@ class EmaAttn(nn.Module):
             self.gn.weight,
             self.gn.bias,
         )
+
+    def macs(self, batch: int, height: int, width: int) -> int:
+        """Multiply-accumulates of one call, as `ema_timm.ops.macs` counts them.
+
+        Args:
+            batch: B.
+            height: H.
+            width: W.
+        """
+        count = closed_form_macs if self.cross_spatial else parallel_macs
+        return count(batch * self.groups, self.channels // self.groups, height, width)
 
     def extra_repr(self) -> str:
         """What ``print`` shows beside the class name."""

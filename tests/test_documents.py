@@ -36,6 +36,8 @@ ELSEWHERE = {
     "digits-5000": "the comparison that was made; training/compare/test_compare.py has a small one",
     "ema-timm yolo best.pt": "integrations/test_yolo_publish.py; the detector is the reader's",
     'load("USER/detector")': "integrations/test_yolo_publish.py, from the stand-in Hub",
+    "torch_pruning": "integrations/test_pruning.py, where torch-pruning is installed",
+    "nncf.quantize": "integrations/test_nncf.py, where NNCF is installed",
     'YOLO("yolo11n.pt")': "integrations/test_yolo_inject.py; these weights are downloaded",
 }
 # Commands run as they stand; only the work that they give the machine is cut down: smaller images

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ema_timm.attention import EmaAttn
+from ema_timm.ops.macs import definition_macs, parallel_macs
 
 CONVENTION = (
     "One image, batch size 1. A multiplication with its addition counts once; convolutions, "
@@ -24,15 +25,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict:
     """Multiply-accumulates of one image, by PyTorch's counter on shapes alone.
 
     An EMA attention layer is counted twice: in the closed form, which is what runs, and by the
-    paper's definition, which is what other implementations run. With n = C / G channels in each
-    of G groups on H × W pixels, beside the 1×1 convolution of both, n²(H + W)G:
-
-    - closed form: 9nHWG for the collapsed 3×3 convolution, nHWG for the votes of the normalised
-      branch, 9n²G for the weights of the votes.
-    - definition: 9n²HWG for the 3×3 convolution, 2nHWG for the two matrix products.
-
-    Without cross-spatial learning there are no such products and there is no closed form: both
-    counts are n²(H + W)G + 9n²HWG.
+    paper's definition, which is what other implementations run; `ema_timm.ops.macs` has both
+    formulas. Without cross-spatial learning the two are the same.
 
     Args:
         model: A network; not touched.
@@ -43,13 +37,13 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict:
         ``ema_definition`` what that part would be, ``convention``.
     """
     twin = copy.deepcopy(model).to("meta").eval()
-    maps = []  # (n, G, H, W, cross-spatial learning) of each call of an EMA layer
+    calls = []  # (layer, H, W) of each call of an EMA layer
     for name, layer in [(k, m) for k, m in model.named_modules() if isinstance(m, EmaAttn)]:
-        twin.set_submodule(name, _Recorder(layer, maps))
+        twin.set_submodule(name, _Recorder(layer, calls))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(torch.empty(1, *input_size, device="meta"))
-    closed = sum(_closed_form(*shape) for shape in maps)
-    definition = sum(_definition(*shape) for shape in maps)
+    closed = sum(layer.macs(1, *size) for layer, *size in calls)
+    definition = sum(_definition(layer, *size) for layer, *size in calls)
     rest = counter.get_total_flops() // 2
     return {
         "total": rest + closed,
@@ -62,27 +56,16 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict:
 class _Recorder(nn.Module):
     """Stands in the place of an EMA layer and notes the maps it is given."""
 
-    def __init__(self, layer: EmaAttn, maps: list):
+    def __init__(self, layer: EmaAttn, calls: list):
         super().__init__()
-        self.groups, self.cross_spatial = layer.groups, layer.cross_spatial
-        self.maps = maps
+        self.layer, self.calls = layer, calls
 
     def forward(self, x: Tensor) -> Tensor:
-        """Note the shape of ``x``, (1, C, H, W), and return it as it is."""
-        _, channels, height, width = x.shape
-        n = channels // self.groups
-        self.maps.append((n, self.groups, height, width, self.cross_spatial))
+        """Note the size of ``x``, (1, C, H, W), and return it as it is."""
+        self.calls.append((self.layer, *x.shape[2:]))
         return x
 
 
-def _closed_form(n: int, groups: int, height: int, width: int, cross_spatial: bool) -> int:
-    if not cross_spatial:
-        return _definition(n, groups, height, width, cross_spatial)
-    pixels = height * width
-    return groups * (n * n * (height + width) + 10 * n * pixels + 9 * n * n)
-
-
-def _definition(n: int, groups: int, height: int, width: int, cross_spatial: bool) -> int:
-    pixels = height * width
-    products = 2 * n * pixels if cross_spatial else 0
-    return groups * (n * n * (height + width) + 9 * n * n * pixels + products)
+def _definition(layer: EmaAttn, height: int, width: int) -> int:
+    count = definition_macs if layer.cross_spatial else parallel_macs
+    return count(layer.groups, layer.channels // layer.groups, height, width)

@@ -12,10 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ema_timm.ops.closed_form import autograd
 from ema_timm.ops.closed_form.formula import fold, statistics_type
 from ema_timm.ops.closed_form.saved import Saved, new_saved
+from ema_timm.ops.macs import closed_form_macs
 from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
 
 # Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
@@ -189,3 +191,24 @@ def _fused_folded(x, *rest):
 @_fused_folded.register_fake
 def _(x, *rest):
     return torch.empty_like(x)
+
+
+def _flops(x_shape: torch.Size, n: int) -> int:
+    batch, channels, height, width = x_shape
+    # A multiplication and its addition are two operations to PyTorch's counter.
+    return 2 * closed_form_macs(batch * (channels // n), n, height, width)
+
+
+@register_flop_formula(
+    [torch.ops.ema_timm.closed_form, torch.ops.ema_timm.fused, torch.ops.ema_timm.fused_folded]
+)
+def _count_forward(x_shape, weight_shape, *rest, **_) -> int:
+    """For `torch.utils.flop_counter.FlopCounterMode`, which sees operators and not kernels."""
+    return _flops(x_shape, weight_shape[0])
+
+
+@register_flop_formula([torch.ops.ema_timm.closed_form_backward, torch.ops.ema_timm.fused_backward])
+def _count_backward(grad_shape, x_shape, *rest, **_) -> int:
+    """As often as the forward for the input's gradient, and once more for the parameters'."""
+    *_, weight_shape, _, need_x, need_weights = rest
+    return _flops(x_shape, weight_shape[0]) * (need_x + need_weights)

@@ -183,7 +183,8 @@ def _gated_small(
 def _mixed(pooled: Tensor, w: ExportedWeights) -> Tensor:
     """Gates from means, (T, n, ·)."""
     mixed = torch.matmul(w.mix_weight.flatten(1), pooled)
-    return (mixed + w.mix_bias.unsqueeze(1)).sigmoid()
+    # Added by a subtraction: NNCF takes what is added to a product for the bias of its last axis.
+    return (mixed - w.mix_bias.neg().unsqueeze(1)).sigmoid()
 
 
 def _normed(y: Tensor, u: Tensor, w: ExportedWeights, eps: float = EPS) -> Tensor:

@@ -157,7 +157,13 @@ def gate_logits(
     r = (centred.square().mean((3, 4)) + eps).rsqrt()  # (B, G, n)
     u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
 
-    normed = (centred * (u * w.gn_weight * r)[..., None, None]).sum(2)
+    coef = u * w.gn_weight * r
+    if for_inductor:
+        normed = (centred * coef[..., None, None]).sum(2)
+    else:
+        # A product, also for counters of operations: they see none in a sum.
+        normed = torch.matmul(coef.unsqueeze(2), centred.flatten(3)).squeeze(2)
+        normed = normed.unflatten(2, (height, g.shape[4]))
     local = convolve_to_one_channel(g, w.kernel, for_inductor)
     return normed + local + (u * w.gn_bias).sum(-1)[..., None, None]
 

@@ -1,0 +1,66 @@
+"""What counters of operations need to be told, so that they count EMA attention too.
+
+On a CPU a C kernel computes the layer: counters that wait for PyTorch's functions or for known
+modules see nothing and report the plain network's number. Each takes what it does not know in a
+way of its own; here it is for thop, ptflops, calflops and fvcore. PyTorch's ``FlopCounterMode``
+needs nothing; torchinfo and PyTorch's profiler take nothing, and stay at the plain network's
+number. All count multiply-accumulates of the closed form, as `ema_timm.ops.macs` does.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+from torch import Tensor
+
+from ema_timm.attention import EmaAttn
+
+
+def thop_ops() -> dict[type, Callable]:
+    """For ``thop.profile(model, inputs, custom_ops=thop_ops())``."""
+    return {EmaAttn: _count_for_thop}
+
+
+def ptflops_hooks() -> dict[type, Callable]:
+    """For ``ptflops.get_model_complexity_info(..., custom_modules_hooks=ptflops_hooks())``.
+
+    Its backend ``aten`` sees the layer by itself and ignores them.
+    """
+    return {EmaAttn: _count_for_ptflops}
+
+
+def calflops_hooks() -> dict[type, Callable]:
+    """For ``calflops.pytorch_ops.MODULE_HOOK_MAPPING.update(calflops_hooks())``, once."""
+    return {EmaAttn: _count_for_calflops}
+
+
+def fvcore_handles() -> dict[str, Callable]:
+    """For ``FlopCountAnalysis(model, inputs).set_op_handle(**fvcore_handles())``.
+
+    fvcore sees the layer, but counts a product of a matrix and a stack of matrices as if the stack
+    held one. These handles count every one.
+    """
+    return {"aten::matmul": _count_product}
+
+
+def _macs(layer: EmaAttn, output: Tensor) -> int:
+    batch, _, height, width = output.shape
+    return layer.macs(batch, height, width)
+
+
+def _count_for_thop(layer: EmaAttn, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    layer.total_ops += _macs(layer, output)
+
+
+def _count_for_ptflops(layer: EmaAttn, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    layer.__flops__ += _macs(layer, output)
+
+
+def _count_for_calflops(layer: EmaAttn, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    layer.__macs__ += _macs(layer, output)
+    layer.__flops__ += 2 * _macs(layer, output)
+
+
+def _count_product(inputs: list, outputs: list) -> int:
+    """Multiply-accumulates of a traced product, from the values of its node in the graph."""
+    inner = inputs[0].type().sizes()[-1]
+    return inner * prod(outputs[0].type().sizes())
