@@ -98,6 +98,16 @@ def plan(x: Tensor, groups: int, last: bool) -> Plan:
     return Plan(x.shape[0] * groups, size, warps, forward, backward)
 
 
+def blocks_over_tiles(n: int) -> tuple[int, dict]:
+    """Programs and blocks of `ema_timm.ops.fused.over_tiles.sum_tiles`."""
+    across = 16 if n <= 32 else 32
+    along, columns = across if n > 64 else 16, max(8, triton.next_power_of_2(n * n // 128))
+    products = triton.cdiv(n, along) * triton.cdiv(9 * n, across)
+    programs = products + triton.cdiv(4 * n + n * n, columns)
+    steps = {"BT": 64, "BS": 4096 // columns}
+    return programs, {"BO": along, "BK": across, "BJ": columns, **steps}
+
+
 def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
     """Blocks of the forward, as `ema_timm.ops.fused.whole_tile.forward_tile` takes them.
 

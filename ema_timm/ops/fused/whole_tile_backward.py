@@ -45,7 +45,7 @@ class Scratch(NamedTuple):
         slopes: What `Slope` holds, (B·G, 3, n).
         taps: What reaches x through each tap, (B·G, 9n).
         means: Shifted means, (B·G, 9n).
-        parts: (B·G, 13n + n² + 1): dk (9, n), dm, dγ, dβ, db₁, dW₁ (n, n), ΣdL.
+        parts: (B·G, 14n + n²): dk (n, 9), dm, dγ, dβ, db₃, db₁, dW₁ (n, n).
     """
 
     dl: Any
@@ -73,7 +73,7 @@ def scratch_of(scratch, x, n: tl.constexpr):
         scratch.slopes + tile * 3 * n,
         scratch.taps + tile * 9 * n,
         scratch.means + tile * 9 * n,
-        scratch.parts + tile * (13 * n + n * n + 1),
+        scratch.parts + tile * (14 * n + n * n),
     )
 
 
@@ -85,6 +85,7 @@ def backward_tile(
     saved: Saved,
     scratch: Scratch,
     weights: FoldedWeights,
+    v,  # softmax of β
     size: Size,
     n: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -114,7 +115,6 @@ def backward_tile(
     dx = tile_of(dx, size, n, VECTOR, LAST)
     kept, own = kept_of(saved, size, n), scratch_of(scratch, x, n)
     dl_sum = gate_gradient(grad, x, kept, own.dl, n, BC, BR, BW)
-    tl.store(own.parts + 13 * n + n * n, dl_sum)
     pool(x, own.sums, own.dots, n, BA, BP, BQ)
     tl.debug_barrier()
     for k0 in range(0, 9 * n, 32):
@@ -123,7 +123,7 @@ def backward_tile(
     tl.debug_barrier()
     kernel_gradient(narrow, kept, own, dl_sum, n, PRODUCT, BD, BE, BW)
     tl.debug_barrier()
-    finish_vectors(x, kept, own, weights, dl_sum, n, PN)
+    finish_vectors(x, kept, own, weights, v, dl_sum, n, PN)
     tl.debug_barrier()
     line_gradients(x, kept, own, n, BN, BH, BW)
     tl.debug_barrier()
@@ -206,9 +206,9 @@ def mix_gradient(
         dw1 += mixed[:, None, :] * pooled[None, :, :]
     dw1 = tl.sum(dw1, axis=2)
     db1 = tl.sum(db1, axis=1)
-    store_vector(own.parts + 12 * n, db1, i, n)
+    store_vector(own.parts + 13 * n, db1, i, n)
     at, mask = i[:, None] * n + i[None, :], (i < n)[:, None] & (i < n)[None, :]
-    tl.store(own.parts + 13 * n + at, dw1, mask=mask)
+    tl.store(own.parts + 14 * n + at, dw1, mask=mask)
     everywhere = tl.zeros((PN,), tl.float32)
     first_row, last_row = tl.zeros((PN,), tl.float32), tl.zeros((PN,), tl.float32)
     first_column, last_column = tl.zeros((PN,), tl.float32), tl.zeros((PN,), tl.float32)
