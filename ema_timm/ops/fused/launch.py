@@ -94,6 +94,7 @@ def backward(
             walk.size,
             num_warps=walk.warps,
             num_stages=1,
+            maxnreg=walk.registers,
             **walk.backward,
         )
         dw = sum_over_tiles(scratch.parts, scratch.means, v, weights) if need_weights else None
@@ -123,7 +124,7 @@ def _scratch(saved: Saved, x: Tensor) -> Scratch:
         empty(x.shape[2] + 2, x.shape[3] + 2),
         *[torch.empty_like(gates) for _ in range(3)],
         empty(n),
-        empty(3 * n),
+        empty(4 * n),
         empty(9 * n),
         empty(9 * n),
         empty(14 * n + n * n),

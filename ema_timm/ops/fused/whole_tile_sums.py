@@ -7,6 +7,7 @@ scratch with a border of zeros, so that its neighbours are read without asking w
 import triton
 import triton.language as tl
 
+from ema_timm.ops.fused.blocks import sum_pixels
 from ema_timm.ops.fused.bundles import (
     inside,
     load_columns,
@@ -86,7 +87,7 @@ def kernel_gradient(
             pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
             dl = tl.load(own.dl + pixels_at(x, h, w), mask=pixels, other=0.0)
             y_dot += (y - mean[:, None, None]) * dl[None, :, :]
-        dot = tl.sum(tl.sum(y_dot, axis=2), axis=1) - load_vector(kept.rest, c, n) * dl_sum
+        dot = sum_pixels(y_dot) - load_vector(kept.rest, c, n) * dl_sum
         store_vector(own.dots, dot * load_vector(kept.r, c, n), c, n)
 
 
@@ -106,7 +107,7 @@ def multiply_taps(x, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
         if block.dtype == tl.float32:
             dk = tl.dot(seen, block, dk, input_precision="tf32x3")
         else:  # half precision is exact in TF32, and dL is in two parts
-            high = seen.to(tl.bfloat16).to(tl.float32)
+            high = (seen.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
             dk = tl.dot(high, block.to(tl.float32), dk, input_precision="tf32")
             dk = tl.dot(seen - high, block.to(tl.float32), dk, input_precision="tf32")
     at = t[:, None] + 9 * c[None, :]
@@ -129,9 +130,9 @@ def sum_taps(x, own, c, dy: tl.constexpr, n: tl.constexpr, BH: tl.constexpr, BW:
         middle += block * tl.load(seen)[None, :, :]
         right += block * tl.load(seen - 1)[None, :, :]
     taps = own.parts + 3 * (dy + 1)
-    store_vector(taps, tl.sum(tl.sum(left, axis=2), axis=1), 9 * c, 9 * n)
-    store_vector(taps + 1, tl.sum(tl.sum(middle, axis=2), axis=1), 9 * c, 9 * n)
-    store_vector(taps + 2, tl.sum(tl.sum(right, axis=2), axis=1), 9 * c, 9 * n)
+    store_vector(taps, sum_pixels(left), 9 * c, 9 * n)
+    store_vector(taps + 1, sum_pixels(middle), 9 * c, 9 * n)
+    store_vector(taps + 2, sum_pixels(right), 9 * c, 9 * n)
 
 
 @triton.jit
@@ -148,6 +149,7 @@ def finish_vectors(x, kept, own, weights, v, dl_sum, n: tl.constexpr, PN: tl.con
     store_vector(own.slopes + n, slope, o, n)
     level = dl_sum / (x.H * x.W) - load_vector(kept.rest, o, n) * slope
     store_vector(own.slopes + 2 * n, level, o, n)
+    store_vector(own.slopes + 3 * n, load_vector(kept.mean, o, n), o, n)
     products = tl.zeros((PN, 32), tl.float32)
     for k0 in range(0, 9 * n, 32):
         k = k0 + tl.arange(0, 32)
