@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ema_timm.ops.closed_form import autograd
 from ema_timm.ops.closed_form.formula import fold, statistics_type
 from ema_timm.ops.closed_form.saved import Saved, new_saved
+from ema_timm.ops.fused import fold as fused_fold
 from ema_timm.ops.macs import closed_form_macs
 from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
 
@@ -62,21 +63,24 @@ def _recorded(x: Tensor, weights: EmaWeights) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
 
 
-def _register(name: str, forward: Callable, backward: Callable) -> Callable:
+def _register(
+    name: str, forward: Callable, backward: Callable, folding: Callable = fold
+) -> Callable:
     """Register ``ema_timm::name`` and ``ema_timm::name_backward``; returns the first.
 
     Args:
         name: Name of the operator.
         forward: (x, folded weights, groups, save) -> (output, `Saved` or None).
         backward: (grad, x, saved, weights, groups, need_x, need_weights) -> (dx, gradients).
+        folding: Weights -> folded weights.
     """
-    operator = _register_forward(name, forward)
+    operator = _register_forward(name, forward, folding)
     gradient = _register_backward(f"{name}_backward", backward)
     operator.register_autograd(partial(_differentiate, gradient), setup_context=_keep)
     return operator
 
 
-def _register_forward(name: str, forward: Callable) -> Callable:
+def _register_forward(name: str, forward: Callable, folding: Callable) -> Callable:
     @torch.library.custom_op(
         f"ema_timm::{name}",
         mutates_args=(),
@@ -89,7 +93,7 @@ def _register_forward(name: str, forward: Callable) -> Callable:
         n = x.shape[1] // groups
         if not fits(weights, n):  # whoever calls the operator by name has passed no other check
             raise ValueError(misfit(weights, n))
-        folded = fold(statistics_type(x, weights))
+        folded = folding(statistics_type(x, weights))
         out, saved = forward(x, folded, groups, save)
         return out, *(saved or (x.new_empty(0), x.new_empty(0), x.new_empty(0)))
 
@@ -175,7 +179,7 @@ def _fused_backward(grad, x, saved, weights, *rest):
 
 
 _closed_form = _register("closed_form", _closed_form_forward, autograd.hand_written_backward)
-_fused = _register("fused", _fused_forward, _fused_backward)
+_fused = _register("fused", _fused_forward, _fused_backward, fused_fold.fold)
 
 
 @torch.library.custom_op(

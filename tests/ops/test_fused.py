@@ -9,9 +9,11 @@ import torch
 from support import oracle
 
 from ema_timm import EmaAttn, ema_attention, set_implementation
+from ema_timm.bench.counter import Counter
 from ema_timm.bench.layer import AuthorsForm
 from ema_timm.ops import EmaWeights
 from ema_timm.ops.closed_form.formula import drop_common_vote, fold
+from ema_timm.ops.fused.fold import fold as fused_fold
 
 triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
 if not hasattr(triton.language, "gather"):
@@ -128,6 +130,65 @@ def test_the_same_bits_every_time(shape):
         again = oracle.output_and_gradients(run, case)
         for name, value in first.items():
             assert torch.equal(again[name], value), name
+
+
+class Noted:
+    """Stands in for a kernel: notes its launches, and runs nothing."""
+
+    def __init__(self, name, launched):
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launched.append(self.name)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, layout):
+    case = on_device(oracle.make_case((2, 16, 6, 5), 2, torch.bfloat16, layout))
+    weights = EmaWeights(*[w.detach().float() for w in case.weights])
+    grad = torch.empty_like(case.x).copy_(case.grad)
+    launched = []
+    for module, name in [
+        (launch.whole_tile, "forward_tile"),
+        (launch.whole_tile_backward, "backward_tile"),
+        (launch.over_tiles, "sum_tiles"),
+    ]:
+        monkeypatch.setattr(module, name, Noted(name, launched))
+    with torch.no_grad(), Counter() as forward:
+        _, saved = launch.forward(case.x, fused_fold(weights), 2, save=True)
+    with torch.no_grad(), Counter() as backward:
+        launch.backward(grad, case.x, saved, weights, 2)
+    assert launched == ["forward_tile", "backward_tile", "sum_tiles"]
+    assert forward.launches <= 5, forward.lines
+    assert backward.launches <= 5, backward.lines
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 64])
+def test_weights_folded_in_few_operators_are_those_of_the_derivation(n):
+    weights = oracle.make_weights(n)
+    for found, expected in zip(fused_fold(weights), fold(weights), strict=True):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("n", "tiles"), [(3, 1), (8, 65), (16, 200), (40, 70), (72, 3)])
+def test_sums_over_tiles_are_those_of_whole_tables(poison, n, tiles):
+    """More tiles than a step takes, and fewer; columns on and off the blocks' borders."""
+    gen = torch.Generator().manual_seed(n)
+    parts = torch.randn(tiles, 14 * n + n * n, generator=gen).to(DEVICE)
+    means, v = torch.randn(tiles, 9 * n, generator=gen).to(DEVICE), torch.rand(n).to(DEVICE)
+    weights = EmaWeights(*[w.detach().to(DEVICE) for w in oracle.make_weights(n, torch.float32)])
+    found = launch.sum_over_tiles(parts, means, v, weights)
+    again = launch.sum_over_tiles(parts, means, v, weights)
+    dk, dm, *vectors, mix = parts.double().split([9 * n, *[n] * 5, n * n], dim=1)
+    gamma, beta, conv3x3_bias, mix_bias = [t.sum(0) for t in vectors]
+    through_taps = torch.outer(v.double(), dk.sum(0))
+    expected = EmaWeights(
+        mix.sum(0), mix_bias, dm.t() @ means.double() + through_taps, conv3x3_bias, gamma, beta
+    )
+    for name, one, other, truth in zip(EmaWeights._fields, found, again, expected, strict=True):
+        assert torch.equal(one, other), name
+        assert oracle.relative_error(one, truth.view_as(one)) < 1e-6, name
 
 
 def awkward_inputs():
@@ -465,7 +526,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
         "print(*sorted(names))"
     )
     names = python(code, args=[capability], env=COMPILING).split()
-    assert names == ["backward_tile", "forward_tile"]
+    assert names == ["backward_tile", "forward_tile", "sum_tiles"]
 
 
 @pytest.mark.slow
@@ -477,4 +538,4 @@ def test_sizes_of_one_compile_for_training_and_inference(python, shape):
         "for grad in (None, case.grad):\n"
         "    print(len(offline.compile_call(case.x, case.weights, 1, grad, 80)))"
     )
-    assert python(code, env=COMPILING).split() == ["1", "2"]
+    assert python(code, env=COMPILING).split() == ["1", "3"]

@@ -42,13 +42,14 @@ def test_a_loop_counts_as_often_as_it_runs(python, tmp_path):
     assert found == ["7 0"] * 3 + ["14 0"] * 3
 
 
-# Lane-instructions an element of the forward and the backward, and spilled bytes, on capability
-# 9.0 with Triton 3.8; other versions differ by a few. A number that falls is to be lowered here.
+# Lane-instructions an element of the forward and the backward, and warps that a multiprocessor
+# holds of each, on capability 9.0 with Triton 3.8; other versions differ by a few. A number that
+# falls is to be lowered here.
 MOST = {
-    (256, 56, "contiguous"): (83, 168),
-    (256, 56, "channels_last"): (85, 168),
-    (512, 28, "contiguous"): (102, 162),
-    (512, 28, "channels_last"): (97, 162),
+    (256, 56, "contiguous"): (72, 146, 16, 12),
+    (256, 56, "channels_last"): (73, 153, 12, 12),
+    (512, 28, "contiguous"): (87, 149, 16, 8),
+    (512, 28, "channels_last"): (86, 152, 12, 12),
 }
 
 
@@ -62,15 +63,15 @@ def test_no_kernel_issues_more_or_holds_less_than_was_counted(python, channels, 
         "    print(k.name, k.spilled, k.resident, each)"
     )
     lines = python(code, args=[channels, size, layout], env=COMPILING).splitlines()
-    found = {name: numbers for name, *numbers in map(str.split, lines)}
-    assert set(found) == {"forward_tile", "backward_tile"}
-    for kernel, most in zip(
-        ("forward_tile", "backward_tile"), MOST[channels, size, layout], strict=True
-    ):
-        spilled, resident, each = map(float, found[kernel])
-        assert spilled <= 16
-        assert resident >= 8
-        assert each <= most, f"{kernel}: {each:.1f} lane-instructions an element"
+    found = {name: [float(n) for n in numbers] for name, *numbers in map(str.split, lines)}
+    assert set(found) == {"forward_tile", "backward_tile", "sum_tiles"}
+    assert not any(spilled for spilled, *_ in found.values()), found
+    kernels = ("forward_tile", "backward_tile")
+    most, warps = MOST[channels, size, layout][:2], MOST[channels, size, layout][2:]
+    for kernel, lanes, least in zip(kernels, most, warps, strict=True):
+        _, resident, each = found[kernel]
+        assert resident >= least, kernel
+        assert each <= lanes, f"{kernel}: {each:.1f} lane-instructions an element"
 
 
 def test_the_shapes_counted_are_those_of_the_networks():

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.oracle import make_case
 from support.sass import issued
 
-_MODULES = ("whole_tile", "whole_tile_backward")
+_MODULES = ("over_tiles", "whole_tile", "whole_tile_backward")
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -190,24 +190,30 @@ def stage(channels: int, size: int, layout: str, capability: int) -> list[Compil
     return compile_call(case.x, weights, 32, grad, capability)
 
 
+def counted(kernel: Compiled, elements: int) -> str:
+    """Registers, spilled bytes, warps of a multiprocessor, barriers, lane-instructions."""
+    on_chip = f"{kernel.registers}, {kernel.spilled}, {kernel.resident}"
+    try:
+        return f"{on_chip}, {kernel.issued['BAR']}, {kernel.lanes / elements:.1f}"
+    except ValueError:  # a loop whose end is not known before the launch
+        return f"{on_chip}, –, –"
+
+
 def main() -> None:
     """Print the table of both networks' stages: `offline.py 80 90 100`."""
-    print(
-        "| stage | layout | GPU | kernel | warps | registers | spilled | shared | warps an SM "
-        "| barriers | lane-instructions an element |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
     capabilities = [int(text) for text in sys.argv[1:]] or [90]
+    names = [f"{capability / 10}" for capability in capabilities]
+    print(f"| map | layout | kernel | warps | {' | '.join(names)} |")
+    print("|" + "---|" * (4 + len(capabilities)))
     for channels, size in [shape for shapes in STAGES.values() for shape in shapes]:
         for layout in ("contiguous", "channels_last"):
-            for capability in capabilities:
-                for k in stage(channels, size, layout, capability):
-                    print(
-                        f"| {channels}×{size}×{size} | {layout} | {capability} | {k.name} "
-                        f"| {k.warps} | {k.registers} | {k.spilled} | {k.shared} | {k.resident} "
-                        f"| {k.issued['BAR']} | {k.lanes / (2 * channels * size * size):.1f} |",
-                        flush=True,
-                    )
+            each = [stage(channels, size, layout, capability) for capability in capabilities]
+            for kernels in zip(*each, strict=True):
+                name = kernels[0].name.removesuffix("_tile")
+                if name in ("forward", "backward"):  # the sums over tiles depend on the batch
+                    shape = f"{channels}×{size}×{size} | {layout} | {name} | {kernels[0].warps}"
+                    numbers = [counted(k, 2 * channels * size * size) for k in kernels]
+                    print(f"| {shape} | {' | '.join(numbers)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,56 @@ i and a tap meet, their number is k = 9·i + t.
 import triton
 import triton.language as tl
 
-from ema_timm.ops.fused.bundles import store_lines, store_vector
+from ema_timm.ops.fused.bundles import inside, places, store_lines, store_vector
 
 
 @triton.jit
-def pool(x, sums, totals, n: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr):
-    """Write the sum of every line and of every channel."""
-    for c0 in range(0, n, BN):
-        c = c0 + tl.arange(0, BN)
-        for p0 in range(0, x.W, BP):
-            p = p0 + tl.arange(0, BP)
-            found = sum_lines(x, c, p, x.w, x.W, x.h, x.H, n, BQ)
-            store_lines(sums, found, x, c, x.H, p, x.W, n)
-        total = tl.zeros((BN,), tl.float32)
-        for p0 in range(0, x.H, BP):
-            p = p0 + tl.arange(0, BP)
-            found = sum_lines(x, c, p, x.h, x.H, x.w, x.W, n, BQ)
-            store_lines(sums, found, x, c, 0, p, x.H, n)
-            total += tl.sum(found, axis=1)
-        store_vector(totals, total, c, n)
+def pool(
+    x,
+    sums,
+    totals,
+    n: tl.constexpr,
+    LAST: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BA: tl.constexpr,
+    BP: tl.constexpr,
+    BQ: tl.constexpr,
+):
+    """Write the sum of every line and of every channel.
+
+    A thread that has neighbours of one row adds most of it by itself, and one walk makes both kinds
+    of lines. In channels_last it has channels, and each kind takes a walk along its lines.
+    """
+    if LAST:
+        for c0 in range(0, n, BA):
+            c = c0 + tl.arange(0, BA)
+            for p0 in range(0, x.W, BP):
+                p = p0 + tl.arange(0, BP)
+                found = sum_lines(x, c, p, x.w, x.W, x.h, x.H, n, BQ)
+                store_lines(sums, found, x, c, x.H, p, x.W, n)
+            total = tl.zeros((BA,), tl.float32)
+            for p0 in range(0, x.H, BP):
+                p = p0 + tl.arange(0, BP)
+                found = sum_lines(x, c, p, x.h, x.H, x.w, x.W, n, BQ)
+                store_lines(sums, found, x, c, 0, p, x.H, n)
+                total += tl.sum(found, axis=1)
+            store_vector(totals, total, c, n)
+    else:
+        w, rows = tl.arange(0, BW), tl.arange(0, BH)
+        for c0 in range(0, n, BN):
+            c = c0 + tl.arange(0, BN)
+            columns = tl.zeros((BN, BH, BW), tl.float32)
+            for h0 in range(0, x.H, BH):
+                h = h0 + rows
+                at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+                block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+                columns += block
+                store_lines(sums, tl.sum(block, axis=2), x, c, 0, h, x.H, n)
+            found = tl.sum(columns, axis=1)
+            store_lines(sums, found, x, c, x.H, w, x.W, n)
+            store_vector(totals, tl.sum(found, axis=1), c, n)
 
 
 @triton.jit
@@ -46,6 +77,12 @@ def sum_lines(x, c, p, step_p, P, step_q, Q, n: tl.constexpr, BQ: tl.constexpr):
         mask = (q < Q - q0)[None, :, None] & known
         total += tl.load(x.start + q0 * step_q + at, mask=mask, other=0.0).to(tl.float32)
     return tl.sum(total, axis=1)
+
+
+@triton.jit
+def sum_pixels(block):
+    """Sums over rows and columns, (BN,): in a thread first, then between threads once."""
+    return tl.sum(tl.reshape(block, (block.shape[0], block.shape[1] * block.shape[2])), axis=1)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ constant:
 
     n: Channels of a group.
     LAST: Maps are channels_last, and numbers of lines are (L, n) instead of (n, L).
-    VECTOR: What divides W; Triton finds out by itself only what 16 divides.
+    VECTOR, EVEN: What divides W and H; Triton finds out by itself only what 16 divides.
     BN, BH, BW: Shape of a block.
 
 A size of 1 is a constant too, without the methods of a number: what has to be widened comes from
@@ -85,7 +85,9 @@ class Kept(NamedTuple):
 
 
 @triton.jit
-def tile_of(start, size, n: tl.constexpr, VECTOR: tl.constexpr, LAST: tl.constexpr):
+def tile_of(
+    start, size, n: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr, LAST: tl.constexpr
+):
     """This program's tile of the map at ``start``."""
     tile = tl.program_id(0).to(tl.int64)
     H, W = size.H, size.W
@@ -94,19 +96,19 @@ def tile_of(start, size, n: tl.constexpr, VECTOR: tl.constexpr, LAST: tl.constex
         start += (tile // size.groups) * (H * W * C) + (tile % size.groups) * n
         return Tile(start, 1, W * C, C, H, W, 1, n)
     else:
-        W = W // VECTOR * VECTOR
+        H, W = H // EVEN * EVEN, W // VECTOR * VECTOR
         return Tile(start + tile * (H * W * n), H * W, W, 1, H, W, H + W, 1)
 
 
 @triton.jit
-def kept_of(saved, size, n: tl.constexpr):
-    """This program's part of ``saved``."""
+def kept_of(saved, x, n: tl.constexpr):
+    """This program's part of ``saved``, for its tile ``x``."""
     tile = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0).to(tl.int64) * n
     mean = saved.vectors + tile * n
     return Kept(
-        saved.gates + tile * n * (size.H + size.W),
-        saved.gate_map + tile * size.H * size.W,
+        saved.gates + tile * n * (x.H + x.W),
+        saved.gate_map + tile * x.H * x.W,
         mean,
         mean + step,
         mean + 2 * step,
@@ -160,6 +162,12 @@ def load_columns(numbers, x, c, w, n: tl.constexpr):
 def load_vector(pointer, c, n: tl.constexpr):
     """One number a channel, zero beyond n: (BN,)."""
     return tl.load(pointer + c, mask=c < n, other=0.0)
+
+
+@triton.jit
+def load_beside(pointers, row: tl.constexpr, c, n: tl.constexpr):
+    """Of a table with n columns one row, where ``pointers`` are those to the first: (BN,)."""
+    return tl.load(pointers + row * n, mask=c < n, other=0.0)
 
 
 @triton.jit

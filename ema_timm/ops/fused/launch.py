@@ -3,9 +3,9 @@
 B batch, C channels, G groups, n = C / G, H height, W width; a tile is one group of one sample.
 
 One program takes a tile from end to end: the forward reads x from memory once and writes the output
-once, the backward reads x and the incoming gradient and writes dx. Maps of other layouts than
-contiguous and channels_last are copied first. Nothing is measured yet: README.md beside this file
-has what was counted, and why.
+once, the backward reads x and the incoming gradient and writes dx; a second kernel sums the
+parameters' gradients over tiles. Maps of other layouts than contiguous and channels_last are copied
+first. Nothing is measured yet: README.md beside this file has what was counted, and why.
 
 The backward is that of `ema_timm.ops.closed_form.eager` and keeps the same things; in channels_last
 its gates lie in memory as (B·G, H + W, n). Sums over tiles are taken from per-tile vectors in a
@@ -20,11 +20,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ema_timm.ops.closed_form.formula import fold
-from ema_timm.ops.closed_form.gradients import finish_weights
 from ema_timm.ops.closed_form.saved import Saved, new_saved
-from ema_timm.ops.fused import whole_tile, whole_tile_backward
-from ema_timm.ops.fused.plan import plan
+from ema_timm.ops.fused import over_tiles, whole_tile, whole_tile_backward
+from ema_timm.ops.fused.fold import fold_with_votes
+from ema_timm.ops.fused.plan import blocks_over_tiles, plan
 from ema_timm.ops.fused.whole_tile_backward import Scratch
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
@@ -76,7 +75,7 @@ def backward(
     if not x.numel():
         zeros = EmaWeights(*map(torch.zeros_like, weights))
         return dx if need_x else None, zeros if need_weights else None
-    folded = FoldedWeights(*[w.contiguous() for w in fold(weights)])
+    folded, v = fold_with_votes(weights)
     source, last = laid_out(x)
     target = dx if dx.stride() == source.stride() else torch.empty_like(source)
     if grad.stride() != source.stride():
@@ -91,12 +90,14 @@ def backward(
             saved,
             scratch,
             folded,
+            v,
             walk.size,
             num_warps=walk.warps,
             num_stages=1,
+            maxnreg=walk.registers,
             **walk.backward,
         )
-        dw = _weight_gradients(scratch, weights) if need_weights else None
+        dw = sum_over_tiles(scratch.parts, scratch.means, v, weights) if need_weights else None
     if target is not dx:
         dx.copy_(target)
     return dx if need_x else None, dw
@@ -123,30 +124,29 @@ def _scratch(saved: Saved, x: Tensor) -> Scratch:
         empty(x.shape[2] + 2, x.shape[3] + 2),
         *[torch.empty_like(gates) for _ in range(3)],
         empty(n),
-        empty(3 * n),
+        empty(4 * n),
         empty(9 * n),
         empty(9 * n),
-        empty(13 * n + n * n + 1),
+        empty(14 * n + n * n),
     )
 
 
-def _weight_gradients(scratch: Scratch, weights: EmaWeights) -> EmaWeights:
-    """Gradients of the parameters from every tile's share of them."""
-    n = weights.gn_bias.shape[0]
-    dm = scratch.parts[:, 9 * n : 10 * n]
-    kernel, dm_sum, dgamma, dbeta, mix_bias, mix, logits = scratch.parts.sum(0).split(
-        [9 * n, n, n, n, n, n * n, 1]
+def sum_over_tiles(parts: Tensor, means: Tensor, v: Tensor, weights: EmaWeights) -> EmaWeights:
+    """Gradients of the parameters from every tile's share of them.
+
+    Args:
+        parts: As `ema_timm.ops.fused.whole_tile_backward.Scratch` has them, as are ``means``.
+        means: Shifted means of every tile.
+        v: Softmax of β, (n,).
+        weights: What the gradients are shaped like.
+    """
+    tiles, n = parts.shape[0], v.shape[0]
+    found = EmaWeights(*[torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in weights])
+    programs, blocks = blocks_over_tiles(n)
+    over_tiles.sum_tiles[(programs,)](
+        parts, means, v, found, tiles, n=n, num_warps=4, num_stages=3, **blocks
     )
-    found = FoldedWeights(
-        mix.view(n, n).clone(),  # copies: an operator's results must not share memory
-        mix_bias.clone(),
-        kernel.view(9, n),
-        dm.t() @ scratch.means,
-        dm_sum,
-        dgamma.clone(),
-        dbeta,
-    )
-    return finish_weights(found, logits, weights)
+    return found
 
 
 @contextlib.contextmanager

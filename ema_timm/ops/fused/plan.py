@@ -75,6 +75,7 @@ class Plan(NamedTuple):
         warps: Warps of a program.
         forward: What the forward must know when it is compiled.
         backward: The same for the backward.
+        registers: Most for a thread of the backward, where some are spared for more warps; or None.
     """
 
     tiles: int
@@ -82,6 +83,7 @@ class Plan(NamedTuple):
     warps: int
     forward: dict
     backward: dict
+    registers: int | None
 
 
 def plan(x: Tensor, groups: int, last: bool) -> Plan:
@@ -91,11 +93,23 @@ def plan(x: Tensor, groups: int, last: bool) -> Plan:
     step = _dividing(n if last else width, 16 // x.element_size())
     forward = {
         **{"n": n, "PN": triton.next_power_of_2(n), "LAST": last, "VECTOR": step},
+        "EVEN": _dividing(height, 4),
         **_walks(n, height, width, warps, step if last else 0),
     }
     backward = {**forward, **_gradient_walks(forward, height, warps)}
     size = Size(groups, height, width)
-    return Plan(x.shape[0] * groups, size, warps, forward, backward)
+    registers = 168 if last and warps > 1 and x.element_size() == 2 else None
+    return Plan(x.shape[0] * groups, size, warps, forward, backward, registers)
+
+
+def blocks_over_tiles(n: int) -> tuple[int, dict]:
+    """Programs and blocks of `ema_timm.ops.fused.over_tiles.sum_tiles`."""
+    across = 16 if n <= 32 else 32
+    along, columns = across if n > 64 else 16, max(8, triton.next_power_of_2(n * n // 128))
+    products = triton.cdiv(n, along) * triton.cdiv(9 * n, across)
+    programs = products + triton.cdiv(4 * n + n * n, columns)
+    steps = {"BT": 64, "BS": 4096 // columns}
+    return programs, {"BO": along, "BK": across, "BJ": columns, **steps}
 
 
 def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
@@ -115,14 +129,18 @@ def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
         along = few = max(step, _fitting(n, many))
     else:  # lanes along rows, and warps along channels or rows
         along, few = _fitting(n, max(many, 2 * warps)), _fitting(n, max(1, numbers // 2 // pixels))
+    rows = _rows(height, numbers if step else numbers // 2, few * columns)
+    half = max(1, rows // 2)
+    if triton.cdiv(height, half) * half < triton.cdiv(height, rows) * rows:
+        rows = half
     lines = triton.next_power_of_2(min(max(height, width), 64))
     return {
         "BN": along,
         "BH": _rows(height, numbers, along * columns),
         "BC": few,
-        "BR": _rows(height, numbers if step else numbers // 2, few * columns),
+        "BR": rows,
         "BW": columns,
-        "BA": _fitting(n, max(1, numbers // (8 * lines))),
+        "BA": _fitting(n, max(1, step, numbers // (8 * lines))),
         "BP": lines,
         "BQ": 8,
         "BL": triton.next_power_of_2(
@@ -134,10 +152,11 @@ def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
 def _gradient_walks(forward: dict, height: int, warps: int) -> dict:
     """What the backward takes beside, or instead of, what the forward does."""
     n, columns, step = forward["n"], forward["BW"], forward["VECTOR"]
-    numbers = 2 * THREAD * 32 * warps
+    numbers = THREAD * 32 * warps
     product = _fitting(n, 32) >= 16 and columns * triton.next_power_of_2(height) >= 16
     channels = _fitting(n, 32) if product else max(_fitting(n, 8), forward["LAST"] * forward["BN"])
-    rows = _rows(height, numbers, channels * columns)
+    several = 2 if product or forward["LAST"] else 1  # else 12 warps find room on an SM, not 8
+    rows = _rows(height, several * numbers, channels * columns)
     return {
         "NARROW": step if forward["LAST"] else min(step, 4),
         "PRODUCT": product,

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import pool, shift_columns, shifted_means
+from ema_timm.ops.fused.blocks import pool, shift_columns, shifted_means, sum_pixels
 from ema_timm.ops.fused.bundles import (
     Size,
     inside,
     kept_of,
+    load_beside,
     load_columns,
     load_rows,
     load_vector,
@@ -40,6 +41,7 @@ def forward_tile(
     DROPPED: tl.constexpr,
     SAVE: tl.constexpr,
     VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,
     LAST: tl.constexpr,
     BN: tl.constexpr,  # channels and rows of a block in walks of channel after channel
     BH: tl.constexpr,
@@ -53,20 +55,21 @@ def forward_tile(
     PN: tl.constexpr,  # the power of two that holds n
 ):
     """The whole forward of one tile: pool, mix and vote, normalise, gate. Grid (B·G,)."""
-    x, out = tile_of(x, size, n, VECTOR, LAST), tile_of(out, size, n, VECTOR, LAST)
-    kept = kept_of(saved, size, n)
-    sums += tl.program_id(0).to(tl.int64) * n * (size.H + size.W)
-    pool(x, sums, kept.mean, n, BA, BP, BQ)  # `statistics` puts means where these sums lie
+    x, out = tile_of(x, size, n, VECTOR, EVEN, LAST), tile_of(out, size, n, VECTOR, EVEN, LAST)
+    kept = kept_of(saved, x, n)
+    sums += tl.program_id(0).to(tl.int64) * n * (x.H + x.W)
+    # `statistics` puts means where the sums of channels lie
+    pool(x, sums, kept.mean, n, LAST, BN, BH, BW, BA, BP, BQ)
     tl.debug_barrier()
     mix(x, sums, kept, weights, n, BL, PN)
     vote(x, sums, kept, weights, n, DROPPED, PN)
     tl.debug_barrier()
-    statistics(x, kept, n, BN, BH, BW)
+    constant = statistics(x, kept, weights, sums, n, BN, BH, BW)
     tl.debug_barrier()
     w, rows = tl.arange(0, BW), tl.arange(0, BR)
     for h0 in range(0, x.H, BR):
         h = h0 + rows
-        gate = gate_rows(x, kept, weights, h0, rows, w, n, BC, BW)
+        gate = gate_rows(x, kept, weights.kernel, sums, constant, h0, rows, w, n, BC, BW)
         for c0 in range(0, n, BC):
             c = c0 + tl.arange(0, BC)
             at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
@@ -118,20 +121,25 @@ def vote(x, sums, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.
 
 
 @triton.jit
-def statistics(x, kept, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
-    """Write mean of y, what its rounding leaves, and 1/std of y.
+def statistics(
+    x, kept, weights, known, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
+):
+    """Write mean of y, what its rounding leaves, and 1/std of y; returns what L has everywhere.
+
+    Side by side in ``known`` stand what the gate asks for, channel by channel: uγr and the mean.
 
     Shifted by the mean of the first step: the whole mean lies within sqrt(H / BH) standard
     deviations of it, so the difference of squares cancels no more.
     """
     w, rows = tl.arange(0, BW), tl.arange(0, BH)
+    constant = tl.zeros((BN,), tl.float32)
     for c0 in range(0, n, BN):
         c = c0 + tl.arange(0, BN)
         at = places(x, c, rows, w)
         gate_w = load_columns(kept.gates, x, c, w, n)
         block = tl.load(x.start + at, mask=inside(x, c, rows, w, n), other=0.0).to(tl.float32)
         y = block * load_rows(kept.gates, x, c, rows, n)[:, :, None] * gate_w[:, None, :]
-        shift = tl.sum(tl.sum(y, axis=2), axis=1) / (tl.minimum(BH, x.H) * x.W)
+        shift = sum_pixels(y) / (tl.minimum(BH, x.H) * x.W)
         shift_w = tl.where((w < x.W)[None, :], shift[:, None], 0.0)
         rest = tl.zeros((BN, BH, BW), tl.float32)
         squares = tl.zeros((BN, BH, BW), tl.float32)
@@ -145,15 +153,34 @@ def statistics(x, kept, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW:
                 y = tl.where((h < x.H)[None, :, None], y, 0.0)
             rest += y
             squares += y * y
-        left = tl.sum(tl.sum(rest, axis=2), axis=1) / (x.H * x.W)
-        variance = tl.sum(tl.sum(squares, axis=2), axis=1) / (x.H * x.W) - left * left
+        left = sum_pixels(rest) / (x.H * x.W)
+        variance = sum_pixels(squares) / (x.H * x.W) - left * left
         store_vector(kept.mean, shift, c, n)
         store_vector(kept.rest, left, c, n)
-        store_vector(kept.r, tl.rsqrt(tl.maximum(variance, 0.0) + EPS), c, n)
+        r = tl.rsqrt(tl.maximum(variance, 0.0) + EPS)
+        store_vector(kept.r, r, c, n)
+        u = load_vector(kept.u, c, n)
+        coef = u * load_vector(weights.gn_weight, c, n) * r
+        store_vector(known, coef, c, n)
+        store_vector(known + n, shift, c, n)
+        constant += u * load_vector(weights.gn_bias, c, n) - coef * left
+    return tl.sum(constant, axis=0)
 
 
 @triton.jit
-def gate_rows(x, kept, weights, h0, rows, w, n: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr):
+def gate_rows(
+    x,
+    kept,
+    kernel,
+    known,
+    constant,
+    h0,
+    rows,
+    w,
+    n: tl.constexpr,
+    BC: tl.constexpr,
+    BW: tl.constexpr,
+):
     """A of the rows from ``h0`` on, (BH, BW): the norm and identity b meet in one map L.
 
     Channels are summed before columns are shifted, so a shift moves one map, not n.
@@ -161,31 +188,25 @@ def gate_rows(x, kept, weights, h0, rows, w, n: tl.constexpr, BC: tl.constexpr, 
     left = tl.zeros((BC, rows.shape[0], BW), tl.float32)
     middle = tl.zeros((BC, rows.shape[0], BW), tl.float32)
     right = tl.zeros((BC, rows.shape[0], BW), tl.float32)
-    constant = tl.zeros((BC,), tl.float32)
     h = h0 + rows
     for c0 in range(0, n, BC):
         c = c0 + tl.arange(0, BC)
         at = places(x, c, rows, w)
-        u = load_vector(kept.u, c, n)
-        coef = u * load_vector(weights.gn_weight, c, n) * load_vector(kept.r, c, n)
-        constant += u * load_vector(weights.gn_bias, c, n)
-        constant -= coef * load_vector(kept.rest, c, n)
+        coef, mean = load_beside(known + c, 0, c, n), load_beside(known + c, 1, c, n)
         gate_h = load_rows(kept.gates, x, c, h, n)
         gate_w = load_columns(kept.gates, x, c, w, n)
-        mean = load_vector(kept.mean, c, n)
         for dy in tl.static_range(-1, 2):
             mask = inside(x, c, h + dy, w, n)
             if dy == -1:
                 mask = mask & (h > 0)[None, :, None]
             near = tl.load(x.start + (h0 + dy) * x.h + at, mask=mask, other=0.0).to(tl.float32)
-            taps = weights.kernel + 3 * (dy + 1) * n
-            left += near * load_vector(taps, c, n)[:, None, None]
-            middle += near * load_vector(taps + n, c, n)[:, None, None]
-            right += near * load_vector(taps + 2 * n, c, n)[:, None, None]
+            left += near * load_beside(kernel + c, 3 * dy + 3, c, n)[:, None, None]
+            middle += near * load_beside(kernel + c, 3 * dy + 4, c, n)[:, None, None]
+            right += near * load_beside(kernel + c, 3 * dy + 5, c, n)[:, None, None]
             if dy == 0:
                 y = near * gate_h[:, :, None] * gate_w[:, None, :] - mean[:, None, None]
                 middle += y * coef[:, None, None]
-    logits = tl.sum(middle, axis=0) + tl.sum(constant, axis=0)
+    logits = tl.sum(middle, axis=0) + constant
     logits += shift_columns(tl.sum(left, axis=0), w, -1, BW)
     logits += shift_columns(tl.sum(right, axis=0), w, 1, BW)
     return tl.sigmoid(logits)

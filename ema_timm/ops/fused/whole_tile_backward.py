@@ -15,10 +15,10 @@ from ema_timm.ops.fused.bundles import (
     Size,
     inside,
     kept_of,
+    load_beside,
     load_columns,
     load_lines,
     load_rows,
-    load_vector,
     places,
     store_lines,
     store_vector,
@@ -42,10 +42,10 @@ class Scratch(NamedTuple):
         mixed: Gradients before the gates of lines, (B·G, n, L).
         terms: What reaches x through its lines, (B·G, n, L).
         dots: Sums of channels, then Σ dL·ŷ, (B·G, n).
-        slopes: What `Slope` holds, (B·G, 3, n).
+        slopes: What `Slope` holds, (B·G, 4, n).
         taps: What reaches x through each tap, (B·G, 9n).
         means: Shifted means, (B·G, 9n).
-        parts: (B·G, 13n + n² + 1): dk (9, n), dm, dγ, dβ, db₁, dW₁ (n, n), ΣdL.
+        parts: (B·G, 14n + n²): dk (n, 9), dm, dγ, dβ, db₃, db₁, dW₁ (n, n).
     """
 
     dl: Any
@@ -70,10 +70,10 @@ def scratch_of(scratch, x, n: tl.constexpr):
         scratch.mixed + tile * n * L,
         scratch.terms + tile * n * L,
         scratch.dots + tile * n,
-        scratch.slopes + tile * 3 * n,
+        scratch.slopes + tile * 4 * n,
         scratch.taps + tile * 9 * n,
         scratch.means + tile * 9 * n,
-        scratch.parts + tile * (13 * n + n * n + 1),
+        scratch.parts + tile * (14 * n + n * n),
     )
 
 
@@ -85,9 +85,11 @@ def backward_tile(
     saved: Saved,
     scratch: Scratch,
     weights: FoldedWeights,
+    v,  # softmax of β
     size: Size,
     n: tl.constexpr,
     VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,
     NARROW: tl.constexpr,
     PRODUCT: tl.constexpr,
     LAST: tl.constexpr,
@@ -109,13 +111,14 @@ def backward_tile(
 
     Grid (B·G,). Constants are those of `ema_timm.ops.fused.whole_tile.forward_tile`.
     """
-    narrow = tile_of(x, size, n, NARROW, LAST)  # few columns a thread, so that channels lie in it
-    grad, x = tile_of(grad, size, n, VECTOR, LAST), tile_of(x, size, n, VECTOR, LAST)
-    dx = tile_of(dx, size, n, VECTOR, LAST)
-    kept, own = kept_of(saved, size, n), scratch_of(scratch, x, n)
+    narrow = tile_of(
+        x, size, n, NARROW, EVEN, LAST
+    )  # few columns a thread, so that channels lie in it
+    grad, x = tile_of(grad, size, n, VECTOR, EVEN, LAST), tile_of(x, size, n, VECTOR, EVEN, LAST)
+    dx = tile_of(dx, size, n, VECTOR, EVEN, LAST)
+    kept, own = kept_of(saved, x, n), scratch_of(scratch, x, n)
     dl_sum = gate_gradient(grad, x, kept, own.dl, n, BC, BR, BW)
-    tl.store(own.parts + 13 * n + n * n, dl_sum)
-    pool(x, own.sums, own.dots, n, BA, BP, BQ)
+    pool(x, own.sums, own.dots, n, LAST, BN, BH, BW, BA, BP, BQ)
     tl.debug_barrier()
     for k0 in range(0, 9 * n, 32):
         k = k0 + tl.arange(0, 32)
@@ -123,7 +126,7 @@ def backward_tile(
     tl.debug_barrier()
     kernel_gradient(narrow, kept, own, dl_sum, n, PRODUCT, BD, BE, BW)
     tl.debug_barrier()
-    finish_vectors(x, kept, own, weights, dl_sum, n, PN)
+    finish_vectors(x, kept, own, weights, v, dl_sum, n, PN)
     tl.debug_barrier()
     line_gradients(x, kept, own, n, BN, BH, BW)
     tl.debug_barrier()
@@ -136,23 +139,24 @@ class Slope(NamedTuple):
     """What the norm's gradient needs: dy = coef·(dL − level − (y − μ)·slope), (BN,) each.
 
     Attributes:
-        mean: μ, but for what its rounding leaves.
         coef: uγr.
         slope: r·mean(dL·ŷ).
         level: mean dL, and what the rounding of μ leaves.
+        mean: μ, but for what its rounding leaves.
     """
 
-    mean: Any
     coef: Any
     slope: Any
     level: Any
+    mean: Any
 
 
 @triton.jit
-def slope_of(kept, own, c, n: tl.constexpr):
+def slope_of(own, c, n: tl.constexpr):
     """`Slope` of the channels c."""
-    coef, slope = load_vector(own.slopes, c, n), load_vector(own.slopes + n, c, n)
-    return Slope(load_vector(kept.mean, c, n), coef, slope, load_vector(own.slopes + 2 * n, c, n))
+    first = own.slopes + c
+    coef, slope = load_beside(first, 0, c, n), load_beside(first, 1, c, n)
+    return Slope(coef, slope, load_beside(first, 2, c, n), load_beside(first, 3, c, n))
 
 
 @triton.jit
@@ -170,7 +174,7 @@ def line_gradients(
     w, rows = tl.arange(0, BW), tl.arange(0, BH)
     for c0 in range(0, n, BN):
         c = c0 + tl.arange(0, BN)
-        of = slope_of(kept, own, c, n)
+        of = slope_of(own, c, n)
         gate_w = load_columns(kept.gates, x, c, w, n)
         dq = tl.zeros((BN, BH, BW), tl.float32)
         for h0 in range(0, x.H, BH):
@@ -206,9 +210,9 @@ def mix_gradient(
         dw1 += mixed[:, None, :] * pooled[None, :, :]
     dw1 = tl.sum(dw1, axis=2)
     db1 = tl.sum(db1, axis=1)
-    store_vector(own.parts + 12 * n, db1, i, n)
+    store_vector(own.parts + 13 * n, db1, i, n)
     at, mask = i[:, None] * n + i[None, :], (i < n)[:, None] & (i < n)[None, :]
-    tl.store(own.parts + 13 * n + at, dw1, mask=mask)
+    tl.store(own.parts + 14 * n + at, dw1, mask=mask)
     everywhere = tl.zeros((PN,), tl.float32)
     first_row, last_row = tl.zeros((PN,), tl.float32), tl.zeros((PN,), tl.float32)
     first_column, last_column = tl.zeros((PN,), tl.float32), tl.zeros((PN,), tl.float32)
@@ -275,7 +279,7 @@ def input_gradient(
         for c0 in range(0, n, BN):
             c = c0 + tl.arange(0, BN)
             at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            of = slope_of(kept, own, c, n)
+            of = slope_of(own, c, n)
             block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
             gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
             found = norm_gradient(block, gate_h, gate_w, seen[4], of)
@@ -283,7 +287,7 @@ def input_gradient(
             found += load_rows(own.terms, x, c, h, n)[:, :, None]
             found += load_columns(own.terms, x, c, w, n)[:, None, :]
             for tap in tl.static_range(9):
-                taps = load_vector(kernel + tap * n, c, n)
+                taps = load_beside(kernel + c, tap, c, n)
                 found += taps[:, None, None] * seen[tap][None, :, :]
             incoming = tl.load(grad.start + at, mask=mask, other=0.0).to(tl.float32)
             found += incoming * gate[None, :, :]

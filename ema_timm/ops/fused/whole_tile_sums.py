@@ -7,6 +7,7 @@ scratch with a border of zeros, so that its neighbours are read without asking w
 import triton
 import triton.language as tl
 
+from ema_timm.ops.fused.blocks import sum_pixels
 from ema_timm.ops.fused.bundles import (
     inside,
     load_columns,
@@ -86,7 +87,7 @@ def kernel_gradient(
             pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
             dl = tl.load(own.dl + pixels_at(x, h, w), mask=pixels, other=0.0)
             y_dot += (y - mean[:, None, None]) * dl[None, :, :]
-        dot = tl.sum(tl.sum(y_dot, axis=2), axis=1) - load_vector(kept.rest, c, n) * dl_sum
+        dot = sum_pixels(y_dot) - load_vector(kept.rest, c, n) * dl_sum
         store_vector(own.dots, dot * load_vector(kept.r, c, n), c, n)
 
 
@@ -106,10 +107,10 @@ def multiply_taps(x, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
         if block.dtype == tl.float32:
             dk = tl.dot(seen, block, dk, input_precision="tf32x3")
         else:  # half precision is exact in TF32, and dL is in two parts
-            high = seen.to(tl.bfloat16).to(tl.float32)
+            high = (seen.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
             dk = tl.dot(high, block.to(tl.float32), dk, input_precision="tf32")
             dk = tl.dot(seen - high, block.to(tl.float32), dk, input_precision="tf32")
-    at = t[:, None] * n + c[None, :]
+    at = t[:, None] + 9 * c[None, :]
     tl.store(own.parts + at, dk, mask=(t < 9)[:, None] & (c < n)[None, :])
 
 
@@ -128,33 +129,39 @@ def sum_taps(x, own, c, dy: tl.constexpr, n: tl.constexpr, BH: tl.constexpr, BW:
         left += block * tl.load(seen + 1)[None, :, :]
         middle += block * tl.load(seen)[None, :, :]
         right += block * tl.load(seen - 1)[None, :, :]
-    taps = own.parts + 3 * (dy + 1) * n
-    store_vector(taps, tl.sum(tl.sum(left, axis=2), axis=1), c, n)
-    store_vector(taps + n, tl.sum(tl.sum(middle, axis=2), axis=1), c, n)
-    store_vector(taps + 2 * n, tl.sum(tl.sum(right, axis=2), axis=1), c, n)
+    taps = own.parts + 3 * (dy + 1)
+    store_vector(taps, sum_pixels(left), 9 * c, 9 * n)
+    store_vector(taps + 1, sum_pixels(middle), 9 * c, 9 * n)
+    store_vector(taps + 2, sum_pixels(right), 9 * c, 9 * n)
 
 
 @triton.jit
-def finish_vectors(x, kept, own, weights, dl_sum, n: tl.constexpr, PN: tl.constexpr):
-    """Write dm, dγ, dβ, what the norm's gradient needs and what reaches x through the taps."""
+def finish_vectors(x, kept, own, weights, v, dl_sum, n: tl.constexpr, PN: tl.constexpr):
+    """Write dm, dγ, dβ, db₃, what the norm's gradient needs and what reaches x through the taps."""
     o = tl.arange(0, PN)
     u, y_dot = load_vector(kept.u, o, n), load_vector(own.dots, o, n)
     gamma, beta = load_vector(weights.gn_weight, o, n), load_vector(weights.gn_bias, o, n)
     du = gamma * y_dot + beta * dl_sum
     dm = u * (du - tl.sum(u * du, axis=0))
-    store_vector(own.parts + 9 * n, dm, o, n)
-    store_vector(own.parts + 10 * n, u * y_dot, o, n)
-    store_vector(own.parts + 11 * n, u * dl_sum, o, n)
     r = load_vector(kept.r, o, n)
     slope = r * y_dot / (x.H * x.W)
     store_vector(own.slopes, u * gamma * r, o, n)
     store_vector(own.slopes + n, slope, o, n)
     level = dl_sum / (x.H * x.W) - load_vector(kept.rest, o, n) * slope
     store_vector(own.slopes + 2 * n, level, o, n)
+    store_vector(own.slopes + 3 * n, load_vector(kept.mean, o, n), o, n)
+    products = tl.zeros((PN, 32), tl.float32)
     for k0 in range(0, 9 * n, 32):
         k = k0 + tl.arange(0, 32)
         at = o[:, None] * (9 * n) + k[None, :]
         mask = (o < n)[:, None] & (k < 9 * n)[None, :]
         votes = tl.load(weights.vote_weight + at, mask=mask, other=0.0)
+        products += votes * load_vector(own.parts, k, 9 * n)[None, :]
         reached = tl.sum(votes * dm[:, None], axis=0) / (x.H * x.W)
         tl.store(own.taps + k, reached, mask=k < 9 * n)
+    v = load_vector(v, o, n)
+    dv = tl.sum(products, axis=1) + load_vector(weights.vote_bias, o, n) * dl_sum
+    store_vector(own.parts + 9 * n, dm, o, n)
+    store_vector(own.parts + 10 * n, u * y_dot, o, n)
+    store_vector(own.parts + 11 * n, u * dl_sum + v * (dv - tl.sum(v * dv, axis=0)), o, n)
+    store_vector(own.parts + 12 * n, v * dl_sum + dm, o, n)
