@@ -37,6 +37,7 @@ ELSEWHERE = {
     "ema-timm yolo best.pt": "integrations/test_yolo_publish.py; the detector is the reader's",
     'load("USER/detector")': "integrations/test_yolo_publish.py, from the stand-in Hub",
     "torch_pruning": "integrations/test_pruning.py, where torch-pruning is installed",
+    "XnnpackPartitioner": "integrations/test_executorch.py, where executorch is installed",
     "nncf.quantize": "integrations/test_nncf.py, where NNCF is installed",
     'YOLO("yolo11n.pt")': "integrations/test_yolo_inject.py; these weights are downloaded",
 }

@@ -502,7 +502,7 @@ def test_edge_features_and_arranged_votes_are_the_shifted_means():
     means = shifted_means(g, g.mean(3), g.mean(2)).flatten(1)
     arranged = arrange(w)
     for features in (
-        exported_module._gated(g, arranged)[1],
+        exported_module._gated(g, arranged, g.shape[2], g.shape[3])[1],
         (g.flatten(2) @ small_map(6, 7).pool)[:, :, 13:].flatten(1),
     ):
         found = features @ arranged.vote_weight

@@ -122,7 +122,9 @@ def test_gradients_laid_out_unlike_the_input(poison):
     oracle.assert_matches(run, case._replace(grad=expanded))
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 9, 8), (1, 80, 5, 9)])
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 9, 8), pytest.param((1, 80, 5, 9), marks=pytest.mark.long)]
+)
 def test_the_same_bits_every_time(shape):
     case = on_device(oracle.make_case(shape, 2))
     first = oracle.output_and_gradients(run, case)
@@ -308,7 +310,11 @@ def test_derivatives_of_derivatives():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize(
-    ("shape", "layout"), [((1, 8, 3, 4), "contiguous"), ((1, 70, 2, 2), "channels_last")]
+    ("shape", "layout"),
+    [
+        ((1, 8, 3, 4), "contiguous"),
+        pytest.param((1, 70, 2, 2), "channels_last", marks=pytest.mark.long),
+    ],
 )
 def test_passes_pytorchs_own_operator_checks(shape, layout):
     case = on_device(oracle.make_case(shape, 2, layout=layout))

@@ -124,6 +124,27 @@ def test_what_pytorch_runs_takes_the_smallest_maps_and_gives_gradients(way, smal
         torch.testing.assert_close(found.grad, want.grad, rtol=1e-3, atol=1e-4)
 
 
+# Those that XNNPACK's delegate takes; a mean along one axis, a selection, a product of a vector or
+# an expansion would cut the network in two.
+DELEGATED = {
+    *("add.Tensor", "sub.Tensor", "mul.Tensor", "sigmoid.default", "rsqrt.default"),
+    *("avg_pool2d.default", "convolution.default", "addmm.default", "mm.default"),
+    *("bmm.default", "cat.default", "slice.Tensor", "view.default", "permute.default"),
+    *("_softmax.default", "clone.default", "alias.default"),
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 7), (14, 14)])
+def test_a_delegate_gets_the_same_function_in_operators_that_it_takes(size):
+    layer = network("test_resnet_ema", num_classes=4).layer1[0].se
+    x = torch.randn(2, layer.channels, *size)
+    ready = ready_to_export(torch.nn.Sequential(layer).eval(), delegate=True)
+    torch.testing.assert_close(ready(x), layer(x), rtol=1e-4, atol=1e-5)
+    program = torch.export.export(ready, (x,)).run_decompositions()
+    called = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert {str(node.target).removeprefix("aten.") for node in called} <= DELEGATED
+
+
 @pytest.mark.parametrize("format", ["onnx", "torchscript", "pt2"])
 def test_a_fixed_size_is_taken_and_verified(folder, format):
     done = export(folder, format, exporter="legacy", fixed=InputSize((48, 64)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
+from ema_timm.ops.closed_form.delegated import arranged_for_delegates, delegated
 from ema_timm.ops.closed_form.exported import (
     ExportedWeights,
     SmallMap,
@@ -19,6 +20,26 @@ from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 SMALL_PIXELS = {True: 256, False: 64}
 """Largest map, H·W, pooled by one matrix product where its size is fixed: in ONNX or not."""
+
+
+class DelegatedEma(nn.Module):
+    """One EMA layer for a mobile delegate, for one size of maps.
+
+    Args:
+        weights: Arranged weights, as `ExportedEma` has them.
+        groups: G.
+    """
+
+    def __init__(self, weights: ExportedWeights, groups: int):
+        super().__init__()
+        self.groups = groups
+        for name, value in arranged_for_delegates(weights)._asdict().items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate ``x``, (B, C, H, W)."""
+        weights = [getattr(self, name) for name in ExportedWeights._fields]
+        return delegated(x, ExportedWeights(*weights), self.groups)
 
 
 class ExportedEma(nn.Module):
@@ -72,7 +93,11 @@ class ExportedEma(nn.Module):
 
 @torch.no_grad()
 def ready_to_export(
-    model: nn.Module, image: Tensor | None = None, onnx: bool = False, pytorch: bool = False
+    model: nn.Module,
+    image: Tensor | None = None,
+    onnx: bool = False,
+    pytorch: bool = False,
+    delegate: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` whose EMA layers are `ExportedEma`; the same function.
 
@@ -82,6 +107,7 @@ def ready_to_export(
         onnx: Whether the copy becomes ONNX; runtimes differ in what is fast.
         pytorch: Whether PyTorch itself runs what it becomes: TorchScript or a program of
             ``torch.export``.
+        delegate: Whether a delegate runs it at the size of its example: XNNPACK, by ExecuTorch.
     """
     sizes = {} if image is None else _map_sizes(model, image)
     model = copy.deepcopy(model)
@@ -91,9 +117,13 @@ def ready_to_export(
             small = small_map(*size) if size and size[0] * size[1] <= SMALL_PIXELS[onnx] else None
             # ONNX refuses other sizes; a traced network would take them, and be wrong.
             known = size if onnx else None
-            exported_layer = ExportedEma(_arranged(layer), layer.groups, small, known, pytorch)
+            weights, groups = _arranged(layer), layer.groups
             layer.reparameterize()
-            layer.folded = exported_layer.eval()
+            layer.folded = (
+                DelegatedEma(weights, groups)
+                if delegate
+                else ExportedEma(weights, groups, small, known, pytorch)
+            ).eval()
     return model
 
 
