@@ -326,7 +326,7 @@ def test_passes_pytorchs_own_operator_checks(shape, layout):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiles_as_one_graph(backend):
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -517,7 +517,7 @@ def test_set_implementation_refuses_what_it_cannot_do():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.long), 90])
 def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
     """Types, layouts and resources, which the interpreter does not look at."""
     code = (
@@ -536,7 +536,9 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SINGLE)
+@pytest.mark.parametrize(
+    "shape", [SINGLE[0], *[pytest.param(shape, marks=pytest.mark.long) for shape in SINGLE[1:]]]
+)
 def test_sizes_of_one_compile_for_training_and_inference(python, shape):
     """A size of 1 is a constant for the compiler, while the interpreter takes it for a number."""
     code = OFFLINE + (
