@@ -1,4 +1,4 @@
-"""Steps of the backward that every hand-written form of it shares: eager, native and fused."""
+"""Steps of the backward that the hand-written forms of it share: eager, whole map and native."""
 
 import torch
 from torch import Tensor

@@ -139,18 +139,6 @@ INLINE void gate_channel(const void *x, int64_t from, void *out, int64_t to, con
     }
 }
 
-/* out = g·A for a row of eight channels, to pixels `step` apart. */
-INLINE void gate_pixels(const float *g, int64_t apart, const float *map, int64_t W, void *out,
-                        int64_t to, int64_t step, int64_t dtype) {
-    for (int64_t w = 0; w < W; w += LANES) {
-        vec v[8];
-        for (int64_t i = 0; i < 8; i++) v[i] = load(g + i * apart + w) * load(map + w);
-        transpose(v);
-        for (int64_t i = 0; i < 8 && w + i < W; i++)
-            store_numbers(out, to + (w + i) * step, v[i], dtype);
-    }
-}
-
 /* out = x·A for a tile of one type. */
 INLINE void gate_tile(const Shape *s, const void *x, void *out, int64_t tile, Maps g, Sizes size,
                       GateScratch m, int64_t dtype) {
@@ -163,8 +151,8 @@ INLINE void gate_tile(const Shape *s, const void *x, void *out, int64_t tile, Ma
         for (int64_t h = 0; h < H; h++)
             for (int64_t i = 0; i < n; i += LANES) {
                 const int64_t c = vector_from(i, n);
-                gate_pixels(g.at + c * g.step + h * size.Wp, g.step, m.map + h * W, W, out,
-                            to + c + h * s->out[2], s->out[3], dtype);
+                store_pixels(out, to + c + h * s->out[2], s->out[3],
+                             g.at + c * g.step + h * size.Wp, g.step, m.map + h * W, W, dtype);
             }
     } else {
         for (int64_t h = 0; h < H; h++)

@@ -105,7 +105,7 @@ INLINE void input_gradient_of(Tile t, BackwardScratch m, const Shape *s, void *d
             for (int64_t i = 0; i < lanes; i++)
                 input_gradient_rows(t, m, c + i, h, h + 1, m.rows + i * Wp);
             if (lanes == LANES)
-                store_pixels(dx, to, stride[3], m.rows, Wp, W, dtype);
+                store_pixels(dx, to, stride[3], m.rows, Wp, NULL, W, dtype);
             else
                 store_row(dx, to, stride[3], m.rows, W, dtype);
         }

@@ -174,11 +174,15 @@ INLINE void load_pixels(float *to, int64_t apart, const void *from, int64_t offs
     }
 }
 
+/* `factors`, (W), or null, is what every channel is multiplied by. */
 INLINE void store_pixels(void *to, int64_t offset, int64_t step, const float *from, int64_t apart,
-                         int64_t W, int64_t dtype) {
+                         const float *factors, int64_t W, int64_t dtype) {
     for (int64_t w = 0; w < W; w += LANES) {
         vec v[8];
-        for (int64_t i = 0; i < 8; i++) v[i] = load(from + i * apart + w);
+        for (int64_t i = 0; i < 8; i++) {
+            v[i] = load(from + i * apart + w);
+            if (factors) v[i] *= load(factors + w);
+        }
         transpose(v);
         for (int64_t i = 0; i < 8 && w + i < W; i++)
             store_numbers(to, offset + (w + i) * step, v[i], dtype);
