@@ -14,12 +14,6 @@ from ema_timm.tuning.parity import error_of, make_case, tolerance
 from ema_timm.tuning.store import ACCEPTED, REJECTED, TRYING
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("EMA_TIMM_CACHE", str(tmp_path))
-    return tmp_path
-
-
 @pytest.fixture
 def clock():
     return StandInClock()

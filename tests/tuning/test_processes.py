@@ -32,12 +32,6 @@ def run(act, layers):
 """
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("EMA_TIMM_CACHE", str(tmp_path))
-    return tmp_path
-
-
 @pytest.fixture
 def start():
     """``start(code, *args)``: a process, killed in the end if it still runs."""

@@ -17,9 +17,8 @@ from ema_timm.tuning.meet import meet
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
-    """A cache of its own, few samples, and not Triton's interpreter, which takes minutes."""
-    monkeypatch.setenv("EMA_TIMM_CACHE", str(tmp_path))
+def small(monkeypatch):
+    """Few samples, and not Triton's interpreter, which takes minutes."""
     monkeypatch.delenv("EMA_TIMM_GPU", raising=False)
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "SAMPLE_MS", 0.0)
