@@ -73,6 +73,8 @@ def _moved(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict, result) -
             read |= {id(t): t for t in tensors}
     fresh = [r for r in schema.returns if r.alias_info is None]
     made = [t for t in tree_leaves(result) if isinstance(t, Tensor)] if fresh else []
+    if not (moved or read or made):  # a question about types
+        return None
     return moved + sum(_touched(t) for t in [*read.values(), *made])
 
 

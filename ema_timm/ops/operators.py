@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ema_timm.ops.closed_form import autograd
+from ema_timm.ops.closed_form import autograd, gpu_fold
 from ema_timm.ops.closed_form.formula import fold, statistics_type
 from ema_timm.ops.closed_form.saved import Saved, new_saved
-from ema_timm.ops.fused import fold as fused_fold
 from ema_timm.ops.macs import closed_form_macs
 from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
 
@@ -179,7 +178,7 @@ def _fused_backward(grad, x, saved, weights, *rest):
 
 
 _closed_form = _register("closed_form", _closed_form_forward, autograd.hand_written_backward)
-_fused = _register("fused", _fused_forward, _fused_backward, fused_fold.fold)
+_fused = _register("fused", _fused_forward, _fused_backward, gpu_fold.fold)
 
 
 @torch.library.custom_op(

@@ -28,6 +28,7 @@ def counted(call):
     [
         (lambda x, row, out: x.view(4, -1).t()[1:].unsqueeze(0).expand(3, -1, -1), 0, 0),
         (lambda x, row, out: torch.empty_like(x), 0, 0),
+        (lambda x, row, out: torch.promote_types(x.dtype, torch.float64), 0, 0),
         (lambda x, row, out: x + x.detach().clone(), 5, 2),
         (lambda x, row, out: x * x, 2, 1),
         (lambda x, row, out: x.add_(out), 3, 1),
@@ -66,27 +67,28 @@ def test_the_published_arrangement_counts_as_it_was_counted_by_hand():
 
 # Stage of ResNet-50: largest forward in sizes of x, share of the published arrangement in forward
 # and in both. Towards the last stage rows and columns are as large as the map.
-BOUNDS = {1: (14.5, 0.55, 0.55), 2: (15, 0.57, 0.58), 3: (17.5, 0.66, 0.66), 4: (25, 0.9, 0.9)}
+BOUNDS = {1: (14.5, 0.55, 0.55), 2: (14.8, 0.57, 0.58), 3: (17.4, 0.66, 0.66), 4: (25, 0.9, 0.9)}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_auto_on_cuda_moves_less_than_the_published_arrangement(stage, layout):
-    setting = Setting(256, "bfloat16", layout)
+def test_auto_on_cuda_moves_less_than_the_published_arrangement(stage, layout, dtype):
+    setting = Setting(256, dtype, layout)
     ours = count_layer(EmaAttn, STAGES[stage], setting)
     theirs = count_layer(AuthorsForm, STAGES[stage], setting)
-    units, forward, both = BOUNDS[stage]
+    room = 1.02 if dtype == "float16" else 1  # products of float16 for the votes are in float64
+    units, forward, both = [room * bound for bound in BOUNDS[stage]]
     assert ours["forward_bytes"] <= units * ours["input_bytes"]
     assert ours["forward_bytes"] <= forward * theirs["forward_bytes"]
     total = [c["forward_bytes"] + c["backward_bytes"] for c in (ours, theirs)]
     assert total[0] <= both * total[1]
     assert ours["saved_bytes"] <= 0.5 * ours["input_bytes"]
-    assert ours["forward_launches"] <= 47 and ours["backward_launches"] <= 95
+    assert ours["forward_launches"] <= 44 and ours["backward_launches"] <= 81
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_other_types_move_less_too(dtype):
-    setting = Setting(256, dtype, "channels_last")
+def test_float32_moves_less_too():
+    setting = Setting(256, "float32", "channels_last")
     ours, theirs = (count_layer(kind, STAGES[2], setting) for kind in (EmaAttn, AuthorsForm))
     for key, share in (("forward_bytes", 0.75), ("backward_bytes", 0.75), ("saved_bytes", 0.1)):
         assert ours[key] <= share * theirs[key]

@@ -13,7 +13,7 @@ from ema_timm.bench.counter import Counter
 from ema_timm.bench.layer import AuthorsForm
 from ema_timm.ops import EmaWeights
 from ema_timm.ops.closed_form.formula import drop_common_vote, fold
-from ema_timm.ops.fused.fold import fold as fused_fold
+from ema_timm.ops.closed_form.gpu_fold import fold as gpu_fold
 
 triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
 if not hasattr(triton.language, "gather"):
@@ -157,7 +157,7 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
     ]:
         monkeypatch.setattr(module, name, Noted(name, launched))
     with torch.no_grad(), Counter() as forward:
-        _, saved = launch.forward(case.x, fused_fold(weights), 2, save=True)
+        _, saved = launch.forward(case.x, gpu_fold(weights), 2, save=True)
     with torch.no_grad(), Counter() as backward:
         launch.backward(grad, case.x, saved, weights, 2)
     assert launched == ["forward_tile", "backward_tile", "sum_tiles"]
@@ -168,8 +168,10 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
 @pytest.mark.parametrize("n", [1, 3, 8, 64])
 def test_weights_folded_in_few_operators_are_those_of_the_derivation(n):
     weights = oracle.make_weights(n)
-    for found, expected in zip(fused_fold(weights), fold(weights), strict=True):
-        assert found.is_contiguous()
+    with torch.no_grad(), Counter() as counter:
+        folded = gpu_fold(weights)
+    assert counter.launches <= 4, counter.lines
+    for found, expected in zip(folded, fold(weights), strict=True):
         torch.testing.assert_close(found, expected)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ema_timm.ops.closed_form import eager, native, whole_map
-from ema_timm.ops.closed_form.formula import closed_form, fold, statistics_type
+from ema_timm.ops.closed_form.formula import closed_form, statistics_type
 from ema_timm.ops.closed_form.saved import Saved, restored
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
@@ -31,8 +31,8 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     x = _with_memory(x)
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
         return _ClosedForm.apply(x, groups, *weights)
-    folded = fold(statistics_type(x, weights))
-    return kernel(x, weights).forward(x, folded, groups, save=False)[0]
+    chosen = kernel(x, weights)
+    return chosen.forward(x, chosen.fold(statistics_type(x, weights)), groups, save=False)[0]
 
 
 def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
@@ -53,8 +53,8 @@ def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> 
 def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:
     """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
 
-    `whole_map` on CUDA, `eager` elsewhere. All have a ``forward`` and a ``backward`` of one
-    signature; `native.takes` says what the arguments are.
+    `whole_map` on CUDA, `eager` elsewhere. All have a ``fold``, a ``forward`` and a ``backward`` of
+    one signature; `native.takes` says what the arguments are.
     """
     if whole_map.takes(x):
         return whole_map
@@ -136,8 +136,9 @@ class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, groups, *weights):
         """Gate ``x``, (B, C, H, W), by the six `EmaWeights` of a layer, and keep `Saved`."""
-        folded = fold(statistics_type(x, EmaWeights(*weights)))
-        out, saved = kernel(x, weights).forward(x, folded, groups, save=True)
+        chosen = kernel(x, weights)
+        folded = chosen.fold(statistics_type(x, EmaWeights(*weights)))
+        out, saved = chosen.forward(x, folded, groups, save=True)
         ctx.save_for_backward(x, *weights, *saved)
         ctx.groups = groups
         return out

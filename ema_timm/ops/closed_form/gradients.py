@@ -17,14 +17,14 @@ def finish_weights(found: FoldedWeights, logits: Tensor, w: EmaWeights) -> EmaWe
     n = w.gn_bias.shape[0]
     v = w.gn_bias.softmax(0)
     kernel = found.kernel.t().reshape(9 * n)
-    dv = w.conv3x3_weight.reshape(n, 9 * n) @ kernel + w.conv3x3_bias * logits
+    dv = torch.mv(w.conv3x3_weight.reshape(n, 9 * n), kernel).addcmul_(w.conv3x3_bias, logits)
     return EmaWeights(
         found.mix_weight.view_as(w.conv1x1_weight),
         found.mix_bias,
         torch.addr(found.vote_weight, v, kernel).view_as(w.conv3x3_weight),
-        v * logits + found.vote_bias,
+        torch.addcmul(found.vote_bias, v, logits),
         found.gn_weight,
-        found.gn_bias + v * (dv - v @ dv),
+        found.gn_bias + torch._softmax_backward_data(dv, v, 0, dv.dtype),
     )
 
 

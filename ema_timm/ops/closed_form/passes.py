@@ -8,32 +8,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_timm.ops.weights import FoldedWeights
-
 
 class Saved(NamedTuple):
     """What the backward needs beyond the input and the weights.
 
     Attributes:
-        pooled: Means of rows and of columns, (B, G, n, H + W); empty where they are better taken
-            again than kept.
+        pooled: What `pool` gives; empty where it is better taken again than kept.
         gate_map: A = sigmoid(L), (B, G, H, W).
-        vectors: Mean of scale·y, 1/std of it, and u, (3, B, G, n).
-        means: `shifted_means`, (B·G, 9n), in the type in which the backward multiplies them.
+        mean: Of scale·y, (B, G, n).
+        r: 1/std of scale·y, (B, G, n).
+        u: (B, G, n).
+        coef: u·γ·r, (B, G, n).
+        means: `shifted_means`, (B·G, 9n), in the type of the map.
+        taps: k in the type of the map, (n, 9).
     """
 
     pooled: Tensor
     gate_map: Tensor
-    vectors: Tensor
+    mean: Tensor
+    r: Tensor
+    u: Tensor
+    coef: Tensor
     means: Tensor
+    taps: Tensor
 
 
 class Rows(NamedTuple):
     """What the first passes over a map give.
 
     Attributes:
-        pooled: Means of rows and of columns, (B, G, n, H + W).
-        gates: Gates along H and W, (B, G, n, H + W).
+        pooled: What `pool` gives, (B, G, n, H + W + 1).
+        gates: Gates along H and W, and that of the whole mean, (B, G, n, H + W + 1).
         shift: scale·κ, (B, G, n, H).
         deviation: e = scale·(κ − g·s_w), (B, G, n, H, W), of the type and format of the input.
     """
@@ -51,21 +56,30 @@ class Rows(NamedTuple):
     @property
     def gate_w(self) -> Tensor:
         """(B, G, n, W)."""
-        return self.gates[..., self.deviation.shape[3] :]
+        return self.gates[..., self.deviation.shape[3] : -1]
 
 
-def gated_rows(g: Tensor, pooled: Tensor, w: FoldedWeights) -> Rows:
-    """Gates, and the map of deviations, from the means that `pool` gives."""
-    height = g.shape[3]
-    gates = convolve(pooled.flatten(0, 1), w.mix_weight[..., None], w.mix_bias)
+def gated_rows(g: Tensor, pooled: Tensor, mix_weight: Tensor, mix_bias: Tensor) -> Rows:
+    """Gates, and the map of deviations, from the means that `pool` gives and the 1×1 convolution.
+
+    Args:
+        g: (B, G, n, H, W).
+        pooled: (B, G, n, H + W + 1).
+        mix_weight: n·n numbers.
+        mix_bias: (n,).
+    """
+    n, height = g.shape[2:4]
+    gates = convolve(pooled.flatten(0, 1), mix_weight.reshape(n, n, 1), mix_bias)
     gates = gates.sigmoid_().view(pooled.shape)
-    gate_w = gates[..., height:]
-    shift = pooled[..., :height] * gate_w.mean(3, keepdim=True)
+    # κ only has to be near: the mean of a row times the gate of the whole mean, which is there, in
+    # place of the mean of the gates.
+    shift = pooled[..., :height] * gates[..., -1:]
     if scale(g) != 1:
         shift.mul_(scale(g))
-    deviation = torch.empty_like(g)
-    torch.addcmul(shift[..., None], g, gate_w[..., None, :], value=-scale(g), out=deviation)
-    return Rows(pooled, gates, shift, deviation)
+    rows = Rows(pooled, gates, shift, torch.empty_like(g))
+    seen = rows.gate_w[..., None, :]
+    torch.addcmul(shift[..., None], g, seen, value=-scale(g), out=rows.deviation)
+    return rows
 
 
 def split(x: Tensor, groups: int) -> Tensor:
@@ -122,11 +136,12 @@ def convolve(
 
 
 def pool(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Means of rows, then of columns, of ``g``, (B, G, n, H, W): (B, G, n, H + W)."""
+    """Means of ``g``, (B, G, n, H, W), over rows, over columns, and whole: (B, G, n, H + W + 1)."""
     height, width = g.shape[3:]
-    pooled = g.new_empty((*g.shape[:3], height + width), dtype=dtype)
+    pooled = g.new_empty((*g.shape[:3], height + width + 1), dtype=dtype)
     torch.mean(g, 4, dtype=dtype, out=pooled[..., :height])
-    torch.mean(g, 3, dtype=dtype, out=pooled[..., height:])
+    torch.mean(g, 3, dtype=dtype, out=pooled[..., height:-1])
+    torch.mean(pooled[..., :height], 3, out=pooled[..., -1])
     return pooled
 
 
@@ -140,8 +155,8 @@ def shifted_means(g: Tensor, pooled: Tensor) -> Tensor:
         (B, G, n, 3, 3).
     """
     height, width = g.shape[3:]
-    row, col = pooled[..., :height], pooled[..., height:]
-    means = row[..., None, None, :].expand(*row.shape[:3], 3, 3, height).mean(-1)
+    row, col, whole = pooled.split([height, width, 1], -1)
+    means = whole[..., None].repeat(1, 1, 1, 3, 3)
     means[..., ::2, :].sub_(_both(ends(row, -1), -1)[..., None], alpha=1 / height)
     means[..., ::2].sub_(_both(ends(col, -1), -1)[..., None, :], alpha=1 / width)
     corners = _both(_both(ends(ends(g, -1), -2), -1), -2)

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ema_timm.ops.closed_form.gpu_fold import fold
 from ema_timm.ops.closed_form.passes import (
     Rows,
     Saved,
     convolve,
-    exact_type,
     gated_rows,
     images,
     pool,
@@ -35,7 +35,7 @@ from ema_timm.ops.closed_form.passes import (
 from ema_timm.ops.closed_form.whole_map_backward import backward
 from ema_timm.ops.weights import EPS, FoldedWeights
 
-__all__ = ["Saved", "backward", "forward", "takes"]
+__all__ = ["Saved", "backward", "fold", "forward", "takes"]
 
 KEPT = 0.45
 """The largest share of the input that gate map and pools may be for the pools to be kept too."""
@@ -51,12 +51,15 @@ def forward(
 ) -> tuple[Tensor, Saved | None]:
     """`ema_timm.ops.closed_form.eager.forward`: (B, C, H, W) in and out."""
     g = split(x, groups)
-    rows = gated_rows(g, pool(g, weights.gn_weight.dtype), weights)
+    rows = gated_rows(g, pool(g, weights.gn_weight.dtype), weights.mix_weight, weights.mix_bias)
     mean, r = _norm(rows)
     means = shifted_means(g, rows.pooled)
     u = _vote(means, weights)
-    logits = _normed_branch(rows, mean, r, u, weights)
-    logits.add_(_local_branch(x, weights.kernel, groups))
+    coef = (u * weights.gn_weight).mul_(r)
+    logits = _normed_branch(rows, mean, u * weights.gn_bias, coef)
+    seen, repeats = images(x, groups)
+    taps = _taps(x, weights.kernel, repeats)
+    logits.add_(_local_branch(seen, taps, groups))
     gate_map = logits.sigmoid_()
     out = torch.empty_like(x)
     torch.mul(g, gate_map[:, :, None], out=split(out, groups))
@@ -64,10 +67,8 @@ def forward(
         return out, None
     small = rows.pooled.nbytes + gate_map.nbytes <= KEPT * x.nbytes
     pooled = rows.pooled if small else rows.pooled.new_empty(0)
-    means = means.view(-1, 9 * g.shape[2])
-    if exact_type(x) == torch.bfloat16:
-        means = means.bfloat16()
-    return out, Saved(pooled, gate_map, torch.stack([mean, r, u]), means)
+    means = means.view(-1, 9 * g.shape[2]).to(x.dtype)
+    return out, Saved(pooled, gate_map, mean, r, u, coef, means, taps[0, 0])
 
 
 def _norm(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -91,31 +92,33 @@ def _vote(means: Tensor, w: FoldedWeights) -> Tensor:
     return logits.softmax(1).view(means.shape[:3])
 
 
-def _normed_branch(rows: Rows, mean: Tensor, r: Tensor, u: Tensor, w: FoldedWeights) -> Tensor:
-    """Σ_c u_c·x1_c with the constant of the other branch, (B, G, H, W); takes the deviations."""
-    coef = (u * w.gn_weight).mul_(r)
+def _normed_branch(rows: Rows, mean: Tensor, constant: Tensor, coef: Tensor) -> Tensor:
+    """Σ_c coef_c·(y_c − mean_c) + constant_c, (B, G, H, W); takes the deviations."""
     slope = coef[..., None] * rows.gate_h
     # coef·(y − mean) + u·β = (coef·(s_h·κ − mean) + u·β) − slope·e
-    constant = torch.addcmul(u * w.gn_bias, coef, mean, value=-1)
+    constant.addcmul_(coef, mean, value=-1)
     constant = torch.addcmul(constant[..., None], slope, rows.shift)
     e = rows.deviation
     torch.addcmul(constant[..., None], slope[..., None], e, value=-1, out=e)
     return e.sum(2, dtype=coef.dtype)
 
 
-def _local_branch(x: Tensor, kernel: Tensor, groups: int) -> Tensor:
-    """conv(g; k), (B, G, H, W), in the type of ``x``.
+def _taps(x: Tensor, kernel: Tensor, repeats: int) -> Tensor:
+    """k, (9, n), as a sum of numbers of the type of ``x``, (repeats, 1 or 2, n, 9).
 
-    k is taken as the sum of two numbers of that type: what its rounding leaves out would grow with
-    the mean of x.
+    What rounding it to half precision leaves out would grow with the mean of x.
     """
-    n = kernel.shape[1]
     parts = 1 if x.dtype == kernel.dtype else 2
-    seen, repeats = images(x, groups)
-    taps = x.new_empty((repeats, parts, n, 9))
+    taps = x.new_empty((repeats, parts, *kernel.t().shape))
     taps[:, 0] = kernel.t()
     if parts == 2:
         torch.sub(kernel.t(), taps[:, 0], out=taps[:, 1])
+    return taps
+
+
+def _local_branch(seen: Tensor, taps: Tensor, groups: int) -> Tensor:
+    """conv(g; k), (B, G, H, W), of a map as `images` gives it, in its type."""
+    repeats, parts, n, _ = taps.shape
     out = convolve(seen, taps.view(-1, n, 3, 3), padding=1, groups=repeats)
-    out = out.view(x.shape[0], groups, parts, *x.shape[2:])
+    out = out.view(-1, groups, parts, *seen.shape[2:])
     return out[:, :, 0] if parts == 1 else out[:, :, 0].add_(out[:, :, 1])

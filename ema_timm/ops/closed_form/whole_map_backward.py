@@ -6,12 +6,12 @@ Sums over a map are taken as means: what a pixel receives is a number of the pix
 float16 can hold.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ema_timm.ops.closed_form.formula import fold
 from ema_timm.ops.closed_form.gradients import finish_weights
 from ema_timm.ops.closed_form.passes import (
     Rows,
@@ -27,6 +27,9 @@ from ema_timm.ops.closed_form.passes import (
 )
 from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
 
+PIECES = 128
+"""Most pieces of a sum over lines, each a product of matrices of its own."""
+
 
 class _Logits(NamedTuple):
     """The gradient of the gate's logits, and what of it meets the norm.
@@ -37,6 +40,7 @@ class _Logits(NamedTuple):
         centred: dL − its mean, (B, G, H, W).
         dev: mean − s_h·κ, (B, G, n, H).
         product: The mean over N of −dL·ŷ, (B, G, n).
+        slope: The same times r, (B, G, n).
         votes: The gradient of the logits of u over N, (B, G, n).
     """
 
@@ -45,6 +49,7 @@ class _Logits(NamedTuple):
     centred: Tensor
     dev: Tensor
     product: Tensor
+    slope: Tensor
     votes: Tensor
 
 
@@ -58,37 +63,31 @@ def backward(
     need_weights: bool = True,
 ) -> tuple[Tensor | None, EmaWeights | None]:
     """`ema_timm.ops.closed_form.eager.backward`: (B, C, H, W) in and out."""
-    w, dtype = fold(weights), weights.gn_weight.dtype
     g, d = split(x, groups), split(grad, groups)
-    pooled = saved.pooled if saved.pooled.numel() else pool(g, dtype)
-    rows = gated_rows(g, pooled, w)
+    pooled = saved.pooled if saved.pooled.numel() else pool(g, weights.gn_weight.dtype)
+    rows = gated_rows(g, pooled, weights.conv1x1_weight, weights.conv1x1_bias)
     buffer = torch.empty_like(g)
 
-    logits = _logits_gradient(g, d, rows, saved, w, buffer)
-    _, r, u = saved.vectors
-    coef = (u * w.gn_weight).mul_(r)
-    slope = logits.product * r
-    dy = _gated_gradient(rows, logits, coef, slope)  # takes the deviations
-    dmix = _mix_gradient(
-        torch.mul(dy, g, out=buffer), rows.gates, slope * coef * (EPS * scale(x) ** 2)
-    )
+    logits = _logits_gradient(g, d, rows, saved, weights, buffer)
+    dy = _gated_gradient(rows, logits, saved.coef)  # takes the deviations
+    torch.mul(dy, g, out=buffer)
+    dmix = _mix_gradient(buffer, rows.gates, logits.slope, saved.coef)
     del buffer
-    dx, dtaps = _convolution_gradients(x, logits.map, w.kernel, need_x, need_weights)
+    dx, dtaps = _convolution_gradients(x, logits.map, saved.taps, need_x, need_weights)
     if need_x:
-        dy.add_(split(dx, groups))
-        dx = _add_to_input(dy, d, saved.gate_map, logits.votes, dmix, w).flatten(1, 2)
+        torch.sub(split(dx, groups), dy, out=dy)
+        dx = _add_to_input(dy, d, saved.gate_map, logits.votes, dmix, weights).flatten(1, 2)
     if not need_weights:
         return dx, None
-    found, total = _parameters(saved, pooled, logits, u, dmix, dtaps, x)
+    found, total = _parameters(saved, pooled, logits, dmix, dtaps, x)
     return dx, finish_weights(found, total, weights)
 
 
 def _logits_gradient(
-    g: Tensor, d: Tensor, rows: Rows, saved: Saved, w: FoldedWeights, buffer: Tensor
+    g: Tensor, d: Tensor, rows: Rows, saved: Saved, w: EmaWeights, buffer: Tensor
 ) -> _Logits:
     """Through the gate to the votes and to what the norm needs; fills ``buffer``."""
     dtype = w.gn_weight.dtype
-    mean, r, u = saved.vectors
     dgate = torch.mul(d, g, out=buffer).sum(2)
     # Not sigmoid_backward: on CUDA it computes in the type of its output.
     gate = saved.gate_map
@@ -98,53 +97,59 @@ def _logits_gradient(
     centred = torch.sub(dlogits, average, out=torch.empty_like(dlogits))
     row = centred.mean(3, dtype=dtype)  # (B, G, H)
     torch.mul(rows.deviation, centred[:, :, None], out=buffer)
-    dev = torch.addcmul(mean[..., None], rows.gate_h, rows.shift, value=-1)
+    dev = torch.addcmul(saved.mean[..., None], rows.gate_h, rows.shift, value=-1)
     product = (dev * row[:, :, None]).addcmul_(rows.gate_h, buffer.mean(4, dtype=dtype))
-    product = product.mean(3).mul_(r)
+    product = product.mean(3).mul_(saved.r)
+    # The constant v·b₃ of the logits does not tell channels apart: the softmax takes it off.
     du = torch.addcmul(average[..., 0] * w.gn_bias, w.gn_weight, product, value=-1)
-    votes = torch._softmax_backward_data(du, u, -1, dtype)
-    return _Logits(dlogits, average, centred, dev, product, votes)
+    votes = torch._softmax_backward_data(du, saved.u, -1, dtype)
+    return _Logits(dlogits, average, centred, dev, product, product * saved.r, votes)
 
 
-def _gated_gradient(rows: Rows, logits: _Logits, coef: Tensor, slope: Tensor) -> Tensor:
-    """The gradient of y times s_h·s_w, (B, G, n, H, W), in place of the deviations."""
+def _gated_gradient(rows: Rows, logits: _Logits, coef: Tensor) -> Tensor:
+    """Minus the gradient of y times s_h·s_w, (B, G, n, H, W), in place of the deviations."""
     e, gate_h = rows.deviation, rows.gate_h
     # −dy/(scale·coef) = slope·(dev + s_h·e) − (dL − its mean), which is of the size of dL whatever
-    # 1/std may be: float16 holds it. Times s_h; then times −scale·coef·s_w.
-    gated = slope[..., None] * gate_h
+    # 1/std may be: float16 holds it. Times s_h; then times scale·coef·s_w.
+    gated = logits.slope[..., None] * gate_h
     constant = gated * logits.dev
     torch.addcmul(constant[..., None], gated.mul_(gate_h)[..., None], e, out=e)
     torch.addcmul(e, gate_h[..., None], logits.centred[:, :, None], value=-1, out=e)
-    gated = (coef * -scale(e))[..., None] * rows.gate_w
+    gated = coef[..., None] * rows.gate_w
+    if scale(e) != 1:
+        gated.mul_(scale(e))
     return torch.mul(e, gated[..., None, :], out=e)
 
 
-def _mix_gradient(product: Tensor, gates: Tensor, rest: Tensor) -> Tensor:
-    """From dy·y to the mixed pools, (B, G, n, H + W), as what every pixel of them receives.
+def _mix_gradient(product: Tensor, gates: Tensor, slope: Tensor, coef: Tensor) -> Tensor:
+    """From −dy·y to minus the gradient of the mixed pools, (B, G, n, H + W), for every pixel.
 
-    The mean of the product is known, −``rest``: dy is orthogonal to 1 and, but for eps, to ŷ. What
-    rounding adds to it would all go to the bias of the mixing, in whose gradient rows cancel.
+    The mean of the product is known: dy is orthogonal to 1 and, but for eps, to ŷ. What rounding
+    adds to it would all go to the bias of the mixing, in whose gradient rows cancel.
     """
-    height = product.shape[3]
-    means = torch.empty_like(gates)
-    torch.mean(product, 4, dtype=gates.dtype, out=means[..., :height])
-    torch.mean(product, 3, dtype=gates.dtype, out=means[..., height:])
-    means.sub_(rest.add_(means[..., :height].mean(3))[..., None])
+    height, dtype = product.shape[3], gates.dtype
+    gates = gates[..., :-1]
+    means = gates.new_empty(gates.shape)
+    torch.mean(product, 4, dtype=dtype, out=means[..., :height])
+    torch.mean(product, 3, dtype=dtype, out=means[..., height:])
+    excess = means[..., :height].mean(3)
+    excess.addcmul_(slope, coef, value=-EPS * scale(product) ** 2)
+    means.sub_(excess[..., None])
     return means.addcmul_(means, gates, value=-1)
 
 
 def _convolution_gradients(
-    x: Tensor, dlogits: Tensor, kernel: Tensor, need_x: bool, need_weights: bool
+    x: Tensor, dlogits: Tensor, taps: Tensor, need_x: bool, need_weights: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Through conv(g; k): to the input, (B, C, H, W), and to k, (9, n)."""
-    n, one = kernel.shape[1], [1, 1]
+    n, one, dtype = taps.shape[0], [1, 1], torch.promote_types(x.dtype, torch.float32)
     seen, repeats = images(x, dlogits.shape[1])
-    taps = kernel.t().reshape(1, n, 3, 3).to(x.dtype).expand(repeats, -1, -1, -1)
+    taps = taps.view(1, n, 3, 3).expand(repeats, -1, -1, -1)
     grad = dlogits.to(x.dtype).view(-1, repeats, *x.shape[2:])
     if x.is_contiguous(memory_format=torch.channels_last):
         grad = grad.contiguous(memory_format=torch.channels_last)
     dx = dtaps = None
-    if x.dtype != kernel.dtype:
+    if x.dtype != dtype:
         dx, dtaps, _ = torch.ops.aten.convolution_backward(
             grad, seen, taps, None, one, one, one, False, [0, 0], repeats,
             [need_x, need_weights, False],
@@ -155,7 +160,7 @@ def _convolution_gradients(
         if need_weights:
             dtaps = _depthwise_gradient(x, dlogits, n)
     if need_weights:
-        dtaps = dtaps.view(-1, n, 9).sum(0, dtype=kernel.dtype).t()
+        dtaps = dtaps.view(-1, n, 9).sum(0, dtype=dtype).t()
     return dx.view(x.shape) if need_x else None, dtaps
 
 
@@ -175,24 +180,25 @@ def _depthwise_gradient(x: Tensor, dlogits: Tensor, n: int) -> Tensor:
 
 
 def _add_to_input(
-    dx: Tensor, d: Tensor, gate_map: Tensor, votes: Tensor, dmix: Tensor, w: FoldedWeights
+    dx: Tensor, d: Tensor, gate_map: Tensor, votes: Tensor, dmix: Tensor, w: EmaWeights
 ) -> Tensor:
     """Add D·A and what the pools receive to ``dx``; it and D are (B, G, n, H, W)."""
     n, height = dx.shape[2:4]
-    dpool = convolve(dmix.flatten(0, 1), w.mix_weight[..., None], transposed=True).view_as(dmix)
+    mixing = w.conv1x1_weight.view(n, n, 1)
+    dpool = convolve(dmix.flatten(0, 1), mixing, transposed=True).view_as(dmix)
     # In the order of `shifted_means`.
-    taps = w.vote_weight.view(n, n, 9).flip(2)
+    taps = w.conv3x3_weight.view(n, n, 9).flip(2)
     dtaps = convolve(votes.view(-1, n, 1), taps, transposed=True).view(*votes.shape, 3, 3)
-    row, col = dpool[..., :height], dpool[..., height:]
-    row.add_(dtaps.sum((3, 4))[..., None])
+    row, col = dpool[..., :height], dpool[..., height:]  # minus what each pixel receives
+    row.sub_(dtaps.sum((3, 4))[..., None])
     for pools, borders in ((row, dtaps.sum(4)), (col, dtaps.sum(3))):
         seen = ends(pools, -1)
-        seen.sub_(_meeting(borders[..., ::2], seen, -1))
+        seen.add_(_meeting(borders[..., ::2], seen, -1))
     corners = ends(ends(dx, -1), -2)
     corners.add_(_meeting(_meeting(dtaps[..., ::2, ::2], corners, -1), corners, -2))
     torch.addcmul(dx, d, gate_map[:, :, None], out=dx)
-    torch.add(dx, row[..., None], out=dx)
-    return torch.add(dx, col[..., None, :], out=dx)
+    torch.sub(dx, row[..., None], out=dx)
+    return torch.sub(dx, col[..., None, :], out=dx)
 
 
 def _meeting(borders: Tensor, seen: Tensor, dim: int) -> Tensor:
@@ -204,25 +210,22 @@ def _parameters(
     saved: Saved,
     pooled: Tensor,
     logits: _Logits,
-    u: Tensor,
     dmix: Tensor,
     dtaps: Tensor,
     x: Tensor,
 ) -> tuple[FoldedWeights, Tensor]:
     """Gradients of the folded parameters, and the sum of dL, (1,); takes ``dmix``."""
     n, (height, width) = dmix.shape[2], x.shape[2:]
-    dtype, exact = dmix.dtype, exact_type(x)
+    dtype, exact, u = dmix.dtype, exact_type(x), saved.u
     # A pixel's share times the pixels: of a row, of a column. Where they are as many, at the end.
     pixels = width if height == width else 1
     if height != width:
         torch._foreach_mul_([dmix[..., :height], dmix[..., height:]], [width, height])
-    dmix, pooled = dmix.flatten(0, 1), pooled.flatten(0, 1)
-    mix = torch.matmul(dmix.to(exact), pooled.to(exact).mT).sum(0, dtype=dtype)
     dm = logits.votes.view(-1, n)
     votes = torch.matmul(dm.to(exact).t(), saved.means.to(exact)).to(dtype)
     sums = [
-        mix,
-        dmix.sum((0, 2)),
+        _products(dmix, pooled[..., :-1], x.dtype),
+        dmix.sum((0, 1, 3)),
         votes.view(n, n, 9).flip(2).view(n, 9 * n),
         dm.sum(0),
         (u * logits.product).sum((0, 1)),
@@ -230,6 +233,23 @@ def _parameters(
         logits.mean.sum((0, 1))[0],
     ]
     area = height * width
-    torch._foreach_mul_(sums, [pixels, pixels, area, area, -area, area, area])
+    torch._foreach_mul_(sums, [-pixels, -pixels, area, area, -area, area, area])
     mix, mix_bias, *norm, total = sums
     return FoldedWeights(mix, mix_bias, dtaps, *norm), total
+
+
+def _products(dmix: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ ``dmix``·``pooled`` over lines and tiles, (n, n), from (B, G, n, H + W) each.
+
+    In the type of the map, or in float64, which is never rounded to TF32, for float32.
+    """
+    exact = torch.float64 if dtype == torch.float32 else dtype
+    factors = []
+    for lines in (dmix, pooled):
+        batch, groups, n, length = lines.shape
+        # All lines of a channel in a row, cut in pieces: products as many as a GPU can run at once.
+        pieces = math.gcd(batch * groups, PIECES)
+        rows = torch.empty((n, batch * groups, length), dtype=exact, device=lines.device)
+        rows.copy_(lines.flatten(0, 1).transpose(0, 1))
+        factors.append(rows.view(n, pieces, -1).transpose(0, 1))
+    return torch.matmul(factors[0], factors[1].mT).sum(0, dtype=dmix.dtype)

@@ -20,9 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ema_timm.ops.closed_form.gpu_fold import fold_with_votes
 from ema_timm.ops.closed_form.saved import Saved, new_saved
 from ema_timm.ops.fused import over_tiles, whole_tile, whole_tile_backward
-from ema_timm.ops.fused.fold import fold_with_votes
 from ema_timm.ops.fused.plan import blocks_over_tiles, plan
 from ema_timm.ops.fused.whole_tile_backward import Scratch
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
@@ -37,7 +37,7 @@ def forward(
     if not save:
         saved = saved._replace(gate_map=x.new_empty(0, dtype=torch.float32))
     if x.numel():
-        weights = FoldedWeights(*[w.contiguous() for w in weights])
+        weights = _packed(weights)
         source, last = laid_out(x)
         target = out if out.stride() == source.stride() else torch.empty_like(source)
         walk = plan(source, groups, last)
@@ -89,7 +89,7 @@ def backward(
             target,
             saved,
             scratch,
-            folded,
+            _packed(folded),
             v,
             walk.size,
             num_warps=walk.warps,
@@ -101,6 +101,11 @@ def backward(
     if target is not dx:
         dx.copy_(target)
     return dx if need_x else None, dw
+
+
+def _packed(weights: FoldedWeights) -> FoldedWeights:
+    """``weights``, contiguous, as the kernels read them."""
+    return FoldedWeights(*[w.contiguous() for w in weights])
 
 
 def laid_out(x: Tensor) -> tuple[Tensor, bool]:
