@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import torch
@@ -28,6 +28,7 @@ def bench_deploy(
     size: int = 224,
     rounds: int = 11,
     progress: bool = True,
+    keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
     """Measure exported networks: the plain one, with EMA, with SE, and with the authors' form.
 
@@ -42,6 +43,7 @@ def bench_deploy(
         size: Height and width in pixels.
         rounds: Samples of each.
         progress: Show bars (on a terminal).
+        keep: Called after each runtime with what there is by then.
 
     Returns:
         The machine, the settings and one row a network, runtime, batch and variant: time in ms,
@@ -52,7 +54,18 @@ def bench_deploy(
     runtimes = [r for r in runtimes or RUNTIMES if r not in left_out]
     for runtime in runtimes:
         require_runtime(runtime)
-    rows = []
+    settings = {"size": size, "rounds": rounds, "dtype": "float32", "clock": "process CPU time"}
+    packages = [package for name in runtimes for package in RUNTIMES[name].packages]
+    settings |= {package: version(package) for package in packages}
+    if left_out:
+        settings["not installed"] = ", ".join(left_out)
+    result = {
+        "bench": "deploy",
+        "machine": machine(torch.device("cpu")),
+        "settings": settings,
+        "rows": [],
+    }
+    parts, done = len(networks) * len(batches) * len(runtimes) * 2, 0
     for network in networks:
         models = _variants(network)
         for batch in batches:
@@ -69,18 +82,11 @@ def bench_deploy(
                     }
                     here = {n: m for n, m in models.items() if fixed or n != AUTHORS}
                     found = _bench(here, runtime, images, fixed, wanted, rounds, progress)
-                    rows += [place | row for row in found]
-    settings = {"size": size, "rounds": rounds, "dtype": "float32", "clock": "process CPU time"}
-    packages = [package for name in runtimes for package in RUNTIMES[name].packages]
-    settings |= {package: version(package) for package in packages}
-    if left_out:
-        settings["not installed"] = ", ".join(left_out)
-    return {
-        "bench": "deploy",
-        "machine": machine(torch.device("cpu")),
-        "settings": settings,
-        "rows": rows,
-    }
+                    result["rows"] += [place | row for row in found]
+                    done += 1
+                    so_far = {"unfinished": f"{done} of {parts} parts"}
+                    keep(result | {"settings": settings | so_far})
+    return result
 
 
 def _variants(network: str) -> dict[str, nn.Module]:

@@ -1,7 +1,8 @@
 """``ema-timm bench gpu``: what is measured on a GPU, in one go, to be sent as one file."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -9,7 +10,7 @@ from ema_timm.bench.authors_form import AUTHORS
 from ema_timm.bench.layer import SHAPES, bench_layer
 from ema_timm.bench.model import NETWORKS, bench_model
 from ema_timm.bench.timing import machine
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, first_line
 from ema_timm.measure.versions import environment
 
 LAYERS = (("bfloat16", True), ("bfloat16", False), ("float32", False))
@@ -34,10 +35,12 @@ def bench_gpu(
     progress: bool = True,
     shapes: dict[str, tuple[int, int, int]] = SHAPES,
     networks: dict[str, tuple[str, dict]] | None = None,
+    keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
     """Measure layers and networks, with parity before any time.
 
-    TF32 is switched off meanwhile, so that float32 is compared with float32.
+    TF32 is switched off meanwhile, so that float32 is compared with float32. A part that cannot be
+    measured (a GPU out of memory, a compiler that fails) says so in one line; the others follow.
 
     Args:
         device: Where to run; "cpu" is for trying the command.
@@ -48,10 +51,11 @@ def bench_gpu(
         progress: Show bars (on a terminal).
         shapes: (C, H, W) of the layers' maps, by name.
         networks: timm name and arguments, by name; None takes `MODELS`.
+        keep: Called after each part with what there is by then.
 
     Returns:
-        The machine with what runs on it, the settings, ``parts``, each a measurement of its own,
-        and ``rows`` with the parity of all.
+        The machine with what runs on it, the settings, ``parts``, each a measurement of its own or
+        why there is none, and ``rows`` with the parity of all.
 
     Raises:
         UserError: If there is no such GPU.
@@ -65,22 +69,44 @@ def bench_gpu(
     if networks is None:
         networks = {name: NETWORKS[name] for name in MODELS}
     shared = {"batch": batch, "rounds": rounds, "device": device, "progress": progress}
-    with _without_tf32():
-        parts = [
-            bench_layer(shapes, dtype=t, channels_last=last, compiled=compiled, **shared)
-            for t, last in LAYERS
-        ]
-        parts += [
-            bench_model(networks, size=size, amp=True, channels_last=last, **shared)
-            for last in (True, False)
-        ]
-    return {
+    wanted = [
+        partial(bench_layer, shapes, dtype=t, channels_last=last, compiled=compiled, **shared)
+        for t, last in LAYERS
+    ] + [
+        partial(bench_model, networks, size=size, amp=True, channels_last=last, **shared)
+        for last in (True, False)
+    ]
+    result = {
         "bench": "gpu",
         "machine": machine(where) | {"environment": environment()},
         "settings": {"batch": batch, "size": size, "rounds": rounds, "TF32": False},
-        "parts": parts,
-        "rows": [_parity(part, row) for part in parts for row in part["rows"] if "parity" in row],
+        "parts": [],
+        "rows": [],
     }
+    with _without_tf32():
+        for number, measure in enumerate(wanted, 1):
+            part = _measured(measure)
+            result["parts"].append(part)
+            result["rows"] += [_parity(part, row) for row in part["rows"] if "parity" in row]
+            if "failed" in part:
+                place = {"place": "all of it", "error": None, "parity": False}
+                result["rows"].append(_parity(part, place))
+            if number < len(wanted):
+                so_far = {"unfinished": f"{number} of {len(wanted)} parts"}
+                keep(result | {"settings": result["settings"] | so_far})
+    return result
+
+
+def _measured(measure: partial) -> dict:
+    """A part, or what it was to be and the first line of why it is not."""
+    try:
+        return measure()
+    except Exception as error:  # compilers' and drivers' errors have nothing else in common
+        given = measure.keywords
+        settings = {"dtype": given.get("dtype", "amp"), "batch": given["batch"]}
+        settings["memory_format"] = "channels_last" if given["channels_last"] else "contiguous"
+        kind = measure.func.__name__.removeprefix("bench_")
+        return {"bench": kind, "settings": settings, "rows": [], "failed": first_line(error)}
 
 
 @contextlib.contextmanager
@@ -102,6 +128,6 @@ def _parity(part: dict, row: dict) -> dict:
         "part": f"{part['bench']}, {settings.get('dtype', 'amp')}, {settings['memory_format']}",
         "place": place,
         "variant": row.get("variant", "network"),
-        "error": row["error"],
+        "error": row.get("error"),
         "parity": row["parity"],
     }

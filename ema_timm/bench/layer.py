@@ -82,8 +82,10 @@ def bench_layer(
 def _bench_shape(place: str, x: Tensor, rounds: int, compiled: bool, progress: bool) -> list[dict]:
     variants = _variants(x, compiled)
     upstream = torch.randn_like(x)
-    errors = layer_errors({n: v.layer for n, v in variants.items() if v.ema}, x, upstream)
-    sound = {n: v for n, v in variants.items() if errors.get(n, 0) <= _tolerance(n, x.dtype)}
+    ema = {n: v.layer for n, v in variants.items() if v.ema}
+    errors, failed = layer_errors(ema, x, upstream)
+    agreed = {n for n, e in errors.items() if e <= _tolerance(n, x.dtype)}
+    sound = {n: v for n, v in variants.items() if n in agreed or not v.ema}
     device = x.device
 
     forward = {n: _forward(v.layer, x) for n, v in sound.items()}
@@ -97,6 +99,8 @@ def _bench_shape(place: str, x: Tensor, rounds: int, compiled: bool, progress: b
         row = {"place": place, "shape": list(x.shape), "variant": name}
         if name in errors:
             row |= {"error": errors[name], "parity": name in sound}
+        if name in failed:
+            row |= {"parity": False, "failed": failed[name]}
         if name in forward:
             row["forward_ms"] = forward_ms[name]._asdict()
             row["both_ms"] = both_ms[name]._asdict()

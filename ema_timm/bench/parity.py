@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn, largest_group_count
+from ema_timm.errors import first_line
 from ema_timm.ops import ema_attention
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -18,13 +19,18 @@ PUBLISHED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 
 convolution's bias, where rows and columns nearly cancel, is rounding for the most part."""
 
 
-def layer_errors(layers: Mapping[str, EmaAttn], x: Tensor, upstream: Tensor) -> dict[str, float]:
+def layer_errors(
+    layers: Mapping[str, EmaAttn], x: Tensor, upstream: Tensor
+) -> tuple[dict[str, float], dict[str, str]]:
     """Largest relative error of output and gradients against the float64 reference.
 
     Args:
         layers: Variants of one EMA layer with the same weights, by name.
         x: Feature map, (B, C, H, W), with a gradient.
         upstream: Gradient of the output.
+
+    Returns:
+        The error of those that ran, and of the others the first line of what they raised.
     """
     oracle = EmaAttn(x.shape[1], largest_group_count(x.shape[1])).double().to(x.device)
     first = next(iter(layers.values()))
@@ -34,17 +40,20 @@ def layer_errors(layers: Mapping[str, EmaAttn], x: Tensor, upstream: Tensor) -> 
     out = oracle(exact)
     parameters = list(oracle.parameters())
     wanted = [out.detach(), *torch.autograd.grad(out, [exact, *parameters], upstream.double())]
-    errors = {}
+    errors, failed = {}, {}
     for name, layer in layers.items():
-        out = layer(x)
-        inputs = [x, *layer.parameters()]
-        gradients = torch.autograd.grad(out, inputs, upstream, materialize_grads=True)
-        found = [out.detach(), *gradients]
-        errors[name] = max(
-            float((got.double() - want).norm() / want.norm())
-            for got, want in zip(found, wanted, strict=True)
-        )
-    return errors
+        try:
+            out = layer(x)
+            inputs = [x, *layer.parameters()]
+            gradients = torch.autograd.grad(out, inputs, upstream, materialize_grads=True)
+            found = [out.detach(), *gradients]
+            errors[name] = max(
+                float((got.double() - want).norm() / want.norm())
+                for got, want in zip(found, wanted, strict=True)
+            )
+        except Exception as error:  # compilers' and drivers' errors have nothing else in common
+            failed[name] = first_line(error)
+    return errors, failed
 
 
 @torch.no_grad()

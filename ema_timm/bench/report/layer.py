@@ -31,8 +31,8 @@ def table(result: dict) -> str:
             lines.append(
                 [
                     row["variant"],
-                    time(row.get("forward_ms")),
-                    "" if row["variant"] == FLOOR else time(both),
+                    "failed" if "failed" in row else time(row.get("forward_ms")),
+                    "" if row["variant"] == FLOOR or "failed" in row else time(both),
                     f"{both['median'] / floor:.1f}" if both else "",
                     number(row, "both_peak_bytes", 2**20, ".0f"),
                     number(row, "saved_bytes", row["input_bytes"], ".2f"),
@@ -40,7 +40,16 @@ def table(result: dict) -> str:
             )
         shape = "×".join(map(str, rows[0]["shape"]))
         parts.append(f"**{place}, {shape}**\n\n{grid(header, lines)}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_failures(result)])
+
+
+def _failures(result: dict) -> list[str]:
+    """What the variants said that could not run, a paragraph each."""
+    return [
+        f"{row['place']}, {row['variant']}: failed ({row['failed']})"
+        for row in result["rows"]
+        if "failed" in row
+    ]
 
 
 def brief(result: dict) -> str:
@@ -54,14 +63,15 @@ def brief(result: dict) -> str:
             row = rows[variant, place]
             forward, both = row.get("forward_ms"), row.get("both_ms")
             if forward is None:
-                cells.append("failed parity")
+                cells.append("failed" if "failed" in row else "failed parity")
             elif variant == FLOOR:
                 cells.append(f"{forward['median']:.2f}")
             else:
                 cells.append(f"{forward['median']:.2f} / {both['median']:.1f}")
         lines.append([variant, *cells])
     shapes = ["×".join(map(str, rows[FLOOR, place]["shape"][1:])) for place in places]
-    return grid(["forward / forward + backward, ms", *shapes], lines)
+    text = grid(["forward / forward + backward, ms", *shapes], lines)
+    return "\n\n".join([text, *_failures(result)])
 
 
 def plot(result: dict, figure) -> None:

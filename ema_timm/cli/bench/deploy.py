@@ -2,8 +2,9 @@
 
 import argparse
 import sys
+from functools import partial
 
-from ema_timm.cli.bench.measurement import report
+from ema_timm.cli.bench.measurement import measure_in_parts, report
 
 
 def add_kind(kinds) -> None:
@@ -42,13 +43,5 @@ def _bench_deploy(args: argparse.Namespace) -> int:
         if missing := missing_packages(name):
             needs = " ".join(missing)
             print(f"{name} is left out, not installed: pip install {needs}", file=sys.stderr)
-    return report(
-        args,
-        lambda _: bench_deploy(
-            args.networks or NETWORKS,
-            args.runtimes,
-            args.batch,
-            args.size,
-            args.rounds,
-        ),
-    )
+    settings = (args.networks or NETWORKS, args.runtimes, args.batch, args.size, args.rounds)
+    return report(args, lambda _: measure_in_parts(args, partial(bench_deploy, *settings)))

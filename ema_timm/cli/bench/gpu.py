@@ -1,8 +1,9 @@
 """``ema-timm bench gpu``."""
 
 import argparse
+from functools import partial
 
-from ema_timm.cli.bench.measurement import add_output_options, show
+from ema_timm.cli.bench.measurement import add_output_options, measure_in_parts, show
 
 
 def add_kind(kinds) -> None:
@@ -22,5 +23,5 @@ def add_kind(kinds) -> None:
 def _bench_gpu(args: argparse.Namespace) -> int:
     from ema_timm.bench.gpu import bench_gpu
 
-    result = bench_gpu(args.device, args.batch, args.size, args.rounds, not args.no_compile)
-    return show(args, result)
+    settings = (args.device, args.batch, args.size, args.rounds, not args.no_compile)
+    return show(args, measure_in_parts(args, partial(bench_gpu, *settings)))

@@ -5,6 +5,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from ema_timm.errors import InterruptedRunError
+from ema_timm.files import write_whole
+
 
 def add_shared_options(kind: argparse.ArgumentParser) -> None:
     """Where to measure, and where to write what was found."""
@@ -32,13 +35,42 @@ def report(args: argparse.Namespace, measure: Callable[[str], dict]) -> int:
     return show(args, measure(pick_device(args.device)))
 
 
+def measure_in_parts(args: argparse.Namespace, measure: Callable[..., dict]) -> dict:
+    """``measure(keep=...)``, which calls ``keep(result)`` after each part: nothing of it is lost.
+
+    Raises:
+        InterruptedRunError: If it was stopped after the first part; what there is was shown.
+    """
+    found: list[dict] = []
+
+    def keep(result: dict) -> None:
+        found[:] = [result]
+        if args.json:
+            _write(args.json, result)
+
+    try:
+        return measure(keep=keep)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        show(args, found[0])
+        where = f"; {args.json} has it" if args.json else ""
+        message = f"stopped: above is what was measured until then{where}"
+        raise InterruptedRunError(message) from None
+
+
+def _write(file: str, result: dict) -> None:
+    text = json.dumps(result, indent=1) + "\n"
+    write_whole(Path(file), lambda path: path.write_text(text))
+
+
 def show(args: argparse.Namespace, result: dict, brief: bool = False) -> int:
     """Print the table, write what was asked for; 1 where a variant failed parity."""
     from ema_timm.bench.report.kinds import table
     from ema_timm.bench.report.picture import plot
 
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        _write(args.json, result)
     print(table(result, brief))
     if args.plot:
         plot(result, args.plot)
