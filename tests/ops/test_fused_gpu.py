@@ -3,26 +3,19 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support import oracle
+from support.gpu import GRID, LAYOUTS, TYPES, on_gpu
 
 from ema_timm import ema_attention, set_implementation
-from ema_timm.bench.layer import SHAPES
-from ema_timm.ops import EmaWeights
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-
-
-def on_gpu(shape, groups, dtype, layout, device="cuda"):
-    case = oracle.make_case(shape, groups, dtype, layout)
-    tensors = [case.x, *case.weights]
-    x, *weights = [t.detach().to(device).requires_grad_() for t in tensors]
-    return oracle.Case(x, EmaWeights(*weights), groups, case.grad.to(device))
 
 
 def run(x, weights, groups):
@@ -36,21 +29,8 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-GRID = [
-    *[((2, *shape), 32) for shape in SHAPES.values()],
-    ((2, 96, 112, 112), 32),
-    ((1, 256, 200, 334), 32),
-    ((2, 64, 7, 9), 64),
-    ((1, 128, 33, 31), 1),
-    ((1, 99, 20, 20), 3),
-    ((2, 32, 1, 50), 4),
-    ((2, 32, 50, 1), 4),
-    ((2, 32, 1, 1), 4),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "groups"), GRID)
 def test_every_shape_type_and_layout(poison, shape, groups, layout, dtype):
     oracle.assert_matches(run, on_gpu(shape, groups, dtype, layout))
@@ -113,14 +93,17 @@ def test_runs_on_the_device_of_its_input():
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_compute_sanitizer_finds_nothing(tool):
     code = (
-        "import oracle, torch, test_fused_gpu as t\n"
+        "import torch\n"
+        "from support import oracle\n"
+        "from support.gpu import on_gpu\n"
+        "from ops.test_fused_gpu import run\n"
         "for shape, groups in [((1, 24, 9, 7), 3), ((1, 80, 5, 6), 2)]:\n"
         "    for layout in ('contiguous', 'channels_last', 'sliced'):\n"
-        "        oracle.assert_matches(t.run, t.on_gpu(shape, groups, torch.float16, layout))"
+        "        oracle.assert_matches(run, on_gpu(shape, groups, torch.float16, layout))"
     )
     done = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
-        cwd=oracle.__file__.rpartition("/")[0],
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )
