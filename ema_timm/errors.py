@@ -19,6 +19,10 @@ class HubError(Exception):
     """The Hub, or the way to it, failed (exit code 1). The message says where, and the remedy."""
 
 
+class CannotCompileError(RuntimeError):
+    """Triton has no compiler, or no folder to write to. The message is one line with the remedy."""
+
+
 class VerificationError(Exception):
     """What was made does not do what it must, and was not kept (exit code 1)."""
 

@@ -132,6 +132,14 @@ def _key(device: torch.device, layer: Layer) -> tuple:
     return device, shape, groups, getattr(torch, dtype), layout, training
 
 
+def give_up(device: torch.device, reason: str) -> None:
+    """Never look the fused kernels up on ``device`` again in this process; say once why."""
+    _otherwise[device] = None
+    for key in [k for k, name in _chosen.items() if k[0] == device and name == "fused"]:
+        del _chosen[key]
+    pass_over(reason)
+
+
 @cache
 def pass_over(reason: str) -> None:
     """Say once that fused kernels were chosen, and why they do not take some calls."""

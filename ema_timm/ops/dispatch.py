@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ema_timm.errors import CannotCompileError, first_line
 from ema_timm.ops import choices
 from ema_timm.ops.closed_form import whole_map
 from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
@@ -111,13 +112,17 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Te
     )
     if not torch.jit.is_scripting():
         recorded = torch.is_grad_enabled() and (x.requires_grad or w.gn_bias.requires_grad)
-        if impl == "auto" and x.is_cuda:
+        looked_up = impl == "auto" and x.is_cuda
+        if looked_up:
             impl = _chosen(x, w, groups)
         if impl == "fused":
             operators = _fused(x, w.gn_weight)
-            if not recorded:
+            if recorded:
+                return closed_form_folded(x, w, groups)
+            try:
                 return operators.fused_folded_operator(x, w, groups)
-            return closed_form_folded(x, w, groups)
+            except CannotCompileError as error:
+                _give_up(error, looked_up, x.device)
         form = _closed_form(x)
         if form == "eager" and not recorded:
             return closed_form_folded_eager(x, w, groups)
@@ -132,12 +137,17 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
     if not cross_spatial:
         return parallel(x, weights, groups)
     if not torch.jit.is_scripting():
-        if impl == "auto" and x.is_cuda:
+        looked_up = impl == "auto" and x.is_cuda
+        if looked_up:
             impl = _chosen(x, weights, groups)
         if impl == "reference":
             return reference(x, weights, groups)
         if impl == "fused":
-            return _fused(x, weights.gn_weight).fused_operator(x, weights, groups)
+            operators = _fused(x, weights.gn_weight)
+            try:
+                return operators.fused_operator(x, weights, groups)
+            except CannotCompileError as error:
+                _give_up(error, looked_up, x.device)
         form = _closed_form(x)
         if form == "opaque":
             return _opaque(x, weights, groups)
@@ -160,6 +170,16 @@ def _chosen(x: Tensor, weights: EmaWeights | FoldedWeights, groups: int) -> str:
         choices.pass_over(reason)
         return "closed_form"
     return name or "closed_form"
+
+
+def _give_up(error: CannotCompileError, looked_up: bool, device: torch.device) -> None:
+    """Let the closed form follow where "auto" took the kernels; who asked for them gets the error.
+
+    What was tuned on a machine meets another compiler or a full disk there later.
+    """
+    if not looked_up:
+        raise error
+    choices.give_up(device, f"Triton could not compile them: {first_line(error.__cause__)}")
 
 
 def _opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:

@@ -2,15 +2,17 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from ema_timm import EmaAttn, ema_attention
-from ema_timm.errors import UserError
+from ema_timm.errors import CannotCompileError, UserError
 from ema_timm.ops import choices, dispatch
 from ema_timm.ops.choices import Layer
+from ema_timm.ops.closed_form.gpu_fold import fold as gpu_fold
 
 GPU = torch.device("cuda:0")
 LAYER = Layer(2, 8, 2, 6, 5, "float32", "contiguous", False)
@@ -177,6 +179,43 @@ def test_off_and_fused_overrule_what_was_chosen(monkeypatch, ran, caplog):
             ema_attention(*on_gpu((2, 8, 6, 5), torch.float64), 2)
     assert ran == ["closed_form"] * 4
     assert len(caplog.records) == 1 and "float64" in caplog.text
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(
+    monkeypatch, ran, caplog, folded
+):
+    """Chosen where there was a compiler; who names the kernels is still told."""
+    tried = []
+
+    def failing(*args):
+        tried.append(args)
+        try:
+            raise OSError("Read-only file system: '/cache'\nand more")
+        except OSError as error:
+            raise CannotCompileError("in one line, with the remedy") from error
+
+    kernels = SimpleNamespace(fused_operator=failing, fused_folded_operator=failing)
+    monkeypatch.setattr(dispatch, "_fused", lambda *_: kernels)
+    monkeypatch.setattr(dispatch, "fused_unavailable", lambda *_: None)
+    x, weights = on_gpu((2, 8, 6, 5))
+    call = ema_attention
+    if folded:
+        monkeypatch.setattr(
+            dispatch, "closed_form_folded_eager", lambda x, *_: ran.append("closed_form") or x
+        )
+        call, weights = dispatch.folded_ema_attention, gpu_fold(weights)
+    choices.remember(GPU, {LAYER: "fused", LAYER._replace(batch=3): "fused"})
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert call(x, weights, 2).shape == x.shape
+    assert len(tried) == 1 and ran == ["closed_form"] * 3
+    (record,) = caplog.records
+    assert "could not compile" in record.message and "Read-only" in record.message
+    assert "\n" not in record.message
+    assert choices.look_up(on_gpu((3, 8, 6, 5))[0], 2, False) is None
+    with pytest.raises(CannotCompileError, match="with the remedy"):
+        call(x, weights, 2, impl="fused")
 
 
 def test_a_choice_can_be_taken_back():

@@ -11,6 +11,7 @@ from support import oracle
 from ema_timm import EmaAttn, ema_attention, set_implementation
 from ema_timm.bench.counter import Counter
 from ema_timm.bench.layer import AuthorsForm
+from ema_timm.errors import CannotCompileError
 from ema_timm.ops import EmaWeights
 from ema_timm.ops.closed_form.formula import drop_common_vote, fold
 from ema_timm.ops.closed_form.gpu_fold import fold as gpu_fold
@@ -441,7 +442,7 @@ def failing(raised):
 def test_what_triton_cannot_compile_or_store_is_one_line_with_the_remedy(monkeypatch, raised):
     case = on_device(oracle.make_case((1, 8, 3, 5), 2))
     monkeypatch.setattr(launch.whole_tile, "forward_tile", failing(raised))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(CannotCompileError) as caught:
         run(case.x, case.weights, 2)
     said = str(caught.value)
     assert str(raised) in said

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ema_timm.errors import CannotCompileError
 from ema_timm.ops.closed_form.gpu_fold import fold_with_votes
 from ema_timm.ops.closed_form.saved import Saved, new_saved
 from ema_timm.ops.fused import over_tiles, whole_tile, whole_tile_backward
@@ -162,10 +163,10 @@ def _launching(x: Tensor, groups: int) -> Iterator[None]:
         with device:
             yield
     except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(_without_compiler(error, x, groups)) from error
+        raise CannotCompileError(_without_compiler(error, x, groups)) from error
     except RuntimeError as error:
         if str(error).startswith(("Failed to find C compiler", "Could not create or locate cache")):
-            raise RuntimeError(_without_compiler(error, x, groups)) from error
+            raise CannotCompileError(_without_compiler(error, x, groups)) from error
         error.args = (f"{error} [{_described(x, groups)}]",)
         raise
     except triton.TritonError as error:  # these put their text together themselves
