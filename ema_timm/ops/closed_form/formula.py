@@ -110,27 +110,18 @@ def shifted_means(g: Tensor, row: Tensor, col: Tensor) -> Tensor:
     return torch.stack(taps, -1)
 
 
-def convolve_to_one_channel(g: Tensor, kernel: Tensor, for_inductor: bool = False) -> Tensor:
+def convolve_to_one_channel(g: Tensor, kernel: Tensor) -> Tensor:
     """Zero-padded 3×3 convolution n→1: nine products summed over channels, then shifted adds.
 
     Args:
         g: (B, G, n, H, W).
         kernel: (9, n).
-        for_inductor: Write the nine as sums, which Inductor takes in one pass over ``g``. A product
-            of matrices is a kernel of a library, before which it writes ``g`` out in float32; but
-            where nobody fuses, sums are nine passes.
 
     Returns:
         (B, G, H, W).
     """
     height, width = g.shape[3], g.shape[4]
-    if for_inductor:
-        sums = []  # TorchScript knows no comprehension over a range
-        for t in range(9):
-            sums.append((g * kernel[t][:, None, None]).sum(2))
-        taps = torch.stack(sums, 2)
-    else:
-        taps = torch.matmul(kernel, g.flatten(3)).unflatten(3, (height, width))  # (B, G, 9, H, W)
+    taps = torch.matmul(kernel, g.flatten(3)).unflatten(3, (height, width))  # (B, G, 9, H, W)
     taps = F.pad(taps, (1, 1, 1, 1))
     out = taps[:, :, 4, 1 : height + 1, 1 : width + 1]
     for t in range(9):
@@ -140,16 +131,35 @@ def convolve_to_one_channel(g: Tensor, kernel: Tensor, for_inductor: bool = Fals
     return out
 
 
-def gate_logits(
-    g: Tensor, w: FoldedWeights, eps: float = EPS, for_inductor: bool = False
-) -> Tensor:
-    """The logits L of the gate, (B, G, H, W), for ``g`` of (B, G, n, H, W)."""
+def convolve_by_sums(g: Tensor, kernel: Tensor) -> Tensor:
+    """`convolve_to_one_channel` for Inductor, which takes the nine sums in one pass over ``g``.
+
+    A product of matrices is a kernel of a library, before which Inductor writes ``g`` out in
+    float32; but where nobody fuses, sums are nine passes. Each sum is shifted by a pad of its own:
+    the gradients of nine crops of one padded map are nine such maps, written out and added up.
+    """
+    out = (g * kernel[4][:, None, None]).sum(2)
+    for t in range(9):
+        if t != 4:
+            i, j = t // 3, t % 3
+            tap = (g * kernel[t][:, None, None]).sum(2)
+            out = out + F.pad(tap, (1 - j, j - 1, 1 - i, i - 1))
+    return out
+
+
+def pools_and_gates(g: Tensor, w: FoldedWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means of ``g`` over W, (B, G, n, H), and over H, (B, G, n, W), and the gates of both."""
     height = g.shape[3]
     row = g.mean(4)  # (B, G, n, H)
     col = g.mean(3)  # (B, G, n, W)
     mixed = torch.matmul(w.mix_weight, torch.cat([row, col], -1))
     gates = (mixed + w.mix_bias[:, None]).sigmoid()
-    gate_h, gate_w = gates[..., :height], gates[..., height:]
+    return row, col, gates[..., :height], gates[..., height:]
+
+
+def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
+    """The logits L of the gate, (B, G, H, W), for ``g`` of (B, G, n, H, W)."""
+    row, col, gate_h, gate_w = pools_and_gates(g, w)
 
     # Centred before squaring: E[y²] − μ² cancels where the mean is large.
     y = g * gate_h[..., None] * gate_w[..., None, :]
@@ -158,13 +168,29 @@ def gate_logits(
     u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
 
     coef = u * w.gn_weight * r
-    if for_inductor:
-        normed = (centred * coef[..., None, None]).sum(2)
-    else:
-        # A product, also for counters of operations: they see none in a sum.
-        normed = torch.matmul(coef.unsqueeze(2), centred.flatten(3)).squeeze(2)
-        normed = normed.unflatten(2, (height, g.shape[4]))
-    local = convolve_to_one_channel(g, w.kernel, for_inductor)
+    # A product, also for counters of operations: they see none in a sum.
+    normed = torch.matmul(coef.unsqueeze(2), centred.flatten(3)).squeeze(2)
+    normed = normed.unflatten(2, (g.shape[3], g.shape[4]))
+    local = convolve_to_one_channel(g, w.kernel)
+    return normed + local + (u * w.gn_bias).sum(-1)[..., None, None]
+
+
+def gate_logits_by_sums(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
+    """`gate_logits` for Inductor on a GPU: no product with the map, all else in the order it likes.
+
+    The votes come before the centred map, because a map that is used again behind a product of
+    matrices is kept in float32 instead of worked out anew. The gates are multiplied first: of
+    g·s_h·s_w from the left, g·s_h is a map to keep and to read three times in the backward.
+    """
+    row, col, gate_h, gate_w = pools_and_gates(g, w)
+    u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
+    local = convolve_by_sums(g, w.kernel)
+
+    y = g * (gate_h[..., None] * gate_w[..., None, :])
+    centred = y - y.mean((3, 4), keepdim=True)
+    r = (centred.square().mean((3, 4)) + eps).rsqrt()  # (B, G, n)
+    coef = u * w.gn_weight * r
+    normed = (centred * coef[..., None, None]).sum(2)
     return normed + local + (u * w.gn_bias).sum(-1)[..., None, None]
 
 
@@ -175,7 +201,7 @@ def closed_form(x: Tensor, weights: EmaWeights, groups: int, for_inductor: bool 
         x: Feature map, (B, C, H, W), floating point.
         weights: Parameters of one layer.
         groups: G; divides C.
-        for_inductor: Write it so that Inductor fuses most, see `convolve_to_one_channel`.
+        for_inductor: Write it so that Inductor fuses most, see `gate_logits_by_sums`.
 
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``.
@@ -223,8 +249,8 @@ def closed_form_folded(
     """
     batch, channels, height, width = x.shape
     g = x.view(batch, groups, channels // groups, height, width).to(w.gn_weight.dtype)
-    gate_map = gate_logits(g, w, for_inductor=for_inductor).sigmoid()
-    gated = (g * gate_map.unsqueeze(2)).to(x.dtype)
+    logits = gate_logits_by_sums(g, w) if for_inductor else gate_logits(g, w)
+    gated = (g * logits.sigmoid().unsqueeze(2)).to(x.dtype)
     if torch.jit.is_tracing():  # neither the tracer nor the legacy ONNX exporter knows the other
         return gated.flatten(1, 2)
     # A plain flatten is a view in autograd's books, and ResNet adds the shortcut in place: hooks
