@@ -153,6 +153,17 @@ def test_a_fixed_size_is_taken_and_verified(folder, format):
     assert_same(FORMATS[format].open(done.path), load(folder), [(4, 3, 48, 64)])
 
 
+def test_a_size_that_cannot_be_free_is_said_with_the_remedy(tmp_path, capsys):
+    """The last maps of 32 pixels are single ones, which torch.export tells from all others."""
+    model = network("test_resnet_ema", num_classes=4)
+    model.pretrained_cfg["input_size"] = (3, 32, 32)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    command = ["export", str(tmp_path), "--format", "pt2"]
+    assert main(command) == 1
+    assert "--size" in capsys.readouterr().err
+    assert main([*command, "--size", "32"]) == 0
+
+
 def test_a_fixed_batch_and_int8_of_a_fixed_size(folder, capsys):
     command = ["export", str(folder), "--format", "onnx", "--exporter", "legacy"]
     assert main([*command, "--size", "64", "--batch", "1", "--int8"]) == 0

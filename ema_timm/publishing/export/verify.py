@@ -32,7 +32,8 @@ def verify(path: Path, way: Format, model: nn.Module, inputs: list[Tensor]) -> f
     except Exception as error:  # the runtimes' errors have nothing else in common
         raise VerificationError(
             f"{name} was not written: it does not load, or not take another size than it was "
-            f"exported with ({first_line(error)})."
+            f"exported with ({first_line(error)}). Give the size of your images with --size, or "
+            "another --format."
         ) from error
     if not all(difference <= TOLERANCE for difference in found):  # NaN fails too
         worst = max(found)
