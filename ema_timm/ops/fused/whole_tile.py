@@ -23,6 +23,7 @@ from ema_timm.ops.fused.bundles import (
     store_lines,
     store_vector,
     tile_of,
+    widened,
 )
 from ema_timm.ops.weights import FoldedWeights
 
@@ -73,7 +74,7 @@ def forward_tile(
         for c0 in range(0, n, BC):
             c = c0 + tl.arange(0, BC)
             at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            block = widened(tl.load(x.start + at, mask=mask, other=0.0))
             block *= gate[None, :, :]
             tl.store(out.start + at, block.to(out.start.dtype.element_ty), mask=mask)
         if SAVE:
@@ -137,7 +138,7 @@ def statistics(
         c = c0 + tl.arange(0, BN)
         at = places(x, c, rows, w)
         gate_w = load_columns(kept.gates, x, c, w, n)
-        block = tl.load(x.start + at, mask=inside(x, c, rows, w, n), other=0.0).to(tl.float32)
+        block = widened(tl.load(x.start + at, mask=inside(x, c, rows, w, n), other=0.0))
         y = block * load_rows(kept.gates, x, c, rows, n)[:, :, None] * gate_w[:, None, :]
         shift = sum_pixels(y) / (tl.minimum(BH, x.H) * x.W)
         shift_w = tl.where((w < x.W)[None, :], shift[:, None], 0.0)
@@ -146,7 +147,7 @@ def statistics(
         for h0 in range(0, x.H, BH):
             h = h0 + rows
             mask = inside(x, c, h, w, n)
-            block = tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            block = widened(tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0))
             y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
             y -= shift_w[:, None, :]
             if h0 + BH > x.H:
@@ -199,7 +200,7 @@ def gate_rows(
             mask = inside(x, c, h + dy, w, n)
             if dy == -1:
                 mask = mask & (h > 0)[None, :, None]
-            near = tl.load(x.start + (h0 + dy) * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            near = widened(tl.load(x.start + (h0 + dy) * x.h + at, mask=mask, other=0.0))
             left += near * load_beside(kernel + c, 3 * dy + 3, c, n)[:, None, None]
             middle += near * load_beside(kernel + c, 3 * dy + 4, c, n)[:, None, None]
             right += near * load_beside(kernel + c, 3 * dy + 5, c, n)[:, None, None]

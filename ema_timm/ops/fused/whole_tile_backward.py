@@ -23,6 +23,7 @@ from ema_timm.ops.fused.bundles import (
     store_lines,
     store_vector,
     tile_of,
+    widened,
 )
 from ema_timm.ops.fused.whole_tile_sums import (
     finish_vectors,
@@ -180,7 +181,7 @@ def line_gradients(
         for h0 in range(0, x.H, BH):
             h = h0 + rows
             at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            block = widened(tl.load(x.start + at, mask=mask, other=0.0))
             gate_h = load_rows(kept.gates, x, c, h, n)
             dl = tl.load(own.dl + pixels_at(x, h, w))
             product = norm_gradient(block, gate_h, gate_w, dl, of) * block
@@ -280,7 +281,7 @@ def input_gradient(
             c = c0 + tl.arange(0, BN)
             at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
             of = slope_of(own, c, n)
-            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            block = widened(tl.load(x.start + at, mask=mask, other=0.0))
             gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
             found = norm_gradient(block, gate_h, gate_w, seen[4], of)
             found *= gate_h[:, :, None] * (gate_w * of.coef[:, None])[:, None, :]
@@ -289,7 +290,7 @@ def input_gradient(
             for tap in tl.static_range(9):
                 taps = load_beside(kernel + c, tap, c, n)
                 found += taps[:, None, None] * seen[tap][None, :, :]
-            incoming = tl.load(grad.start + at, mask=mask, other=0.0).to(tl.float32)
+            incoming = widened(tl.load(grad.start + at, mask=mask, other=0.0))
             found += incoming * gate[None, :, :]
             if (h0 == 0) | (h0 + BH >= x.H):
                 found = add_corners(found, own.taps, x, c, h, w, n)

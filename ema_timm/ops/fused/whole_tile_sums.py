@@ -15,6 +15,7 @@ from ema_timm.ops.fused.bundles import (
     load_vector,
     places,
     store_vector,
+    widened,
 )
 
 
@@ -32,8 +33,8 @@ def gate_gradient(
         for c0 in range(0, n, BC):
             c = c0 + tl.arange(0, BC)
             at, mask = places(x, c, rows, w), inside(x, c, h, w, n)
-            block = tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
-            seen = tl.load(grad.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            block = widened(tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0))
+            seen = widened(tl.load(grad.start + h0 * x.h + at, mask=mask, other=0.0))
             products += block * seen
         pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
         gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
@@ -82,7 +83,7 @@ def kernel_gradient(
         for h0 in range(0, x.H, BH):
             h = h0 + rows
             at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            block = widened(tl.load(x.start + at, mask=mask, other=0.0))
             y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
             pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
             dl = tl.load(own.dl + pixels_at(x, h, w), mask=pixels, other=0.0)
@@ -124,7 +125,7 @@ def sum_taps(x, own, c, dy: tl.constexpr, n: tl.constexpr, BH: tl.constexpr, BW:
     for h0 in range(0, x.H, BH):
         h = h0 + rows
         at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-        block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+        block = widened(tl.load(x.start + at, mask=mask, other=0.0))
         seen = own.dl + pixels_at(x, h, w) - dy * (x.W + 2)
         left += block * tl.load(seen + 1)[None, :, :]
         middle += block * tl.load(seen)[None, :, :]
