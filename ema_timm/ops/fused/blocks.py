@@ -101,6 +101,14 @@ def shifted_means(x, sums, totals, k, n: tl.constexpr):
 
 
 @triton.jit
+def store_means(x, sums, totals, means, n: tl.constexpr):
+    """Write `shifted_means` of all channels and taps."""
+    for k0 in range(0, 9 * n, 128):
+        k = k0 + tl.arange(0, 128)
+        tl.store(means + k, shifted_means(x, sums, totals, k, n), mask=k < 9 * n)
+
+
+@triton.jit
 def shift_columns(plane, w, BY: tl.constexpr, BW: tl.constexpr):
     """``plane`` (BH, BW) read at column w + BY, zero outside the block; BY is -1 or 1."""
     source = w + BY

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import pool, shift_columns, shifted_means, sum_pixels
+from ema_timm.ops.fused.blocks import pool, shift_columns, store_means, sum_pixels
 from ema_timm.ops.fused.bundles import (
     Size,
     inside,
@@ -35,7 +35,7 @@ def forward_tile(
     x,
     out,
     saved: Saved,  # written; of the gate map that holds where SAVE
-    sums,  # scratch for sums of lines, (B·G, n, L)
+    sums,  # scratch for sums of lines, (B·G, n, L), each tile's shifted means, (9n,), behind them
     weights: FoldedWeights,  # the first DROPPED of the votes' n rows are left out
     size: Size,
     n: tl.constexpr,
@@ -58,12 +58,15 @@ def forward_tile(
     """The whole forward of one tile: pool, mix and vote, normalise, gate. Grid (B·G,)."""
     x, out = tile_of(x, size, n, VECTOR, EVEN, LAST), tile_of(out, size, n, VECTOR, EVEN, LAST)
     kept = kept_of(saved, x, n)
-    sums += tl.program_id(0).to(tl.int64) * n * (x.H + x.W)
+    sums += tl.program_id(0).to(tl.int64) * n * (x.H + x.W + 9)
+    means = sums + n * (x.H + x.W)
     # `statistics` puts means where the sums of channels lie
     pool(x, sums, kept.mean, n, LAST, BN, BH, BW, BA, BP, BQ)
     tl.debug_barrier()
     mix(x, sums, kept, weights, n, BL, PN)
-    vote(x, sums, kept, weights, n, DROPPED, PN)
+    store_means(x, sums, kept.mean, means, n)
+    tl.debug_barrier()
+    vote(means, kept, weights, n, DROPPED, PN)
     tl.debug_barrier()
     constant = statistics(x, kept, weights, sums, n, BN, BH, BW)
     tl.debug_barrier()
@@ -100,7 +103,7 @@ def mix(x, sums, kept, weights, n: tl.constexpr, BL: tl.constexpr, PN: tl.conste
 
 
 @triton.jit
-def vote(x, sums, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.constexpr):
+def vote(means, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.constexpr):
     """Write u, the softmax weights of the local branch.
 
     The votes' weight is (n - DROPPED, 9n): with one row dropped, channel 0 votes 0.
@@ -113,7 +116,7 @@ def vote(x, sums, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.
         at = (o - DROPPED)[:, None] * (9 * n) + k[None, :]
         mask = voter[:, None] & (k < 9 * n)[None, :]
         row = tl.load(weights.vote_weight + at, mask=mask, other=0.0)
-        products += row * shifted_means(x, sums, kept.mean, k, n)[None, :]
+        products += row * load_vector(means, k, 9 * n)[None, :]
     logits = tl.sum(products, axis=1)
     logits += tl.load(weights.vote_bias + o - DROPPED, mask=voter, other=0.0)
     logits = tl.where(o < n, logits, float("-inf"))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import pool, shifted_means
+from ema_timm.ops.fused.blocks import pool, store_means
 from ema_timm.ops.fused.bundles import (
     Size,
     inside,
@@ -121,9 +121,7 @@ def backward_tile(
     dl_sum = gate_gradient(grad, x, kept, own.dl, n, BC, BR, BW)
     pool(x, own.sums, own.dots, n, LAST, BN, BH, BW, BA, BP, BQ)
     tl.debug_barrier()
-    for k0 in range(0, 9 * n, 32):
-        k = k0 + tl.arange(0, 32)
-        tl.store(own.means + k, shifted_means(x, own.sums, own.dots, k, n), mask=k < 9 * n)
+    store_means(x, own.sums, own.dots, own.means, n)
     tl.debug_barrier()
     kernel_gradient(narrow, kept, own, dl_sum, n, PRODUCT, BD, BE, BW)
     tl.debug_barrier()
