@@ -80,6 +80,31 @@ def sum_lines(x, c, p, step_p, P, step_q, Q, n: tl.constexpr, BQ: tl.constexpr):
 
 
 @triton.jit
+def centred(x, block, gate_h, gate_w, mean_w, h, h0):
+    """Y less its mean, (BN, BH, BW), from gates (BN, BH) and (BN, BW); zero outside of the map.
+
+    Args:
+        x: The tile.
+        block: Of it.
+        gate_h: Gates of the rows h.
+        gate_w: Gates of the columns.
+        mean_w: The mean, and zero behind the last column: `mean_of_columns`.
+        h: Rows.
+        h0: The first of them.
+    """
+    y = block * gate_h[:, :, None] * gate_w[:, None, :] - mean_w[:, None, :]
+    if h0 + h.shape[0] > x.H:
+        y = tl.where((h < x.H)[None, :, None], y, 0.0)
+    return y
+
+
+@triton.jit
+def mean_of_columns(x, mean, w):
+    """``mean``, (BN,), where there are columns, (BN, BW)."""
+    return tl.where((w < x.W)[None, :], mean[:, None], 0.0)
+
+
+@triton.jit
 def sum_pixels(block):
     """Sums over rows and columns, (BN,): in a thread first, then between threads once."""
     return tl.sum(tl.reshape(block, (block.shape[0], block.shape[1] * block.shape[2])), axis=1)

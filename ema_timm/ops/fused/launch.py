@@ -124,6 +124,7 @@ def _scratch(saved: Saved, x: Tensor) -> Scratch:
         empty(x.shape[2] + 2, x.shape[3] + 2),
         *[torch.empty_like(gates) for _ in range(3)],
         empty(n),
+        empty(n),
         empty(4 * n),
         empty(9 * n),
         empty(9 * n),

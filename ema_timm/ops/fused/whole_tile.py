@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import pool, shift_columns, store_means, sum_pixels
+from ema_timm.ops.fused.blocks import (
+    centred,
+    mean_of_columns,
+    pool,
+    shift_columns,
+    store_means,
+    sum_pixels,
+)
 from ema_timm.ops.fused.bundles import (
     Size,
     inside,
@@ -144,17 +151,14 @@ def statistics(
         block = widened(tl.load(x.start + at, mask=inside(x, c, rows, w, n), other=0.0))
         y = block * load_rows(kept.gates, x, c, rows, n)[:, :, None] * gate_w[:, None, :]
         shift = sum_pixels(y) / (tl.minimum(BH, x.H) * x.W)
-        shift_w = tl.where((w < x.W)[None, :], shift[:, None], 0.0)
+        shift_w = mean_of_columns(x, shift, w)
         rest = tl.zeros((BN, BH, BW), tl.float32)
         squares = tl.zeros((BN, BH, BW), tl.float32)
         for h0 in range(0, x.H, BH):
             h = h0 + rows
             mask = inside(x, c, h, w, n)
             block = widened(tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0))
-            y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
-            y -= shift_w[:, None, :]
-            if h0 + BH > x.H:
-                y = tl.where((h < x.H)[None, :, None], y, 0.0)
+            y = centred(x, block, load_rows(kept.gates, x, c, h, n), gate_w, shift_w, h, h0)
             rest += y
             squares += y * y
         left = sum_pixels(rest) / (x.H * x.W)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import pool, store_means
+from ema_timm.ops.fused.blocks import store_means
 from ema_timm.ops.fused.bundles import (
     Size,
     inside,
@@ -42,7 +42,8 @@ class Scratch(NamedTuple):
         sums: Sums of lines, (B·G, n, L).
         mixed: Gradients before the gates of lines, (B·G, n, L).
         terms: What reaches x through its lines, (B·G, n, L).
-        dots: Sums of channels, then Σ dL·ŷ, (B·G, n).
+        totals: Sums of channels, (B·G, n).
+        dots: Σ dL·ŷ, (B·G, n).
         slopes: What `Slope` holds, (B·G, 4, n).
         taps: What reaches x through each tap, (B·G, 9n).
         means: Shifted means, (B·G, 9n).
@@ -53,6 +54,7 @@ class Scratch(NamedTuple):
     sums: Any
     mixed: Any
     terms: Any
+    totals: Any
     dots: Any
     slopes: Any
     taps: Any
@@ -70,6 +72,7 @@ def scratch_of(scratch, x, n: tl.constexpr):
         scratch.sums + tile * n * L,
         scratch.mixed + tile * n * L,
         scratch.terms + tile * n * L,
+        scratch.totals + tile * n,
         scratch.dots + tile * n,
         scratch.slopes + tile * 4 * n,
         scratch.taps + tile * 9 * n,
@@ -119,28 +122,26 @@ def backward_tile(
     dx = tile_of(dx, size, n, VECTOR, EVEN, LAST)
     kept, own = kept_of(saved, x, n), scratch_of(scratch, x, n)
     dl_sum = gate_gradient(grad, x, kept, own.dl, n, BC, BR, BW)
-    pool(x, own.sums, own.dots, n, LAST, BN, BH, BW, BA, BP, BQ)
-    tl.debug_barrier()
-    store_means(x, own.sums, own.dots, own.means, n)
     tl.debug_barrier()
     kernel_gradient(narrow, kept, own, dl_sum, n, PRODUCT, BD, BE, BW)
     tl.debug_barrier()
     finish_vectors(x, kept, own, weights, v, dl_sum, n, PN)
     tl.debug_barrier()
-    line_gradients(x, kept, own, n, BN, BH, BW)
+    line_gradients(x, kept, own, n, LAST, BN, BH, BW, BA, BP, BQ)
     tl.debug_barrier()
+    store_means(x, own.sums, own.totals, own.means, n)
     mix_gradient(x, own, weights, n, BX, BL, PN)
     tl.debug_barrier()
-    input_gradient(grad, x, dx, kept, own, weights.kernel, n, BC, BR, BW)
+    input_gradient(grad, x, dx, kept, own, weights.kernel, n, BC, BR, BW, PN)
 
 
 class Slope(NamedTuple):
-    """What the norm's gradient needs: dy = coef·(dL − level − (y − μ)·slope), (BN,) each.
+    """What the norm's gradient needs: dy = coef·dL − level − (y − μ)·slope, (BN,) each.
 
     Attributes:
         coef: uγr.
-        slope: r·mean(dL·ŷ).
-        level: mean dL, and what the rounding of μ leaves.
+        slope: coef·r·mean(dL·ŷ).
+        level: coef·mean dL, and what the rounding of μ leaves.
         mean: μ, but for what its rounding leaves.
     """
 
@@ -159,36 +160,116 @@ def slope_of(own, c, n: tl.constexpr):
 
 
 @triton.jit
-def norm_gradient(block, gate_h, gate_w, dl, of):
-    """Dy / coef, (BN, BH, BW), from gates (BN, BH) and (BN, BW) and dL (BH, BW)."""
-    y = block * gate_h[:, :, None] * gate_w[:, None, :] - of.mean[:, None, None]
-    return (dl[None, :, :] - of.level[:, None, None]) - y * of.slope[:, None, None]
+def norm_gradient(y, dl, of):
+    """Dy, (BN, BH, BW), from y and dL (BH, BW)."""
+    level = dl[None, :, :] * of.coef[:, None, None] - of.level[:, None, None]
+    return level - (y - of.mean[:, None, None]) * of.slope[:, None, None]
 
 
 @triton.jit
 def line_gradients(
-    x, kept, own, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
+    x,
+    kept,
+    own,
+    n: tl.constexpr,
+    LAST: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BA: tl.constexpr,
+    BP: tl.constexpr,
+    BQ: tl.constexpr,
 ):
-    """Write [dp | dq], the gradient before the gates of all lines."""
-    w, rows = tl.arange(0, BW), tl.arange(0, BH)
-    for c0 in range(0, n, BN):
-        c = c0 + tl.arange(0, BN)
-        of = slope_of(own, c, n)
-        gate_w = load_columns(kept.gates, x, c, w, n)
-        dq = tl.zeros((BN, BH, BW), tl.float32)
-        for h0 in range(0, x.H, BH):
-            h = h0 + rows
-            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            block = widened(tl.load(x.start + at, mask=mask, other=0.0))
-            gate_h = load_rows(kept.gates, x, c, h, n)
-            dl = tl.load(own.dl + pixels_at(x, h, w))
-            product = norm_gradient(block, gate_h, gate_w, dl, of) * block
-            dq += product * gate_h[:, :, None]
-            dp = tl.sum(product * gate_w[:, None, :], axis=2)
-            dp *= of.coef[:, None] * gate_h * (1 - gate_h)
-            store_lines(own.mixed, dp, x, c, 0, h, x.H, n)
-        found = tl.sum(dq, axis=1) * of.coef[:, None] * gate_w * (1 - gate_w)
-        store_lines(own.mixed, found, x, c, x.H, w, x.W, n)
+    """Write [dp | dq], the gradient before the gates of all lines, and the sums of x along them.
+
+    Walks are those of `ema_timm.ops.fused.blocks.pool`.
+    """
+    if LAST:
+        for c0 in range(0, n, BA):
+            c = c0 + tl.arange(0, BA)
+            for p0 in range(0, x.W, BP):
+                p = p0 + tl.arange(0, BP)
+                found, pooled = across(x, kept, own, c, x.H, p, x.w, x.W, 0, x.h, x.H, n, BQ, False)
+                store_lines(own.mixed, found, x, c, x.H, p, x.W, n)
+                store_lines(own.sums, pooled, x, c, x.H, p, x.W, n)
+            total = tl.zeros((BA,), tl.float32)
+            for p0 in range(0, x.H, BP):
+                p = p0 + tl.arange(0, BP)
+                found, pooled = across(x, kept, own, c, 0, p, x.h, x.H, x.H, x.w, x.W, n, BQ, True)
+                store_lines(own.mixed, found, x, c, 0, p, x.H, n)
+                store_lines(own.sums, pooled, x, c, 0, p, x.H, n)
+                total += tl.sum(pooled, axis=1)
+            store_vector(own.totals, total, c, n)
+    else:
+        w, rows = tl.arange(0, BW), tl.arange(0, BH)
+        for c0 in range(0, n, BN):
+            c = c0 + tl.arange(0, BN)
+            of = slope_of(own, c, n)
+            gate_w = load_columns(kept.gates, x, c, w, n)
+            dq, columns = tl.zeros((BN, BH, BW), tl.float32), tl.zeros((BN, BH, BW), tl.float32)
+            for h0 in range(0, x.H, BH):
+                h = h0 + rows
+                at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+                block = widened(tl.load(x.start + at, mask=mask, other=0.0))
+                gate_h = load_rows(kept.gates, x, c, h, n)
+                dl = tl.load(own.dl + pixels_at(x, h, w))
+                across_h, across_w = block * gate_w[:, None, :], block * gate_h[:, :, None]
+                dy = norm_gradient(across_h * gate_h[:, :, None], dl, of)
+                columns += block
+                dq += dy * across_w
+                dp = tl.sum(dy * across_h, axis=2) * gate_h * (1 - gate_h)
+                store_lines(own.mixed, dp, x, c, 0, h, x.H, n)
+                store_lines(own.sums, tl.sum(block, axis=2), x, c, 0, h, x.H, n)
+            found = tl.sum(dq, axis=1) * gate_w * (1 - gate_w)
+            pooled = tl.sum(columns, axis=1)
+            store_lines(own.mixed, found, x, c, x.H, w, x.W, n)
+            store_lines(own.sums, pooled, x, c, x.H, w, x.W, n)
+            store_vector(own.totals, tl.sum(pooled, axis=1), c, n)
+
+
+@triton.jit
+def across(
+    x,
+    kept,
+    own,
+    c,
+    first,
+    p,
+    step_p,
+    P,
+    other,
+    step_q,
+    Q,
+    n: tl.constexpr,
+    BQ: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Gradients before the gates of the lines ``first`` + p, and their sums of x, (BN, BP).
+
+    Steps are those of x along p and q; the lines that cross these are ``other`` + q.
+    """
+    of, gate = slope_of(own, c, n), load_lines(kept.gates, x, c, first, p, P, n)
+    found = tl.zeros((c.shape[0], BQ, p.shape[0]), tl.float32)
+    pooled = tl.zeros((c.shape[0], BQ, p.shape[0]), tl.float32)
+    q = tl.arange(0, BQ)
+    at = (c * x.c)[:, None, None] + ((q * step_q)[:, None] + (p * step_p)[None, :])[None, :, :]
+    wide = x.W + 2
+    for q0 in range(0, Q, BQ):
+        here = (q < Q - q0)[:, None] & (p < P)[None, :]
+        mask = here[None, :, :]
+        if n // c.shape[0] * c.shape[0] != n:
+            mask = mask & (c < n)[:, None, None]
+        block = widened(tl.load(x.start + q0 * step_q + at, mask=mask, other=0.0))
+        if ROWS:
+            pixels = (p + 1)[None, :] * wide + (q0 + q + 1)[:, None]
+        else:
+            pixels = (q0 + q + 1)[:, None] * wide + (p + 1)[None, :]
+        dl = tl.load(own.dl + pixels, mask=here, other=0.0)
+        crossing = load_lines(kept.gates, x, c, other, q0 + q, Q, n)
+        part = block * crossing[:, :, None]
+        found += norm_gradient(part * gate[:, None, :], dl, of) * part
+        pooled += block
+    return tl.sum(found, axis=1) * gate * (1 - gate), tl.sum(pooled, axis=1)
 
 
 @triton.jit
@@ -254,45 +335,72 @@ def input_gradient(
     BN: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
+    PN: tl.constexpr,
 ):
-    """Write dx. What the taps see of dL is loaded once for all channels."""
-    w, rows = tl.arange(0, BW), tl.arange(0, BH)
-    wide = x.W + 2
+    """Write dx; what is taken twice from its corners is put back where they are written again."""
     for h0 in range(0, x.H, BH):
-        h = h0 + rows
-        pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
-        gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
-        dl = own.dl + pixels_at(x, h, w)
-        above, below = dl - wide, dl + wide
-        seen = (
-            tl.load(below + 1),
-            tl.load(below),
-            tl.load(below - 1),
-            tl.load(dl + 1),
-            tl.load(dl),
-            tl.load(dl - 1),
-            tl.load(above + 1),
-            tl.load(above),
-            tl.load(above - 1),
+        pixel_gradients(
+            grad, x, dx, kept, own, kernel, h0, tl.arange(0, BH), tl.arange(0, BW), n, BN, False
         )
-        for c0 in range(0, n, BN):
-            c = c0 + tl.arange(0, BN)
-            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            of = slope_of(own, c, n)
-            block = widened(tl.load(x.start + at, mask=mask, other=0.0))
-            gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
-            found = norm_gradient(block, gate_h, gate_w, seen[4], of)
-            found *= gate_h[:, :, None] * (gate_w * of.coef[:, None])[:, None, :]
-            found += load_rows(own.terms, x, c, h, n)[:, :, None]
-            found += load_columns(own.terms, x, c, w, n)[:, None, :]
-            for tap in tl.static_range(9):
-                taps = load_beside(kernel + c, tap, c, n)
-                found += taps[:, None, None] * seen[tap][None, :, :]
-            incoming = widened(tl.load(grad.start + at, mask=mask, other=0.0))
-            found += incoming * gate[None, :, :]
-            if (h0 == 0) | (h0 + BH >= x.H):
-                found = add_corners(found, own.taps, x, c, h, w, n)
-            tl.store(dx.start + at, found.to(dx.start.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    ends = tl.arange(0, 2)
+    h, w = ends * (x.H - 1), ends * (x.W - 1)
+    pixel_gradients(grad, x, dx, kept, own, kernel, 0, h, w, n, PN, True)
+
+
+@triton.jit
+def pixel_gradients(
+    grad,
+    x,
+    dx,
+    kept,
+    own,
+    kernel,
+    h0,
+    rows,
+    w,
+    n: tl.constexpr,
+    BN: tl.constexpr,
+    CORNERS: tl.constexpr,
+):
+    """Write dx of the rows h0 + ``rows`` and the columns w.
+
+    What the taps see of dL is loaded once for all channels.
+    """
+    h = h0 + rows
+    pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
+    gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
+    dl = own.dl + pixels_at(x, h, w)
+    above, below = dl - (x.W + 2), dl + (x.W + 2)
+    seen = (
+        tl.load(below + 1),
+        tl.load(below),
+        tl.load(below - 1),
+        tl.load(dl + 1),
+        tl.load(dl),
+        tl.load(dl - 1),
+        tl.load(above + 1),
+        tl.load(above),
+        tl.load(above - 1),
+    )
+    for c0 in range(0, n, BN):
+        c = c0 + tl.arange(0, BN)
+        at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+        of = slope_of(own, c, n)
+        block = widened(tl.load(x.start + at, mask=mask, other=0.0))
+        gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
+        both = gate_h[:, :, None] * gate_w[:, None, :]
+        found = load_rows(own.terms, x, c, h, n)[:, :, None]
+        found += load_columns(own.terms, x, c, w, n)[:, None, :]
+        found += norm_gradient(block * both, seen[4], of) * both
+        for tap in tl.static_range(9):
+            taps = load_beside(kernel + c, tap, c, n)
+            found += taps[:, None, None] * seen[tap][None, :, :]
+        incoming = widened(tl.load(grad.start + at, mask=mask, other=0.0))
+        found += incoming * gate[None, :, :]
+        if CORNERS:
+            found = add_corners(found, own.taps, x, c, h, w, n)
+        tl.store(dx.start + at, found.to(dx.start.dtype.element_ty), mask=mask)
 
 
 @triton.jit
