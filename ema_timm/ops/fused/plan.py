@@ -155,8 +155,11 @@ def _gradient_walks(forward: dict, height: int, warps: int) -> dict:
     numbers = THREAD * 32 * warps
     product = _fitting(n, 32) >= 16 and columns * triton.next_power_of_2(height) >= 16
     channels = _fitting(n, 32) if product else max(_fitting(n, 8), forward["LAST"] * forward["BN"])
-    several = 2 if product or forward["LAST"] else 1  # else 12 warps find room on an SM, not 8
-    rows = _rows(height, several * numbers if product else numbers // 2, channels * columns)
+    if product:  # in channels_last more would spill
+        numbers *= 1 if forward["LAST"] else 2
+    else:  # ten sums a number
+        numbers //= 2
+    rows = _rows(height, numbers, channels * columns)
     return {
         "NARROW": step if forward["LAST"] else min(step, 4),
         "PRODUCT": product,
