@@ -46,10 +46,10 @@ def test_a_loop_counts_as_often_as_it_runs(python, tmp_path):
 # holds of each, on capability 9.0 with Triton 3.8; other versions differ by a few. A number that
 # falls is to be lowered here.
 MOST = {
-    (256, 56, "contiguous"): (72, 146, 16, 12),
-    (256, 56, "channels_last"): (73, 153, 12, 12),
-    (512, 28, "contiguous"): (87, 149, 16, 8),
-    (512, 28, "channels_last"): (86, 152, 12, 12),
+    (256, 56, "contiguous"): (66, 117, 16, 12),
+    (256, 56, "channels_last"): (66, 117, 12, 12),
+    (512, 28, "contiguous"): (77, 125, 16, 8),
+    (512, 28, "channels_last"): (75, 131, 12, 12),
 }
 
 

@@ -8,7 +8,7 @@ i and a tap meet, their number is k = 9·i + t.
 import triton
 import triton.language as tl
 
-from ema_timm.ops.fused.bundles import inside, places, store_lines, store_vector
+from ema_timm.ops.fused.bundles import inside, places, store_lines, store_vector, widened
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def pool(
             for h0 in range(0, x.H, BH):
                 h = h0 + rows
                 at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-                block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+                block = widened(tl.load(x.start + at, mask=mask, other=0.0))
                 columns += block
                 store_lines(sums, tl.sum(block, axis=2), x, c, 0, h, x.H, n)
             found = tl.sum(columns, axis=1)
@@ -75,8 +75,33 @@ def sum_lines(x, c, p, step_p, P, step_q, Q, n: tl.constexpr, BQ: tl.constexpr):
         known = known & (c < n)[:, None, None]
     for q0 in range(0, Q, BQ):
         mask = (q < Q - q0)[None, :, None] & known
-        total += tl.load(x.start + q0 * step_q + at, mask=mask, other=0.0).to(tl.float32)
+        total += widened(tl.load(x.start + q0 * step_q + at, mask=mask, other=0.0))
     return tl.sum(total, axis=1)
+
+
+@triton.jit
+def centred(x, block, gate_h, gate_w, mean_w, h, h0):
+    """Y less its mean, (BN, BH, BW), from gates (BN, BH) and (BN, BW); zero outside of the map.
+
+    Args:
+        x: The tile.
+        block: Of it.
+        gate_h: Gates of the rows h.
+        gate_w: Gates of the columns.
+        mean_w: The mean, and zero behind the last column: `mean_of_columns`.
+        h: Rows.
+        h0: The first of them.
+    """
+    y = block * gate_h[:, :, None] * gate_w[:, None, :] - mean_w[:, None, :]
+    if h0 + h.shape[0] > x.H:
+        y = tl.where((h < x.H)[None, :, None], y, 0.0)
+    return y
+
+
+@triton.jit
+def mean_of_columns(x, mean, w):
+    """``mean``, (BN,), where there are columns, (BN, BW)."""
+    return tl.where((w < x.W)[None, :], mean[:, None], 0.0)
 
 
 @triton.jit
@@ -96,8 +121,16 @@ def shifted_means(x, sums, totals, k, n: tl.constexpr):
     found -= tl.load(line + row * x.lp, mask=known & (dy != 0), other=0.0)
     found -= tl.load(line + (x.H + column) * x.lp, mask=known & (dx != 0), other=0.0)
     corner = x.start + i * x.c + row * x.h + column * x.w
-    found += tl.load(corner, mask=known & (dy != 0) & (dx != 0), other=0.0).to(tl.float32)
+    found += widened(tl.load(corner, mask=known & (dy != 0) & (dx != 0), other=0.0))
     return found / (x.H * x.W)
+
+
+@triton.jit
+def store_means(x, sums, totals, means, n: tl.constexpr):
+    """Write `shifted_means` of all channels and taps."""
+    for k0 in range(0, 9 * n, 128):
+        k = k0 + tl.arange(0, 128)
+        tl.store(means + k, shifted_means(x, sums, totals, k, n), mask=k < 9 * n)
 
 
 @triton.jit

@@ -42,16 +42,16 @@ def forward(
         source, last = laid_out(x)
         target = out if out.stride() == source.stride() else torch.empty_like(source)
         walk = plan(source, groups, last)
-        dropped = x.shape[1] // groups - weights.vote_bias.shape[0]
+        n = x.shape[1] // groups
         with _launching(x, groups):
             whole_tile.forward_tile[(walk.tiles,)](
                 source,
                 target,
                 saved,
-                torch.empty_like(saved.gates),
+                saved.gates.new_empty(walk.tiles, n * (sum(x.shape[2:]) + 9)),
                 weights,
                 walk.size,
-                DROPPED=dropped,
+                DROPPED=n - weights.vote_bias.shape[0],
                 SAVE=save,
                 num_warps=walk.warps,
                 num_stages=1,
@@ -129,6 +129,7 @@ def _scratch(saved: Saved, x: Tensor) -> Scratch:
     return Scratch(
         empty(x.shape[2] + 2, x.shape[3] + 2),
         *[torch.empty_like(gates) for _ in range(3)],
+        empty(n),
         empty(n),
         empty(4 * n),
         empty(9 * n),

@@ -98,8 +98,8 @@ def plan(x: Tensor, groups: int, last: bool) -> Plan:
     }
     backward = {**forward, **_gradient_walks(forward, height, warps)}
     size = Size(groups, height, width)
-    registers = 168 if last and warps > 1 and x.element_size() == 2 else None
-    return Plan(x.shape[0] * groups, size, warps, forward, backward, registers)
+    sparing = (last or not backward["PRODUCT"]) and warps > 1 and x.element_size() == 2
+    return Plan(x.shape[0] * groups, size, warps, forward, backward, 168 if sparing else None)
 
 
 def blocks_over_tiles(n: int) -> tuple[int, dict]:
@@ -155,13 +155,17 @@ def _gradient_walks(forward: dict, height: int, warps: int) -> dict:
     numbers = THREAD * 32 * warps
     product = _fitting(n, 32) >= 16 and columns * triton.next_power_of_2(height) >= 16
     channels = _fitting(n, 32) if product else max(_fitting(n, 8), forward["LAST"] * forward["BN"])
-    several = 2 if product or forward["LAST"] else 1  # else 12 warps find room on an SM, not 8
-    rows = _rows(height, several * numbers, channels * columns)
+    if product:  # in channels_last more would spill
+        numbers *= 1 if forward["LAST"] else 2
+    else:  # ten sums a number
+        numbers //= 2
+    rows = _rows(height, numbers, channels * columns)
     return {
         "NARROW": step if forward["LAST"] else min(step, 4),
         "PRODUCT": product,
         "BD": channels,
         "BE": max(rows, triton.cdiv(16, columns)) if product else rows,
+        "BQ": 2,
         "BX": max(1, 4096 // forward["PN"] ** 2),
     }
 

@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import pool, shift_columns, shifted_means, sum_pixels
+from ema_timm.ops.fused.blocks import (
+    centred,
+    mean_of_columns,
+    pool,
+    shift_columns,
+    store_means,
+    sum_pixels,
+)
 from ema_timm.ops.fused.bundles import (
     Size,
     inside,
@@ -23,6 +30,7 @@ from ema_timm.ops.fused.bundles import (
     store_lines,
     store_vector,
     tile_of,
+    widened,
 )
 from ema_timm.ops.weights import FoldedWeights
 
@@ -34,7 +42,7 @@ def forward_tile(
     x,
     out,
     saved: Saved,  # written; of the gate map that holds where SAVE
-    sums,  # scratch for sums of lines, (B·G, n, L)
+    sums,  # scratch for sums of lines, (B·G, n, L), each tile's shifted means, (9n,), behind them
     weights: FoldedWeights,  # the first DROPPED of the votes' n rows are left out
     size: Size,
     n: tl.constexpr,
@@ -57,12 +65,15 @@ def forward_tile(
     """The whole forward of one tile: pool, mix and vote, normalise, gate. Grid (B·G,)."""
     x, out = tile_of(x, size, n, VECTOR, EVEN, LAST), tile_of(out, size, n, VECTOR, EVEN, LAST)
     kept = kept_of(saved, x, n)
-    sums += tl.program_id(0).to(tl.int64) * n * (x.H + x.W)
+    sums += tl.program_id(0).to(tl.int64) * n * (x.H + x.W + 9)
+    means = sums + n * (x.H + x.W)
     # `statistics` puts means where the sums of channels lie
     pool(x, sums, kept.mean, n, LAST, BN, BH, BW, BA, BP, BQ)
     tl.debug_barrier()
     mix(x, sums, kept, weights, n, BL, PN)
-    vote(x, sums, kept, weights, n, DROPPED, PN)
+    store_means(x, sums, kept.mean, means, n)
+    tl.debug_barrier()
+    vote(means, kept, weights, n, DROPPED, PN)
     tl.debug_barrier()
     constant = statistics(x, kept, weights, sums, n, BN, BH, BW)
     tl.debug_barrier()
@@ -73,7 +84,7 @@ def forward_tile(
         for c0 in range(0, n, BC):
             c = c0 + tl.arange(0, BC)
             at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
+            block = widened(tl.load(x.start + at, mask=mask, other=0.0))
             block *= gate[None, :, :]
             tl.store(out.start + at, block.to(out.start.dtype.element_ty), mask=mask)
         if SAVE:
@@ -99,7 +110,7 @@ def mix(x, sums, kept, weights, n: tl.constexpr, BL: tl.constexpr, PN: tl.conste
 
 
 @triton.jit
-def vote(x, sums, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.constexpr):
+def vote(means, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.constexpr):
     """Write u, the softmax weights of the local branch.
 
     The votes' weight is (n - DROPPED, 9n): with one row dropped, channel 0 votes 0.
@@ -112,7 +123,7 @@ def vote(x, sums, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.
         at = (o - DROPPED)[:, None] * (9 * n) + k[None, :]
         mask = voter[:, None] & (k < 9 * n)[None, :]
         row = tl.load(weights.vote_weight + at, mask=mask, other=0.0)
-        products += row * shifted_means(x, sums, kept.mean, k, n)[None, :]
+        products += row * load_vector(means, k, 9 * n)[None, :]
     logits = tl.sum(products, axis=1)
     logits += tl.load(weights.vote_bias + o - DROPPED, mask=voter, other=0.0)
     logits = tl.where(o < n, logits, float("-inf"))
@@ -137,20 +148,17 @@ def statistics(
         c = c0 + tl.arange(0, BN)
         at = places(x, c, rows, w)
         gate_w = load_columns(kept.gates, x, c, w, n)
-        block = tl.load(x.start + at, mask=inside(x, c, rows, w, n), other=0.0).to(tl.float32)
+        block = widened(tl.load(x.start + at, mask=inside(x, c, rows, w, n), other=0.0))
         y = block * load_rows(kept.gates, x, c, rows, n)[:, :, None] * gate_w[:, None, :]
         shift = sum_pixels(y) / (tl.minimum(BH, x.H) * x.W)
-        shift_w = tl.where((w < x.W)[None, :], shift[:, None], 0.0)
+        shift_w = mean_of_columns(x, shift, w)
         rest = tl.zeros((BN, BH, BW), tl.float32)
         squares = tl.zeros((BN, BH, BW), tl.float32)
         for h0 in range(0, x.H, BH):
             h = h0 + rows
             mask = inside(x, c, h, w, n)
-            block = tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
-            y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
-            y -= shift_w[:, None, :]
-            if h0 + BH > x.H:
-                y = tl.where((h < x.H)[None, :, None], y, 0.0)
+            block = widened(tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0))
+            y = centred(x, block, load_rows(kept.gates, x, c, h, n), gate_w, shift_w, h, h0)
             rest += y
             squares += y * y
         left = sum_pixels(rest) / (x.H * x.W)
@@ -199,7 +207,7 @@ def gate_rows(
             mask = inside(x, c, h + dy, w, n)
             if dy == -1:
                 mask = mask & (h > 0)[None, :, None]
-            near = tl.load(x.start + (h0 + dy) * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            near = widened(tl.load(x.start + (h0 + dy) * x.h + at, mask=mask, other=0.0))
             left += near * load_beside(kernel + c, 3 * dy + 3, c, n)[:, None, None]
             middle += near * load_beside(kernel + c, 3 * dy + 4, c, n)[:, None, None]
             right += near * load_beside(kernel + c, 3 * dy + 5, c, n)[:, None, None]

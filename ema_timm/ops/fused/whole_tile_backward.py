@@ -10,19 +10,23 @@ import triton
 import triton.language as tl
 
 from ema_timm.ops.closed_form.saved import Saved
-from ema_timm.ops.fused.blocks import pool, shifted_means
+from ema_timm.ops.fused.blocks import store_means
 from ema_timm.ops.fused.bundles import (
     Size,
     inside,
     kept_of,
     load_beside,
     load_columns,
-    load_lines,
     load_rows,
     places,
-    store_lines,
-    store_vector,
     tile_of,
+    widened,
+)
+from ema_timm.ops.fused.whole_tile_lines import (
+    line_gradients,
+    mix_gradient,
+    norm_gradient,
+    slope_of,
 )
 from ema_timm.ops.fused.whole_tile_sums import (
     finish_vectors,
@@ -41,7 +45,8 @@ class Scratch(NamedTuple):
         sums: Sums of lines, (B·G, n, L).
         mixed: Gradients before the gates of lines, (B·G, n, L).
         terms: What reaches x through its lines, (B·G, n, L).
-        dots: Sums of channels, then Σ dL·ŷ, (B·G, n).
+        totals: Sums of channels, (B·G, n).
+        dots: Σ dL·ŷ, (B·G, n).
         slopes: What `Slope` holds, (B·G, 4, n).
         taps: What reaches x through each tap, (B·G, 9n).
         means: Shifted means, (B·G, 9n).
@@ -52,6 +57,7 @@ class Scratch(NamedTuple):
     sums: Any
     mixed: Any
     terms: Any
+    totals: Any
     dots: Any
     slopes: Any
     taps: Any
@@ -69,6 +75,7 @@ def scratch_of(scratch, x, n: tl.constexpr):
         scratch.sums + tile * n * L,
         scratch.mixed + tile * n * L,
         scratch.terms + tile * n * L,
+        scratch.totals + tile * n,
         scratch.dots + tile * n,
         scratch.slopes + tile * 4 * n,
         scratch.taps + tile * 9 * n,
@@ -118,129 +125,17 @@ def backward_tile(
     dx = tile_of(dx, size, n, VECTOR, EVEN, LAST)
     kept, own = kept_of(saved, x, n), scratch_of(scratch, x, n)
     dl_sum = gate_gradient(grad, x, kept, own.dl, n, BC, BR, BW)
-    pool(x, own.sums, own.dots, n, LAST, BN, BH, BW, BA, BP, BQ)
-    tl.debug_barrier()
-    for k0 in range(0, 9 * n, 32):
-        k = k0 + tl.arange(0, 32)
-        tl.store(own.means + k, shifted_means(x, own.sums, own.dots, k, n), mask=k < 9 * n)
     tl.debug_barrier()
     kernel_gradient(narrow, kept, own, dl_sum, n, PRODUCT, BD, BE, BW)
     tl.debug_barrier()
     finish_vectors(x, kept, own, weights, v, dl_sum, n, PN)
     tl.debug_barrier()
-    line_gradients(x, kept, own, n, BN, BH, BW)
+    line_gradients(x, kept, own, n, LAST, BN, BH, BW, BA, BP, BQ)
     tl.debug_barrier()
+    store_means(x, own.sums, own.totals, own.means, n)
     mix_gradient(x, own, weights, n, BX, BL, PN)
     tl.debug_barrier()
-    input_gradient(grad, x, dx, kept, own, weights.kernel, n, BC, BR, BW)
-
-
-class Slope(NamedTuple):
-    """What the norm's gradient needs: dy = coef·(dL − level − (y − μ)·slope), (BN,) each.
-
-    Attributes:
-        coef: uγr.
-        slope: r·mean(dL·ŷ).
-        level: mean dL, and what the rounding of μ leaves.
-        mean: μ, but for what its rounding leaves.
-    """
-
-    coef: Any
-    slope: Any
-    level: Any
-    mean: Any
-
-
-@triton.jit
-def slope_of(own, c, n: tl.constexpr):
-    """`Slope` of the channels c."""
-    first = own.slopes + c
-    coef, slope = load_beside(first, 0, c, n), load_beside(first, 1, c, n)
-    return Slope(coef, slope, load_beside(first, 2, c, n), load_beside(first, 3, c, n))
-
-
-@triton.jit
-def norm_gradient(block, gate_h, gate_w, dl, of):
-    """Dy / coef, (BN, BH, BW), from gates (BN, BH) and (BN, BW) and dL (BH, BW)."""
-    y = block * gate_h[:, :, None] * gate_w[:, None, :] - of.mean[:, None, None]
-    return (dl[None, :, :] - of.level[:, None, None]) - y * of.slope[:, None, None]
-
-
-@triton.jit
-def line_gradients(
-    x, kept, own, n: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
-):
-    """Write [dp | dq], the gradient before the gates of all lines."""
-    w, rows = tl.arange(0, BW), tl.arange(0, BH)
-    for c0 in range(0, n, BN):
-        c = c0 + tl.arange(0, BN)
-        of = slope_of(own, c, n)
-        gate_w = load_columns(kept.gates, x, c, w, n)
-        dq = tl.zeros((BN, BH, BW), tl.float32)
-        for h0 in range(0, x.H, BH):
-            h = h0 + rows
-            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
-            gate_h = load_rows(kept.gates, x, c, h, n)
-            dl = tl.load(own.dl + pixels_at(x, h, w))
-            product = norm_gradient(block, gate_h, gate_w, dl, of) * block
-            dq += product * gate_h[:, :, None]
-            dp = tl.sum(product * gate_w[:, None, :], axis=2)
-            dp *= of.coef[:, None] * gate_h * (1 - gate_h)
-            store_lines(own.mixed, dp, x, c, 0, h, x.H, n)
-        found = tl.sum(dq, axis=1) * of.coef[:, None] * gate_w * (1 - gate_w)
-        store_lines(own.mixed, found, x, c, x.H, w, x.W, n)
-
-
-@triton.jit
-def mix_gradient(
-    x, own, weights, n: tl.constexpr, BX: tl.constexpr, BL: tl.constexpr, PN: tl.constexpr
-):
-    """Write db₁, dW₁, and what reaches x through its lines, the votes' taps among them."""
-    i = tl.arange(0, PN)
-    L = x.H + x.W
-    dw1 = tl.zeros((PN, PN, BX), tl.float32)
-    db1 = tl.zeros((PN, BX), tl.float32)
-    for p0 in range(0, L, BX):
-        p = p0 + tl.arange(0, BX)
-        mixed = load_lines(own.mixed, x, i, 0, p, L, n)
-        pooled = load_lines(own.sums, x, i, 0, p, L, n)
-        pooled *= tl.where(p < x.H, 1.0 / x.W, 1.0 / x.H)[None, :]
-        db1 += mixed
-        dw1 += mixed[:, None, :] * pooled[None, :, :]
-    dw1 = tl.sum(dw1, axis=2)
-    db1 = tl.sum(db1, axis=1)
-    store_vector(own.parts + 13 * n, db1, i, n)
-    at, mask = i[:, None] * n + i[None, :], (i < n)[:, None] & (i < n)[None, :]
-    tl.store(own.parts + 14 * n + at, dw1, mask=mask)
-    everywhere = tl.zeros((PN,), tl.float32)
-    first_row, last_row = tl.zeros((PN,), tl.float32), tl.zeros((PN,), tl.float32)
-    first_column, last_column = tl.zeros((PN,), tl.float32), tl.zeros((PN,), tl.float32)
-    for tap in tl.static_range(9):
-        reached = tl.load(own.taps + i * 9 + tap, mask=i < n, other=0.0)
-        everywhere += reached
-        if tap // 3 == 0:
-            last_row += reached
-        if tap // 3 == 2:
-            first_row += reached
-        if tap % 3 == 0:
-            last_column += reached
-        if tap % 3 == 2:
-            first_column += reached
-    for p0 in range(0, L, BL):
-        p = p0 + tl.arange(0, BL)
-        terms = tl.zeros((PN, BL), tl.float32)
-        for o in range(n):
-            mixed = tl.load(own.mixed + o * x.lc + p * x.lp, mask=p < L, other=0.0)
-            row = tl.load(weights.mix_weight + o * n + i, mask=i < n, other=0.0)
-            terms += row[:, None] * mixed[None, :]
-        terms *= tl.where(p < x.H, 1.0 / x.W, 1.0 / x.H)[None, :]
-        terms += tl.where((p < x.H)[None, :], everywhere[:, None], 0.0)
-        terms -= tl.where((p == 0)[None, :], first_row[:, None], 0.0)
-        terms -= tl.where((p == x.H - 1)[None, :], last_row[:, None], 0.0)
-        terms -= tl.where((p == x.H)[None, :], first_column[:, None], 0.0)
-        terms -= tl.where((p == L - 1)[None, :], last_column[:, None], 0.0)
-        store_lines(own.terms, terms, x, i, 0, p, L, n)
+    input_gradient(grad, x, dx, kept, own, weights.kernel, n, BC, BR, BW, PN)
 
 
 @triton.jit
@@ -255,45 +150,72 @@ def input_gradient(
     BN: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
+    PN: tl.constexpr,
 ):
-    """Write dx. What the taps see of dL is loaded once for all channels."""
-    w, rows = tl.arange(0, BW), tl.arange(0, BH)
-    wide = x.W + 2
+    """Write dx; what is taken twice from its corners is put back where they are written again."""
     for h0 in range(0, x.H, BH):
-        h = h0 + rows
-        pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
-        gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
-        dl = own.dl + pixels_at(x, h, w)
-        above, below = dl - wide, dl + wide
-        seen = (
-            tl.load(below + 1),
-            tl.load(below),
-            tl.load(below - 1),
-            tl.load(dl + 1),
-            tl.load(dl),
-            tl.load(dl - 1),
-            tl.load(above + 1),
-            tl.load(above),
-            tl.load(above - 1),
+        pixel_gradients(
+            grad, x, dx, kept, own, kernel, h0, tl.arange(0, BH), tl.arange(0, BW), n, BN, False
         )
-        for c0 in range(0, n, BN):
-            c = c0 + tl.arange(0, BN)
-            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            of = slope_of(own, c, n)
-            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
-            gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
-            found = norm_gradient(block, gate_h, gate_w, seen[4], of)
-            found *= gate_h[:, :, None] * (gate_w * of.coef[:, None])[:, None, :]
-            found += load_rows(own.terms, x, c, h, n)[:, :, None]
-            found += load_columns(own.terms, x, c, w, n)[:, None, :]
-            for tap in tl.static_range(9):
-                taps = load_beside(kernel + c, tap, c, n)
-                found += taps[:, None, None] * seen[tap][None, :, :]
-            incoming = tl.load(grad.start + at, mask=mask, other=0.0).to(tl.float32)
-            found += incoming * gate[None, :, :]
-            if (h0 == 0) | (h0 + BH >= x.H):
-                found = add_corners(found, own.taps, x, c, h, w, n)
-            tl.store(dx.start + at, found.to(dx.start.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    ends = tl.arange(0, 2)
+    h, w = ends * (x.H - 1), ends * (x.W - 1)
+    pixel_gradients(grad, x, dx, kept, own, kernel, 0, h, w, n, PN, True)
+
+
+@triton.jit
+def pixel_gradients(
+    grad,
+    x,
+    dx,
+    kept,
+    own,
+    kernel,
+    h0,
+    rows,
+    w,
+    n: tl.constexpr,
+    BN: tl.constexpr,
+    CORNERS: tl.constexpr,
+):
+    """Write dx of the rows h0 + ``rows`` and the columns w.
+
+    What the taps see of dL is loaded once for all channels.
+    """
+    h = h0 + rows
+    pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
+    gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
+    dl = own.dl + pixels_at(x, h, w)
+    above, below = dl - (x.W + 2), dl + (x.W + 2)
+    seen = (
+        tl.load(below + 1),
+        tl.load(below),
+        tl.load(below - 1),
+        tl.load(dl + 1),
+        tl.load(dl),
+        tl.load(dl - 1),
+        tl.load(above + 1),
+        tl.load(above),
+        tl.load(above - 1),
+    )
+    for c0 in range(0, n, BN):
+        c = c0 + tl.arange(0, BN)
+        at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+        of = slope_of(own, c, n)
+        block = widened(tl.load(x.start + at, mask=mask, other=0.0))
+        gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
+        both = gate_h[:, :, None] * gate_w[:, None, :]
+        found = load_rows(own.terms, x, c, h, n)[:, :, None]
+        found += load_columns(own.terms, x, c, w, n)[:, None, :]
+        found += norm_gradient(block * both, seen[4], of) * both
+        for tap in tl.static_range(9):
+            taps = load_beside(kernel + c, tap, c, n)
+            found += taps[:, None, None] * seen[tap][None, :, :]
+        incoming = widened(tl.load(grad.start + at, mask=mask, other=0.0))
+        found += incoming * gate[None, :, :]
+        if CORNERS:
+            found = add_corners(found, own.taps, x, c, h, w, n)
+        tl.store(dx.start + at, found.to(dx.start.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ scratch with a border of zeros, so that its neighbours are read without asking w
 import triton
 import triton.language as tl
 
-from ema_timm.ops.fused.blocks import sum_pixels
+from ema_timm.ops.fused.blocks import centred, mean_of_columns, sum_pixels
 from ema_timm.ops.fused.bundles import (
     inside,
     load_columns,
@@ -15,6 +15,7 @@ from ema_timm.ops.fused.bundles import (
     load_vector,
     places,
     store_vector,
+    widened,
 )
 
 
@@ -32,8 +33,8 @@ def gate_gradient(
         for c0 in range(0, n, BC):
             c = c0 + tl.arange(0, BC)
             at, mask = places(x, c, rows, w), inside(x, c, h, w, n)
-            block = tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
-            seen = tl.load(grad.start + h0 * x.h + at, mask=mask, other=0.0).to(tl.float32)
+            block = widened(tl.load(x.start + h0 * x.h + at, mask=mask, other=0.0))
+            seen = widened(tl.load(grad.start + h0 * x.h + at, mask=mask, other=0.0))
             products += block * seen
         pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
         gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
@@ -73,20 +74,19 @@ def kernel_gradient(
         c = c0 + tl.arange(0, BN)
         if PRODUCT:
             multiply_taps(x, own, c, n, BH, BW)
+            w, rows = tl.arange(0, BW), tl.arange(0, BH)
+            gate_w = load_columns(kept.gates, x, c, w, n)
+            mean_w = mean_of_columns(x, load_vector(kept.mean, c, n), w)
+            y_dot = tl.zeros((BN, BH, BW), tl.float32)
+            for h0 in range(0, x.H, BH):
+                h = h0 + rows
+                at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
+                block = widened(tl.load(x.start + at, mask=mask, other=0.0))
+                dl = tl.load(own.dl + pixels_at(x, h, w))
+                gate_h = load_rows(kept.gates, x, c, h, n)
+                y_dot += centred(x, block, gate_h, gate_w, mean_w, h, h0) * dl[None, :, :]
         else:
-            for dy in tl.static_range(-1, 2):
-                sum_taps(x, own, c, dy, n, BH, BW)
-        w, rows = tl.arange(0, BW), tl.arange(0, BH)
-        gate_w, mean = load_columns(kept.gates, x, c, w, n), load_vector(kept.mean, c, n)
-        y_dot = tl.zeros((BN, BH, BW), tl.float32)
-        for h0 in range(0, x.H, BH):
-            h = h0 + rows
-            at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-            block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
-            y = block * load_rows(kept.gates, x, c, h, n)[:, :, None] * gate_w[:, None, :]
-            pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
-            dl = tl.load(own.dl + pixels_at(x, h, w), mask=pixels, other=0.0)
-            y_dot += (y - mean[:, None, None]) * dl[None, :, :]
+            y_dot = sum_taps(x, kept, own, c, n, BH, BW)
         dot = sum_pixels(y_dot) - load_vector(kept.rest, c, n) * dl_sum
         store_vector(own.dots, dot * load_vector(kept.r, c, n), c, n)
 
@@ -115,24 +115,49 @@ def multiply_taps(x, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
 
 
 @triton.jit
-def sum_taps(x, own, c, dy: tl.constexpr, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
-    """Write dk of the channels c in one row of taps; three walks leave few sums to hold."""
+def sum_taps(x, kept, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+    """Write dk of the channels c; returns dL·(y − μ), to be summed: (BN, BH, BW)."""
     w, rows = tl.arange(0, BW), tl.arange(0, BH)
-    left = tl.zeros((c.shape[0], BH, BW), tl.float32)
-    middle = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    below_right = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    below_same = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    below_left = tl.zeros((c.shape[0], BH, BW), tl.float32)
     right = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    same = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    left = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    above_right = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    above_same = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    above_left = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    y_dot = tl.zeros((c.shape[0], BH, BW), tl.float32)
+    gate_w = load_columns(kept.gates, x, c, w, n)
+    mean_w = mean_of_columns(x, load_vector(kept.mean, c, n), w)
     for h0 in range(0, x.H, BH):
         h = h0 + rows
         at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
-        block = tl.load(x.start + at, mask=mask, other=0.0).to(tl.float32)
-        seen = own.dl + pixels_at(x, h, w) - dy * (x.W + 2)
-        left += block * tl.load(seen + 1)[None, :, :]
-        middle += block * tl.load(seen)[None, :, :]
-        right += block * tl.load(seen - 1)[None, :, :]
-    taps = own.parts + 3 * (dy + 1)
-    store_vector(taps, sum_pixels(left), 9 * c, 9 * n)
-    store_vector(taps + 1, sum_pixels(middle), 9 * c, 9 * n)
-    store_vector(taps + 2, sum_pixels(right), 9 * c, 9 * n)
+        block = widened(tl.load(x.start + at, mask=mask, other=0.0))
+        here = own.dl + pixels_at(x, h, w)
+        above, below = here - (x.W + 2), here + (x.W + 2)
+        below_right += block * tl.load(below + 1)[None, :, :]
+        below_same += block * tl.load(below)[None, :, :]
+        below_left += block * tl.load(below - 1)[None, :, :]
+        right += block * tl.load(here + 1)[None, :, :]
+        dl = tl.load(here)[None, :, :]
+        same += block * dl
+        left += block * tl.load(here - 1)[None, :, :]
+        above_right += block * tl.load(above + 1)[None, :, :]
+        above_same += block * tl.load(above)[None, :, :]
+        above_left += block * tl.load(above - 1)[None, :, :]
+        gate_h = load_rows(kept.gates, x, c, h, n)
+        y_dot += centred(x, block, gate_h, gate_w, mean_w, h, h0) * dl
+    store_vector(own.parts + 0, sum_pixels(below_right), 9 * c, 9 * n)
+    store_vector(own.parts + 1, sum_pixels(below_same), 9 * c, 9 * n)
+    store_vector(own.parts + 2, sum_pixels(below_left), 9 * c, 9 * n)
+    store_vector(own.parts + 3, sum_pixels(right), 9 * c, 9 * n)
+    store_vector(own.parts + 4, sum_pixels(same), 9 * c, 9 * n)
+    store_vector(own.parts + 5, sum_pixels(left), 9 * c, 9 * n)
+    store_vector(own.parts + 6, sum_pixels(above_right), 9 * c, 9 * n)
+    store_vector(own.parts + 7, sum_pixels(above_same), 9 * c, 9 * n)
+    store_vector(own.parts + 8, sum_pixels(above_left), 9 * c, 9 * n)
+    return y_dot
 
 
 @triton.jit
@@ -145,10 +170,11 @@ def finish_vectors(x, kept, own, weights, v, dl_sum, n: tl.constexpr, PN: tl.con
     dm = u * (du - tl.sum(u * du, axis=0))
     r = load_vector(kept.r, o, n)
     slope = r * y_dot / (x.H * x.W)
-    store_vector(own.slopes, u * gamma * r, o, n)
-    store_vector(own.slopes + n, slope, o, n)
+    coef = u * gamma * r
+    store_vector(own.slopes, coef, o, n)
+    store_vector(own.slopes + n, coef * slope, o, n)
     level = dl_sum / (x.H * x.W) - load_vector(kept.rest, o, n) * slope
-    store_vector(own.slopes + 2 * n, level, o, n)
+    store_vector(own.slopes + 2 * n, coef * level, o, n)
     store_vector(own.slopes + 3 * n, load_vector(kept.mean, o, n), o, n)
     products = tl.zeros((PN, 32), tl.float32)
     for k0 in range(0, 9 * n, 32):
