@@ -1,5 +1,6 @@
 """The only place that validates a call and chooses an implementation."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -119,10 +120,9 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Te
             operators = _fused(x, w.gn_weight)
             if recorded:
                 return closed_form_folded(x, w, groups)
-            try:
-                return operators.fused_folded_operator(x, w, groups)
-            except CannotCompileError as error:
-                _give_up(error, looked_up, x.device)
+            out = _by_kernels(operators.fused_folded_operator, x, w, groups, looked_up)
+            if out is not None:
+                return out
         form = _closed_form(x)
         if form == "eager" and not recorded:
             return closed_form_folded_eager(x, w, groups)
@@ -144,10 +144,9 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
             return reference(x, weights, groups)
         if impl == "fused":
             operators = _fused(x, weights.gn_weight)
-            try:
-                return operators.fused_operator(x, weights, groups)
-            except CannotCompileError as error:
-                _give_up(error, looked_up, x.device)
+            out = _by_kernels(operators.fused_operator, x, weights, groups, looked_up)
+            if out is not None:
+                return out
         form = _closed_form(x)
         if form == "opaque":
             return _opaque(x, weights, groups)
@@ -172,14 +171,25 @@ def _chosen(x: Tensor, weights: EmaWeights | FoldedWeights, groups: int) -> str:
     return name or "closed_form"
 
 
-def _give_up(error: CannotCompileError, looked_up: bool, device: torch.device) -> None:
-    """Let the closed form follow where "auto" took the kernels; who asked for them gets the error.
+def _by_kernels(
+    operator: Callable[..., Tensor],
+    x: Tensor,
+    weights: EmaWeights | FoldedWeights,
+    groups: int,
+    looked_up: bool,
+) -> Tensor | None:
+    """What ``operator`` makes of ``x``; None where "auto" chose it and it cannot be compiled.
 
-    What was tuned on a machine meets another compiler or a full disk there later.
+    What was tuned on a machine meets another compiler or a full disk there later. Who asked for the
+    kernels by name gets the error.
     """
-    if not looked_up:
-        raise error
-    choices.give_up(device, f"Triton could not compile them: {first_line(error.__cause__)}")
+    try:
+        return operator(x, weights, groups)
+    except CannotCompileError as error:
+        if not looked_up:
+            raise
+        choices.give_up(x.device, f"Triton could not compile them: {first_line(error.__cause__)}")
+        return None
 
 
 def _opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
