@@ -74,11 +74,11 @@ SHAPES = [
     ((1, 10, 8, 1), 2),
     ((2, 8, 1, 1), 2),
     ((1, 9, 2, 2), 3),
-    ((2, 66, 5, 6), 2),
-    ((1, 128, 3, 2), 1),
+    pytest.param((2, 66, 5, 6), 2, marks=pytest.mark.long),
+    pytest.param((1, 128, 3, 2), 1, marks=pytest.mark.long),
     ((1, 48, 1, 7), 1),
     ((1, 34, 1, 1), 1),
-    ((1, 33, 3, 66), 1),
+    pytest.param((1, 33, 3, 66), 1, marks=pytest.mark.long),
 ]
 
 
@@ -101,8 +101,20 @@ def test_sizes_of_one_in_training_and_inference(poison, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
-@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 80, 4, 6)])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        *[
+            ((2, 16, 8, 8), layout)
+            for layout in ("contiguous", "channels_last", "sliced", "transposed")
+        ],
+        *[((1, 80, 4, 6), layout) for layout in ("contiguous", "channels_last")],
+        *[
+            pytest.param((1, 80, 4, 6), layout, marks=pytest.mark.long)
+            for layout in ("sliced", "transposed")
+        ],
+    ],
+)
 def test_every_type_and_layout(poison, shape, layout, dtype):
     oracle.assert_matches(run, on_device(oracle.make_case(shape, 2, dtype, layout)))
 
@@ -208,7 +220,10 @@ def awkward_inputs():
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-100) is 0
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "layout",
+    [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("name", awkward_inputs())
 def test_awkward_inputs_lose_no_more_than_the_authors_form(name, layout):
     x = awkward_inputs()[name].contiguous(memory_format=layout)
