@@ -155,3 +155,16 @@ def test_output_and_gradient_are_laid_out_like_the_input(dtype, layout, device):
         out, saved = whole_map.forward(x, fold(weights), 8, save=True)
         dx, _ = whole_map.backward(torch.empty_like(x), x, saved, weights, 8)
     assert out.stride() == dx.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_may_lie_in_memory_in_any_order(dtype):
+    case = oracle.make_case((2, 64, 9, 7), 8, dtype)
+
+    def turned(w):
+        """The same numbers, of a kernel column after column."""
+        w = w.detach()
+        return w.mT.contiguous().mT if w.dim() == 4 else w
+
+    weights = EmaWeights(*[turned(w).requires_grad_() for w in case.weights])
+    oracle.assert_matches(closed_form_eager, case._replace(weights=weights))

@@ -184,10 +184,10 @@ def _add_to_input(
 ) -> Tensor:
     """Add D·A and what the pools receive to ``dx``; it and D are (B, G, n, H, W)."""
     n, height = dx.shape[2:4]
-    mixing = w.conv1x1_weight.view(n, n, 1)
+    mixing = w.conv1x1_weight.reshape(n, n, 1)
     dpool = convolve(dmix.flatten(0, 1), mixing, transposed=True).view_as(dmix)
     # In the order of `shifted_means`.
-    taps = w.conv3x3_weight.view(n, n, 9).flip(2)
+    taps = w.conv3x3_weight.reshape(n, n, 9).flip(2)
     dtaps = convolve(votes.view(-1, n, 1), taps, transposed=True).view(*votes.shape, 3, 3)
     row, col = dpool[..., :height], dpool[..., height:]  # minus what each pixel receives
     row.sub_(dtaps.sum((3, 4))[..., None])
