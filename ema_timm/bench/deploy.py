@@ -14,7 +14,7 @@ from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
 from ema_timm.bench.networks import build
 from ema_timm.bench.parity import TOLERANCE, by_definition
 from ema_timm.bench.runtimes import RUNTIMES, Loaded, load, missing_packages, require_runtime
-from ema_timm.bench.timing import machine, round_robin
+from ema_timm.bench.timing import machine, round_robin, unfinished
 from ema_timm.errors import first_line
 
 NETWORKS = ("resnet50", "mobilenetv2_100")
@@ -84,8 +84,7 @@ def bench_deploy(
                     found = _bench(here, runtime, images, fixed, wanted, rounds, progress)
                     result["rows"] += [place | row for row in found]
                     done += 1
-                    so_far = {"unfinished": f"{done} of {parts} parts"}
-                    keep(result | {"settings": settings | so_far})
+                    keep(unfinished(result, done, parts))
     return result
 
 

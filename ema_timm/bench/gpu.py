@@ -9,7 +9,7 @@ import torch
 from ema_timm.bench.authors_form import AUTHORS
 from ema_timm.bench.layer import SHAPES, bench_layer
 from ema_timm.bench.model import NETWORKS, bench_model
-from ema_timm.bench.timing import machine
+from ema_timm.bench.timing import machine, unfinished
 from ema_timm.errors import UserError, first_line
 from ema_timm.measure.versions import environment
 
@@ -92,8 +92,7 @@ def bench_gpu(
                 place = {"place": "all of it", "error": None, "parity": False}
                 result["rows"].append(_parity(part, place))
             if number < len(wanted):
-                so_far = {"unfinished": f"{number} of {len(wanted)} parts"}
-                keep(result | {"settings": result["settings"] | so_far})
+                keep(unfinished(result, number, len(wanted)))
     return result
 
 

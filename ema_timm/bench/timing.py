@@ -81,6 +81,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def unfinished(result: dict, done: int, parts: int) -> dict:
+    """``result`` as it is to be kept after ``done`` of its ``parts``, and says so."""
+    so_far = {"unfinished": f"{done} of {parts} parts"}
+    return result | {"settings": result["settings"] | so_far}
+
+
 def machine(device: torch.device) -> dict:
     """Name, cores, threads and versions, for whoever reads the numbers."""
     name = _cpu_name()

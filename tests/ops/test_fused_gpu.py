@@ -8,14 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from support import oracle
-from support.gpu import GRID, LAYOUTS, TYPES, on_gpu
+from support.gpu import GRID, LAYOUTS, NEEDS_GPU, TYPES, on_gpu
 
 from ema_timm import ema_attention, set_implementation
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = NEEDS_GPU
 
 
 def run(x, weights, groups):

@@ -5,16 +5,13 @@ import contextlib
 import pytest
 import torch
 from support import oracle
-from support.gpu import GRID, LAYOUTS, NETWORKS, TYPES, on_gpu
+from support.gpu import GRID, LAYOUTS, NEEDS_GPU, NETWORKS, TYPES, on_gpu
 
 from ema_timm import EmaAttn, ema_attention
 from ema_timm.bench.authors_form import AuthorsForm
 from ema_timm.bench.bytes import Setting, count_layer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = NEEDS_GPU
 
 
 def run(x, weights, groups):

@@ -1,11 +1,16 @@
 """Cases on a GPU: what the tests of the fused kernels and of PyTorch's operators there share."""
 
+import pytest
 import torch
 from support import oracle
 
 from ema_timm.bench.layer import SHAPES
 from ema_timm.ops import EmaWeights
 
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
 

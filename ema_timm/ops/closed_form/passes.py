@@ -92,11 +92,6 @@ def scale(x: Tensor) -> float:
     return 0.5 if x.dtype == torch.float16 else 1.0
 
 
-def exact_type(x: Tensor) -> torch.dtype:
-    """A type in which products for the parameters of ``x``'s layer are never rounded to TF32."""
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float64
-
-
 def images(x: Tensor, groups: int) -> tuple[Tensor, int]:
     """``x`` as a convolution of each group takes it without a copy, and the groups it then has.
 

@@ -18,7 +18,6 @@ from ema_timm.ops.closed_form.passes import (
     Saved,
     convolve,
     ends,
-    exact_type,
     gated_rows,
     images,
     pool,
@@ -216,7 +215,9 @@ def _parameters(
 ) -> tuple[FoldedWeights, Tensor]:
     """Gradients of the folded parameters, and the sum of dL, (1,); takes ``dmix``."""
     n, (height, width) = dmix.shape[2], x.shape[2:]
-    dtype, exact, u = dmix.dtype, exact_type(x), saved.u
+    dtype, u = dmix.dtype, saved.u
+    # Never rounded to TF32; the votes' gradients are below the range of float16.
+    exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float64
     # A pixel's share times the pixels: of a row, of a column. Where they are as many, at the end.
     pixels = width if height == width else 1
     if height != width:
