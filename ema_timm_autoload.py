@@ -126,7 +126,7 @@ def _register(module):
 
             register()
         else:
-            from ema_timm.integrations.yolo.register import register
+            from ema_timm.integrations.yolo.layer import register
 
             register(module)
     except Exception as error:  # the target must import as before, whatever is wrong with us

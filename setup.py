@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
 
 ROOT = Path(__file__).parent
-FOLDER = "ema_timm/ops/closed_form"
+FOLDER = "ema_timm/ops/cpu"
 WISHES = ("auto", "required", "none")
 # The package itself cannot be imported here: it needs PyTorch.
 LIBRARY = runpy.run_path(str(ROOT / FOLDER / "library.py"))
@@ -121,7 +121,7 @@ def _is_clang(compiler):
 def _kernel(wish):
     openmp = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
     return Extension(
-        "ema_timm.ops.closed_form._kernel",
+        "ema_timm.ops.cpu._kernel",
         sources=sorted(glob(f"{FOLDER}/csrc/*.c")),
         depends=sorted(glob(f"{FOLDER}/csrc/*.h")),  # which takes them into the sdist too
         extra_compile_args=["-O3", "-g0", *openmp, "-Wno-psabi"],

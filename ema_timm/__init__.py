@@ -14,7 +14,7 @@ _HOME = {
     "ema_attention": "ema_timm.ops",
     "inject": "ema_timm.backbones.inject",
     "set_implementation": "ema_timm.attention",
-    "tune": "ema_timm.tuning.tune",
+    "tune": "ema_timm.tuning.tuner",
 }
 
 __all__ = [

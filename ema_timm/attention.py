@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.ops import EmaWeights, FoldedWeights, ema_attention, folded_ema_attention
-from ema_timm.ops.closed_form.formula import drop_common_vote, fold
 from ema_timm.ops.dispatch import require_implementation
+from ema_timm.ops.formula import drop_common_vote, fold
 from ema_timm.ops.macs import closed_form_macs, parallel_macs
 from ema_timm.ops.weights import EPS
 

@@ -1,6 +1,7 @@
 """Ends of a command that are not bugs: each message is one clear line, each has an exit code."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class UserError(Exception):
@@ -43,3 +44,15 @@ def some(names: Sequence[str], most: int = 4) -> str:
     """The first ``most`` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+# MERGED: What the formats and runtimes need beyond PyTorch.
+def require_packages(*packages: str) -> None:
+    """Name what is missing, before any work.
+
+    Raises:
+        UserError: If a package is missing.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(f"this needs {', '.join(missing)}: pip install 'ema-timm[export]'")

@@ -58,7 +58,7 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(digits, tmp_path_factory):
     """A folder that `ema-timm finetune` wrote: the smallest EMA network, a little trained."""
-    from ema_timm.training.finetune import finetune
+    from ema_timm.training.run import finetune
     from ema_timm.training.settings import FinetuneConfig
 
     folder = tmp_path_factory.mktemp("trained") / "run"

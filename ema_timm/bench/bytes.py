@@ -9,11 +9,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ema_timm.attention import EmaAttn, largest_group_count
-from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
+from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
 from ema_timm.bench.counter import Counter, backward, cuda_autocast
 from ema_timm.bench.layer import SHAPES
-from ema_timm.bench.memory import saved_bytes
-from ema_timm.bench.timing import machine
+from ema_timm.bench.timing import machine, saved_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "channels_last")

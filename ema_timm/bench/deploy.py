@@ -10,8 +10,8 @@ from timm.layers import create_attn
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
-from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
-from ema_timm.bench.networks import build
+from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
+from ema_timm.bench.model import build
 from ema_timm.bench.parity import TOLERANCE, by_definition
 from ema_timm.bench.runtimes import RUNTIMES, Loaded, load, missing_packages, require_runtime
 from ema_timm.bench.timing import machine, round_robin, unfinished

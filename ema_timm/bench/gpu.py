@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
-from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.layer import SHAPES, bench_layer
 from ema_timm.bench.model import NETWORKS, bench_model
 from ema_timm.bench.timing import machine, unfinished
+from ema_timm.environment import environment
 from ema_timm.errors import UserError, first_line
-from ema_timm.measure.versions import environment
 
 LAYERS = (("bfloat16", True), ("bfloat16", False), ("float32", False))
 """Type and whether channels_last, of the layers."""

@@ -9,10 +9,9 @@ from timm.layers import create_attn
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn, largest_group_count
-from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
-from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
+from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
 from ema_timm.bench.parity import PUBLISHED_TOLERANCE, TOLERANCE, layer_errors
-from ema_timm.bench.timing import Timing, machine, round_robin
+from ema_timm.bench.timing import Timing, machine, peak_extra_bytes, round_robin, saved_bytes
 from ema_timm.ops import IMPLEMENTATIONS
 from ema_timm.ops.dispatch import fused_unavailable
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.errors import UserError
-from ema_timm.publishing.export.layer import ready_to_export
-from ema_timm.publishing.export.network import FREE_AXES
-from ema_timm.publishing.export.onnx import open_onnx, write_onnx
+from ema_timm.export.formats import open_onnx, write_onnx
+from ema_timm.export.inputs import FREE_AXES
+from ema_timm.export.layers import ready_to_export
 
 
 class Loaded(NamedTuple):

@@ -4,14 +4,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from ema_timm.measure.versions import versions
+from ema_timm.environment import versions
 
 MIN_SAMPLE_SECONDS = 0.02
 """A sample repeats a short call until it takes this long, so that the clock does not matter."""
@@ -109,3 +111,108 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+# MERGED: Memory of one call: what it holds at most, and what it keeps for the backward.
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most that ``call`` had allocated at once beyond what was there before.
+
+    On a CPU from the profiler's record of PyTorch's allocator; memory that a library takes from
+    elsewhere is not seen.
+    """
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = peak = 0
+    for event in events:
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak
+
+
+def saved_bytes(call: Callable[[], object], known: Iterable[Tensor]) -> int:
+    """Bytes that ``call`` keeps for its backward, each storage once.
+
+    Args:
+        call: A forward with gradients.
+        known: Tensors that are there anyway: the input and the parameters.
+    """
+    seen = {tensor.untyped_storage()._cdata for tensor in known}  # fake ones have no address
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        """Note what is kept, and keep it as it is."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # alive: its number stays its
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    total = sum(nbytes for nbytes, _ in kept.values())
+    del result
+    return total
+
+
+# MERGED: A device's clock, and medians of several calls timed in turn.
+ROUNDS = 11
+"""Samples of each call."""
+SAMPLE_MS = 5.0
+"""A sample repeats a short call until it takes about this long."""
+WARM_UP = 2
+"""Calls before the first sample: allocations, and clocks that rise under load."""
+
+
+class Clock:
+    """The time of one device: CUDA's events, elsewhere the processor's counter.
+
+    Args:
+        device: A GPU or the CPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def wait(self) -> None:
+        """Wait until the device has done all that it was given; raises where it failed at it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def time(self, call: Callable[[], object], repeats: int) -> float:
+        """Time of ``repeats`` calls, one after another, in ms."""
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return 1e3 * (time.perf_counter() - started)
+        with torch.cuda.device(self.device):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for _ in range(repeats):
+                call()
+            last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
+def medians(calls: Mapping[str, Callable[[], object]], clock: Clock) -> dict[str, float]:
+    """Median time of one call in ms, by name; in turn, so that all share a machine that drifts."""
+    repeats = {}
+    for name, call in calls.items():
+        clock.time(call, WARM_UP)
+        repeats[name] = max(1, round(SAMPLE_MS / max(clock.time(call, 1), 1e-4)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            samples[name].append(clock.time(call, repeats[name]) / repeats[name])
+    return {name: statistics.median(times) for name, times in samples.items()}

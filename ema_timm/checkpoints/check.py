@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ema_timm.checkpoints.cards.file import read_card
-from ema_timm.checkpoints.cards.seal import is_generated
+from ema_timm.checkpoints.cards.parts import is_generated
 from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.config import (
     STUB,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm.models import is_model
 from torch import Tensor
 
-from ema_timm.checkpoints.bounds import check_bounds
+from ema_timm.checkpoints.weights import check_bounds
 from ema_timm.errors import UserError, first_line
 
 # As timm itself looks for them.

@@ -22,12 +22,12 @@ Measured, where it was:
   `ema_timm.backbones.complexity` counts them: ``total``, ``ema`` (the EMA layers' part, in the
   closed form that runs), ``ema_definition`` (what that part is by the paper's definition),
   ``convention``.
-- ``evaluation``: how `ema_timm.measure.evaluate` measured ``metrics``: ``data`` (``name``,
+- ``evaluation``: how `ema_timm.measure.evaluation` measured ``metrics``: ``data`` (``name``,
   ``split``, ``images``, ``fingerprint``), ``per_class`` (class name to ``images`` and
   ``correct``), ``dtype``, ``amp_dtype``, ``device``, ``batch_size``, ``versions``.
 - ``plots``: names of the pictures in the folder.
 
-Of a training, where one is known (`ema_timm.training.finetune` writes all of them):
+Of a training, where one is known (`ema_timm.training.run` writes all of them):
 
 - ``base``: ``model``, ``weights``, ``hub_repository``, ``license`` of the start.
 - ``best_epoch``, ``history`` (an object an epoch), ``arguments`` (every setting), ``data``
@@ -42,7 +42,7 @@ Of a training, where one is known (`ema_timm.training.finetune` writes all of th
 - ``stopped_early``: where a run ended before its last epoch: the ``epoch``, and the ``patience``
   that it had: so many epochs in a row brought none better.
 - ``class_weights``: weights of the classes in the loss, by name, where there were some.
-- ``trained_with``: the script, where it is not `ema_timm.training.finetune`; ``epoch`` of its
+- ``trained_with``: the script, where it is not `ema_timm.training.run`; ``epoch`` of its
   checkpoint.
 - ``checkpoint``: ``file`` that the folder was written from, and whether its ``averaged`` weights.
 

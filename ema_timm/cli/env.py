@@ -10,7 +10,7 @@ def add_commands(commands) -> None:
 
 
 def _env(args: argparse.Namespace) -> int:
-    from ema_timm.measure.versions import environment
+    from ema_timm.environment import environment
 
     for name, value in environment().items():
         print(f"{name}: {value}")

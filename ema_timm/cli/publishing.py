@@ -51,7 +51,7 @@ def _publish(args: argparse.Namespace) -> int:
     from ema_timm.checkpoints.cards.file import EditedCardError
     from ema_timm.hub.commit import Destination
     from ema_timm.publishing.kinds import kind_of
-    from ema_timm.publishing.publish import publish, rehearse
+    from ema_timm.publishing.upload import publish, rehearse
 
     to = Destination(args.repo_id, args.revision, args.private, args.create_pr)
     if args.dry_run:
@@ -109,7 +109,7 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(f"--batch is at least 1, got {args.batch}.")
     if args.int8 and args.batch not in (None, 1):
         raise UserError("--int8 compares image by image: leave the batch free, or --batch 1.")
-    from ema_timm.publishing.export import InputSize, export, quantize_int8
+    from ema_timm.export import InputSize, export, quantize_int8
 
     fixed = InputSize(_image_size(args.size), args.batch)
     done = export(args.folder, args.format, args.reparam, args.exporter, fixed)

@@ -3,11 +3,10 @@
 import argparse
 import os
 
+from ema_timm.compare.settings import ATTENTION, CompareConfig, make_plan
 from ema_timm.errors import UserError
-from ema_timm.options import add_options, given_options
-from ema_timm.training.compare.settings import ATTENTION, CompareConfig, make_plan
+from ema_timm.options import add_options, given_options, read_settings
 from ema_timm.training.settings import FinetuneConfig
-from ema_timm.training.settings_file import read_settings
 
 
 def add_commands(commands) -> None:
@@ -52,14 +51,18 @@ def _add_config(command) -> None:
 def _given(args: argparse.Namespace) -> dict:
     """The settings of finetune that were given, in the file and on the command line."""
     given = given_options(args, FinetuneConfig)
-    return {**read_settings(args.config), **given} if hasattr(args, "config") else given
+    return (
+        {**read_settings(args.config, FinetuneConfig), **given}
+        if hasattr(args, "config")
+        else given
+    )
 
 
 def _finetune(args: argparse.Namespace) -> int:
     given = _given(args)
     _check_given(given, ["output"] if args.resume else ["model", "data_dir", "output"])
 
-    from ema_timm.training.finetune import continue_run, finetune
+    from ema_timm.training.run import continue_run, finetune
 
     results = continue_run(given) if args.resume else finetune(FinetuneConfig(**given))
     metrics = results["metrics"]
@@ -112,8 +115,8 @@ def _compare(args: argparse.Namespace) -> int:
     own = given_options(args, CompareConfig)
     plan = make_plan(_given(args), args.attention, own.get("seeds"))
 
-    from ema_timm.training.compare.compare import collect, compare, list_commands
-    from ema_timm.training.compare.tables import markdown
+    from ema_timm.compare.comparison import collect, compare, list_commands
+    from ema_timm.compare.report import markdown
 
     if args.list:
         print(*list_commands(plan), sep="\n")

@@ -30,8 +30,8 @@ def add_commands(commands) -> None:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from ema_timm.measure.device import pick_device
-    from ema_timm.tuning.by_name import tune_by_name
+    from ema_timm.environment import pick_device
+    from ema_timm.tuning.tuner import tune_by_name
 
     tuned = tune_by_name(
         args.model,

@@ -77,7 +77,7 @@ def _inject(args: argparse.Namespace) -> int:
 
 def _folder(args: argparse.Namespace) -> int:
     from ema_timm.checkpoints.cards.file import EditedCardError
-    from ema_timm.integrations.yolo.make import make_folder, measured_lines
+    from ema_timm.integrations.yolo.measure import make_folder, measured_lines
 
     try:
         folder, results = make_folder(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ema_timm.files import sha256
-from ema_timm.hub.git_oid import git_oid
 
 
 @dataclass(frozen=True)
@@ -58,3 +57,10 @@ def digest(files: list[File]) -> str:
     """One name for all the files together."""
     lines = sorted(f"{file.name} {file.sha256}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# MERGED: git's name of a file's content: what the Hub calls a file that is not in large-file storage.
+def git_oid(file: Path) -> str:
+    """Hex sha1 of the blob."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

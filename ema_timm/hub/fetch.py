@@ -2,7 +2,7 @@
 
 timm takes two things on trust: a download of the right size is taken for the right file, and
 where model.safetensors cannot be had for whatever reason, it goes on to pytorch_model.bin. Our
-own names, and everything that `ema_timm.training.finetune` starts from on the Hub, come through
+own names, and everything that `ema_timm.training.run` starts from on the Hub, come through
 here instead, and fail.
 """
 
@@ -21,7 +21,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ema_timm.errors import HubError
 from ema_timm.files import sha256
-from ema_timm.hub.git_oid import git_oid
+from ema_timm.hub.commit import git_oid
 from ema_timm.hub.steps import Steps
 from ema_timm.hub.time_limit import TimeLimit
 

@@ -8,7 +8,7 @@ from ema_timm.options import option
 
 @dataclass
 class EvaluateConfig:
-    """Settings of `ema_timm.measure.evaluate.evaluate`; the command line is made from these fields.
+    """Settings of `ema_timm.measure.evaluation.evaluate`; the command line is made from these fields.
 
     ``source`` is the checkpoint: a folder in timm's Hub format, or a file.
     """

@@ -6,8 +6,8 @@ from ema_timm.checkpoints.labels import Labels, check_count, read_labels
 from ema_timm.checkpoints.network import rebuild
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.checkpoints.write import write_folder
+from ema_timm.data.splits import class_names
 from ema_timm.errors import UserError
-from ema_timm.measure.select import class_names
 from ema_timm.measure.settings import EvaluateConfig
 
 

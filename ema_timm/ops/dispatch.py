@@ -8,17 +8,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ema_timm.errors import CannotCompileError, first_line
-from ema_timm.ops import choices
-from ema_timm.ops.closed_form import whole_map
-from ema_timm.ops.closed_form.autograd import closed_form_eager, closed_form_folded_eager
-from ema_timm.ops.closed_form.exported import arrange, exported
-from ema_timm.ops.closed_form.formula import (
+from ema_timm.ops.autograd import closed_form_eager, closed_form_folded_eager
+from ema_timm.ops.cpu.native import is_watched
+from ema_timm.ops.export.exported import arrange, exported
+from ema_timm.ops.formula import (
     closed_form,
     closed_form_folded,
     fold,
     statistics_type,
 )
-from ema_timm.ops.closed_form.native import is_watched
+from ema_timm.ops.gpu import choices, passes
 from ema_timm.ops.parallel import parallel
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
@@ -229,12 +228,12 @@ def fused_unavailable(x: Tensor, weight: Tensor) -> str | None:
     if weight.device != x.device:
         return f"the input is on {x.device} and the layer's weights are on {weight.device}"
     try:
-        from ema_timm.ops.fused import plan
+        from ema_timm.ops.gpu.fused import tiling
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "triton":
             raise
         return "Triton is not installed (PyTorch's CUDA builds for Linux bring it)"
-    return plan.unavailable(x, weight.shape[0])
+    return tiling.unavailable(x, weight.shape[0])
 
 
 def _closed_form(x: Tensor) -> str:
@@ -261,7 +260,7 @@ def _closed_form(x: Tensor) -> str:
         or torch._C._are_functorch_transforms_active()
         or forward_ad.unpack_dual(x).tangent is not None
         # What runs on CUDA is PyTorch's operators, which a dispatch mode sees.
-        or (is_watched() and not whole_map.takes(x))
+        or (is_watched() and not passes.takes(x))
     ):
         return "traceable"
     return "eager"

@@ -2,7 +2,7 @@
 
 ``ema_timm::closed_form`` calls the kernels that eager mode runs on the CPU: Inductor, left to fuse
 the traceable form, spent minutes on the backward of a ResNet and then ran it slower than eager.
-``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.fused.launch`.
+``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.gpu.fused.launch`.
 
 Import this module late: registering takes longer than all the rest of this package's import.
 """
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ema_timm.ops.closed_form import autograd, gpu_fold
-from ema_timm.ops.closed_form.formula import fold, statistics_type
-from ema_timm.ops.closed_form.saved import Saved, new_saved
+from ema_timm.ops import autograd
+from ema_timm.ops.formula import fold, statistics_type
+from ema_timm.ops.gpu import gpu_fold
 from ema_timm.ops.macs import closed_form_macs
+from ema_timm.ops.saved import Saved, new_saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
 
 # Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
@@ -32,7 +33,7 @@ _FOLDED = (
 
 
 def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
-    """`ema_timm.ops.closed_form.formula.closed_form` as the operator ``ema_timm::closed_form``.
+    """`ema_timm.ops.formula.closed_form` as the operator ``ema_timm::closed_form``.
 
     Args:
         x: Feature map, (B, C, H, W), floating point, on the CPU.
@@ -48,7 +49,7 @@ def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
 def fused_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """`closed_form_opaque` by Triton kernels, as the operator ``ema_timm::fused``.
 
-    The caller has asked `ema_timm.ops.fused.plan.unavailable` first.
+    The caller has asked `ema_timm.ops.gpu.fused.tiling.unavailable` first.
     """
     return _fused(x, *weights, groups, _recorded(x, weights))[0]
 
@@ -165,14 +166,14 @@ def _closed_form_forward(x, folded, *rest):
 
 
 def _fused_forward(*arguments):
-    from ema_timm.ops.fused import launch  # imports Triton
+    from ema_timm.ops.gpu.fused import launch
 
     return launch.forward(*arguments)
 
 
 @autograd.outside_autocast
 def _fused_backward(grad, x, saved, weights, *rest):
-    from ema_timm.ops.fused import launch
+    from ema_timm.ops.gpu.fused import launch
 
     return launch.backward(grad, x, saved, statistics_type(x, weights), *rest)
 

@@ -10,7 +10,7 @@ with x1 and x2 as in `ema_timm.ops.reference`. The authors released no code for 
 is the reading that takes away the step and changes nothing else: the parameters, the gates along
 height and width, the norm and the 3×3 convolution are the same.
 
-The identities of `ema_timm.ops.closed_form.formula` all come from the step that is missing here (v
+The identities of `ema_timm.ops.formula` all come from the step that is missing here (v
 is constant, so one output channel of the convolution is enough; u needs its means alone), so there
 is no cheap form: the convolution is computed in full.
 

@@ -1,4 +1,4 @@
-"""The pictures of `ema_timm.see.attend`: images are rows, stages are columns.
+"""The pictures of `ema_timm.see.attention`: images are rows, stages are columns.
 
 Every column has one colour scale for all its rows, with its numbers below. Colours are of maps that
 grow lighter evenly (viridis, Blues, inferno), so that they hold in grey and for colour-blind

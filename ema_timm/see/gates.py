@@ -3,7 +3,7 @@
 Every layer multiplies its input by its gate map, whoever computes the product: the definition, the
 closed form in C or in PyTorch operators, Triton kernels, folded weights. So the maps come from what
 all of them have in common, the layer's input and its weights, by the formula of
-`ema_timm.ops.closed_form.formula`; never from output / input, which is 0 / 0 where a ReLU was.
+`ema_timm.ops.formula`; never from output / input, which is 0 / 0 where a ReLU was.
 
 B batch, C channels, G groups, n = C / G, H height, W width.
 """
@@ -21,7 +21,7 @@ from ema_timm.attention import EmaAttn
 from ema_timm.backbones.modes import evaluating
 from ema_timm.backbones.slots import find_slots
 from ema_timm.errors import UserError
-from ema_timm.ops.closed_form.formula import fold, gate_logits, statistics_type
+from ema_timm.ops.formula import fold, gate_logits, statistics_type
 from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
 
 _SHOW_LAYERS = "Give the network that it was made from."

@@ -18,8 +18,8 @@ from ema_timm.checkpoints.layout import WEIGHTS
 from ema_timm.checkpoints.network import build_network, check_network, load_network
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.errors import UserError
+from ema_timm.export import open_onnx
 from ema_timm.hub.fetch import fetch
-from ema_timm.publishing.export import open_onnx
 
 
 @dataclass(frozen=True)

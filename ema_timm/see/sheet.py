@@ -1,4 +1,4 @@
-"""The contact sheet of `ema_timm.see.predict`: images, each with its most probable class."""
+"""The contact sheet of `ema_timm.see.classify`: images, each with its most probable class."""
 
 from math import ceil, sqrt
 from pathlib import Path

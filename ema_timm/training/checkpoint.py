@@ -1,6 +1,10 @@
 """The checkpoint folder of a run: the weights of its best epoch, and what is known of them."""
 
 import dataclasses
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ema_timm.backbones.complexity import count_parameters
 from ema_timm.checkpoints.cards.text import card_text
@@ -8,17 +12,17 @@ from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import WEIGHTS
 from ema_timm.checkpoints.preprocessing import PREPROCESSING
 from ema_timm.checkpoints.results import FORMAT, hide_places
+from ema_timm.data.named import public_name
+from ema_timm.environment import versions
 from ema_timm.files import sha256
 from ema_timm.measure.metrics import Metrics
-from ema_timm.measure.named import public_name
-from ema_timm.measure.versions import versions
 from ema_timm.training.history import History
 from ema_timm.training.network import Network
 from ema_timm.training.processes import Process
 from ema_timm.training.settings import FinetuneConfig
 
 try:
-    from ema_timm.training.curves import save_curves
+    from ema_timm.training.checkpoint import save_curves
 except ImportError:  # matplotlib is an extra; the run says so when it starts
     save_curves = None
 
@@ -113,3 +117,33 @@ def public_arguments(config: FinetuneConfig) -> dict:
     """All settings, for results that are published: names of folders, not where they are."""
     public = hide_places(dataclasses.asdict(config))
     return {**public, "dataset": public_name(config.dataset)}
+
+
+# MERGED: Loss and accuracy over the epochs of a run, as a picture.
+def save_curves(history: list[dict], path: str | Path) -> None:
+    """Draw training and validation loss beside top-1 accuracy.
+
+    Args:
+        history: One entry an epoch, with epoch, train_loss, loss and top1.
+        path: PNG file to write.
+    """
+    epochs = [entry["epoch"] for entry in history]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    marker = {"marker": "o", "markersize": 3}
+    left.plot(
+        epochs, [entry["train_loss"] for entry in history], label="training, as optimised", **marker
+    )
+    left.plot(epochs, [entry["loss"] for entry in history], label="validation", **marker)
+    left.set_ylabel("loss (cross-entropy)")
+    left.legend()
+    right.plot(epochs, [entry["top1"] for entry in history], color="tab:green", **marker)
+    best = max(history, key=lambda entry: entry["top1"])
+    right.axhline(best["top1"], linestyle=":", color="grey")
+    right.set_title(f"best {best['top1']:.2f}% in epoch {best['epoch']}", fontsize=10)
+    right.set_ylabel(f"top-1 accuracy (%), {best['images']} images")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=120)

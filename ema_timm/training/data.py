@@ -8,12 +8,12 @@ from timm.data import create_loader
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ema_timm.data.check import check_readable
+from ema_timm.data.folders import find_split
+from ema_timm.data.splits import Dataset, open_both
 from ema_timm.errors import UserError
-from ema_timm.measure.check import check_readable
-from ema_timm.measure.folders import find_split
-from ema_timm.measure.select import Dataset, open_both
 from ema_timm.training.processes import Process
-from ema_timm.training.repeatable import RepeatableImages
+from ema_timm.training.seeding import RepeatableImages
 from ema_timm.training.settings import FinetuneConfig
 
 _LISTED = 20

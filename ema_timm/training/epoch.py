@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 
 from ema_timm.measure.metrics import sum_over_processes
 from ema_timm.training.processes import Process
-from ema_timm.training.seeds import get_rng_state, seed_everything, set_rng_state
+from ema_timm.training.seeding import get_rng_state, seed_everything, set_rng_state
 from ema_timm.training.settings import FinetuneConfig
+from ema_timm.training.signals import Stop
 from ema_timm.training.step import TrainStep
-from ema_timm.training.stop import Stop
 
 
 @dataclass

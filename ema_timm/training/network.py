@@ -20,12 +20,12 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ema_timm.backbones.complexity import count_macs
-from ema_timm.checkpoints.bounds import check_bounds
 from ema_timm.checkpoints.preprocessing import preprocessing
+from ema_timm.checkpoints.weights import check_bounds
 from ema_timm.errors import HubError, UserError, first_line
 from ema_timm.hub.fetch import WEIGHTS, fetch
+from ema_timm.training.initial_weights import check_folder, check_start
 from ema_timm.training.settings import FinetuneConfig
-from ema_timm.training.start import check_folder, check_start
 
 _WITHOUT_NETWORK = (
     " Without network give the weights as --weights FILE, or start from none with --no-pretrained."

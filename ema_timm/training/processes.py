@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 
-from ema_timm.measure.device import pick_device
+from ema_timm.environment import pick_device
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from PIL import Image
 from timm.data import create_loader, resolve_data_config
 from torch import nn
 
+from ema_timm.data.folders import VAL
+from ema_timm.data.image_folder import open_folder
 from ema_timm.errors import UserError
-from ema_timm.measure.data import open_folder
-from ema_timm.measure.folders import VAL
 from ema_timm.measure.metrics import measure
-from ema_timm.training.finetune import finetune
+from ema_timm.training.run import finetune
 from ema_timm.training.settings import FinetuneConfig
 
 MODEL = "test_resnet_ema"

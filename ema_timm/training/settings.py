@@ -10,7 +10,7 @@ from ema_timm.options import option
 
 @dataclass
 class FinetuneConfig:
-    """Settings of `ema_timm.training.finetune`; the command line is made from these fields."""
+    """Settings of `ema_timm.training.run`; the command line is made from these fields."""
 
     model: str = option("", "timm model name; hf-hub:USER/NAME and local-dir:FOLDER too")
     data_dir: str = option("", "image folder with train/CLASS/*.png and val/CLASS/*.png")

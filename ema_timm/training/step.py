@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_timm.errors import UserError
 from ema_timm.measure.metrics import autocast
-from ema_timm.training.freeze import Backbone
+from ema_timm.training.initial_weights import Backbone
 from ema_timm.training.loss import mixup_and_loss
 from ema_timm.training.optimizer import create_optimizer, create_scheduler
 from ema_timm.training.processes import Process

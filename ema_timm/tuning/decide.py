@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ema_timm.bench.parity import Candidate, Case, call_of, error_of, make_case, tolerance
+from ema_timm.bench.timing import Clock, medians
 from ema_timm.errors import VerificationError, first_line
-from ema_timm.ops.choices import Layer
-from ema_timm.tuning.parity import Candidate, Case, call_of, error_of, make_case, tolerance
+from ema_timm.ops.gpu.choices import Layer
 from ema_timm.tuning.store import ACCEPTED, REJECTED, SOUND, Store
-from ema_timm.tuning.timing import Clock, medians
 
 BASE = "closed_form"
 """What runs where nobody was chosen; it needs no mark before it runs."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ema_timm.files import write_whole
-from ema_timm.ops.choices import Layer, Notes, file_of, read_file
+from ema_timm.ops.gpu.choices import Layer, Notes, file_of, read_file
 
 try:
     import fcntl
@@ -31,7 +31,7 @@ class Store:
     """Notes of one environment, read when they are taken hold of and written at each step.
 
     Args:
-        environment: Whose, as `ema_timm.ops.choices.environment` has it.
+        environment: Whose, as `ema_timm.ops.gpu.choices.environment` has it.
     """
 
     def __init__(self, environment: dict[str, str]):

@@ -10,17 +10,14 @@ from PIL import Image
 
 from ema_timm.bench import layer as layer_bench
 from ema_timm.bench import runtimes
-from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
+from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
 from ema_timm.bench.layer import FLOOR, PEERS, bench_layer
-from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
-from ema_timm.bench.model import bench_model
-from ema_timm.bench.networks import build
+from ema_timm.bench.model import bench_model, bench_resolution, build
 from ema_timm.bench.parity import network_error
 from ema_timm.bench.report.kinds import table
 from ema_timm.bench.report.markdown import put_into
 from ema_timm.bench.report.picture import plot
-from ema_timm.bench.resolution import bench_resolution
-from ema_timm.bench.timing import round_robin
+from ema_timm.bench.timing import peak_extra_bytes, round_robin, saved_bytes
 from ema_timm.cli import main
 from ema_timm.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 
 from ema_timm.attention import EmaAttn
 from ema_timm.bench import gpu
-from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.gpu import MODELS, bench_gpu
 from ema_timm.bench.model import NETWORKS
 from ema_timm.cli import main

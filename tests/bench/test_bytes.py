@@ -8,7 +8,7 @@ import torch
 
 from ema_timm import EmaAttn
 from ema_timm.bench import bytes as moved
-from ema_timm.bench.authors_form import AUTHORS, AuthorsForm
+from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
 from ema_timm.bench.bytes import Setting, bench_bytes, count_layer
 from ema_timm.bench.counter import Counter, backward
 from ema_timm.bench.layer import SHAPES

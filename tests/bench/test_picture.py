@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.report.kinds import KINDS
 from ema_timm.bench.report.panel import draw
 from ema_timm.bench.report.picture import SOURCE

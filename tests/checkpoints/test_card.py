@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import resolve_data_config
 
 from ema_timm.checkpoints.cards.file import EditedCardError, write_card
-from ema_timm.checkpoints.cards.seal import is_generated
+from ema_timm.checkpoints.cards.parts import is_generated
 from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.cli import main

@@ -65,7 +65,7 @@ def test_an_error_from_a_loader_process_is_its_message_alone(monkeypatch, capsys
     from torch._utils import ExceptionWrapper
 
     from ema_timm.errors import UnreadableImageError
-    from ema_timm.training import finetune
+    from ema_timm.training import run as finetune
 
     def broken(*args, **kwargs):
         try:

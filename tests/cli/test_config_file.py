@@ -3,7 +3,7 @@
 import pytest
 
 from ema_timm.cli import main
-from ema_timm.training import finetune
+from ema_timm.training import run as finetune
 from ema_timm.training.settings import FinetuneConfig
 
 
@@ -92,7 +92,8 @@ def test_every_default_can_stand_in_a_file(file, started):
 def test_bars_are_those_of_the_place_they_are_shown_in():
     from tqdm.auto import tqdm
 
-    from ema_timm.measure import check, metrics
+    from ema_timm.data import check
+    from ema_timm.measure import metrics
     from ema_timm.training import data, epoch, log
 
     assert {module.tqdm for module in (check, metrics, data, epoch, log)} == {tqdm}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ema_timm import EmaAttn
-from ema_timm.publishing.export import ready_to_export
+from ema_timm.export import ready_to_export
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -7,7 +7,7 @@ from support.networks import shake
 from timm.utils import AttentionExtract
 
 from ema_timm import EmaAttn
-from ema_timm.publishing.export.onnx import write_onnx
+from ema_timm.export.formats import write_onnx
 
 # The tools warn about their own future.
 pytestmark = pytest.mark.filterwarnings("ignore")

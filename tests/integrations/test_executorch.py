@@ -5,7 +5,7 @@ import timm
 import torch
 from support.networks import shake
 
-from ema_timm.publishing.export import ready_to_export
+from ema_timm.export import ready_to_export
 
 pytest.importorskip("executorch", reason="executorch brings a PyTorch of its own choice")
 

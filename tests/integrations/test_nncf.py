@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ema_timm import EmaAttn
+from ema_timm.export import ready_to_export, write_onnx
 from ema_timm.integrations.int8 import layer_patterns
-from ema_timm.publishing.export import ready_to_export, write_onnx
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ from support.stand_in_hub import ADA
 from support.yolo import save
 from ultralytics import YOLO
 
-from ema_timm.checkpoints.cards.seal import is_generated
+from ema_timm.checkpoints.cards.parts import is_generated
 from ema_timm.cli import main
 from ema_timm.errors import UserError
 from ema_timm.integrations.yolo import inject, load, save_folder

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy
 
-import ema_timm.measure.evaluate as evaluate_module
+import ema_timm.measure.evaluation as evaluate_module
 from ema_timm.checkpoints.cards.file import write_card
 from ema_timm.checkpoints.check import check_folder
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.cli import main
 from ema_timm.errors import UserError
 from ema_timm.files import sha256
-from ema_timm.measure.evaluate import evaluate
+from ema_timm.measure.evaluation import evaluate
 from ema_timm.measure.settings import EvaluateConfig
 
 

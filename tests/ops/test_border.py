@@ -8,8 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ema_timm.attention import EmaAttn
 from ema_timm.ops import ema_attention
-from ema_timm.ops.closed_form import native
-from ema_timm.ops.closed_form.formula import closed_form
+from ema_timm.ops.cpu import native
+from ema_timm.ops.formula import closed_form
 from ema_timm.ops.weights import EmaWeights
 
 SHAPE = (2, 16, 5, 6)

@@ -15,13 +15,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ema_timm.attention import EmaAttn
 from ema_timm.bench.layer import AuthorsForm
-from ema_timm.bench.memory import peak_extra_bytes, saved_bytes
+from ema_timm.bench.timing import peak_extra_bytes, saved_bytes
+from ema_timm.export import open_onnx, write_onnx
 from ema_timm.ops import ema_attention
-from ema_timm.ops.closed_form import eager, library, native, whole_map
-from ema_timm.ops.closed_form import exported as exported_module
-from ema_timm.ops.closed_form.autograd import closed_form_eager
-from ema_timm.ops.closed_form.exported import SmallMap, arrange, exported, small_map
-from ema_timm.ops.closed_form.formula import (
+from ema_timm.ops.autograd import closed_form_eager
+from ema_timm.ops.cpu import chunks, library, native
+from ema_timm.ops.export import exported as exported_module
+from ema_timm.ops.export.exported import SmallMap, arrange, exported, small_map
+from ema_timm.ops.formula import (
     closed_form,
     collapsed_kernel,
     constant_channel_weights,
@@ -31,10 +32,10 @@ from ema_timm.ops.closed_form.formula import (
     shifted_means,
     statistics_type,
 )
+from ema_timm.ops.gpu import passes
 from ema_timm.ops.operators import closed_form_opaque
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EPS, EmaWeights
-from ema_timm.publishing.export import open_onnx, write_onnx
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
 
@@ -69,7 +70,7 @@ FORMS = {
 )
 def form(request, monkeypatch):
     if request.param == "whole_map":  # what runs on CUDA, here on the CPU
-        monkeypatch.setattr(whole_map, "takes", lambda x: x.numel() > 0)
+        monkeypatch.setattr(passes, "takes", lambda x: x.numel() > 0)
     if request.param == "operators":
         monkeypatch.setattr(native, "takes", lambda *_: False)
     return FORMS[request.param]
@@ -94,7 +95,7 @@ def cases(draw, dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.floa
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_output_and_every_gradient_equal_the_definition(form, case):
     names = ("out", *oracle.NAMES)
-    if whole_map.takes(case.x) and case.x.element_size() == 2:
+    if passes.takes(case.x) and case.x.element_size() == 2:
         # Its maps between two passes are in half precision, as those of library layers are: on tiny
         # maps, where a parameter's gradient may cancel, that shows. test_whole_map.py measures it.
         names = ("out", "x")
@@ -276,7 +277,7 @@ def test_two_runs_are_bit_equal(form):
 @pytest.mark.parametrize("chunk", [1, 1 << 40])
 def test_the_size_of_chunks_changes_nothing(chunk, layout, monkeypatch):
     monkeypatch.setattr(native, "takes", lambda *_: False)
-    monkeypatch.setattr(eager, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     oracle.assert_matches(closed_form_eager, oracle.make_case((3, 12, 5, 6), 4, layout=layout))
 
 

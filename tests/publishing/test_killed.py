@@ -26,7 +26,7 @@ KILLS = 10
 _CODE = """
 import sys
 import timm, sklearn, matplotlib.pyplot
-import ema_timm.measure.evaluate, ema_timm.publishing.publish
+import ema_timm.measure.evaluation, ema_timm.publishing.upload
 from ema_timm.cli import main
 print("ready", flush=True)
 sys.exit(main(sys.argv[1:]))

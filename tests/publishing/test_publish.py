@@ -22,8 +22,8 @@ from ema_timm.files import sha256
 from ema_timm.hub.commit import Destination
 from ema_timm.hub.steps import scrub
 from ema_timm.hub.time_limit import TimeLimit, TimeUpError
-from ema_timm.publishing.publish import publish
 from ema_timm.publishing.reload import outputs, reload_elsewhere, same
+from ema_timm.publishing.upload import publish
 
 PUBLISHED = {
     "model.safetensors", "config.json", "README.md", "results.json", "configuration_ema_timm.py",
@@ -319,7 +319,7 @@ def test_a_token_that_may_not_write_here(trained, hub, token):
 
 
 def test_without_a_token_nothing_is_sent(trained, hub, monkeypatch):
-    monkeypatch.setattr("ema_timm.publishing.publish.get_token", lambda: None)
+    monkeypatch.setattr("ema_timm.publishing.upload.get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login, or set HF_TOKEN"):
         publish_here(trained, "ada/nobody", hub, token=None)
     assert hub.requests == []

@@ -16,7 +16,7 @@ from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.cli import main
 from ema_timm.errors import UserError
 from ema_timm.see import drawing
-from ema_timm.see.attend import attend
+from ema_timm.see.attention import attend
 from ema_timm.see.gates import attention_maps, layer_gates
 from ema_timm.see.gradcam import Cam, grad_cam, last_stage
 from ema_timm.see.predictions import Prediction

@@ -13,9 +13,9 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.cli import main
 from ema_timm.errors import UserError
+from ema_timm.see.classify import predict
 from ema_timm.see.lettering import class_name, file_name, fitted
 from ema_timm.see.networks import class_labels
-from ema_timm.see.predict import predict
 from ema_timm.see.predictions import Prediction
 from ema_timm.see.settings import PredictConfig
 from ema_timm.see.sheet import save_sheet
@@ -120,7 +120,7 @@ def test_files_are_taken_in_natural_order_and_as_given(trained, digits, tmp_path
 
 def test_onnx_file_predicts_as_its_network(trained, digits, tmp_path):
     pytest.importorskip("onnxruntime")
-    from ema_timm.publishing.export import export
+    from ema_timm.export import export
 
     folder = shutil.copytree(trained, tmp_path / "run")
     export(folder, "onnx", exporter="legacy")

@@ -2,10 +2,10 @@
 
 import torch
 
+from ema_timm.bench.timing import Clock
 from ema_timm.ops import ema_attention
-from ema_timm.ops.choices import Layer
+from ema_timm.ops.gpu.choices import Layer
 from ema_timm.tuning.store import Store
-from ema_timm.tuning.timing import Clock
 
 ENVIRONMENT = {"device": "a stand-in"}
 LAYER = Layer(3, 8, 2, 6, 5, "float32", "contiguous", True)

@@ -4,7 +4,7 @@ import yaml
 from support import yolo  # skips without ultralytics
 from support.digit_scenes import SIDE, write_scenes
 
-from ema_timm.integrations.yolo.make import make_folder
+from ema_timm.integrations.yolo.measure import make_folder
 
 ROWS = {
     "nc": 1,

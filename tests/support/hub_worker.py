@@ -24,7 +24,7 @@ from huggingface_hub import constants, utils
 from ema_timm.cli import main
 from ema_timm.hub import fetch
 from ema_timm.integrations.yolo.check import answers
-from ema_timm.publishing import publish
+from ema_timm.publishing import upload as publish
 from ema_timm.publishing.reload import outputs
 
 

@@ -39,7 +39,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ema_timm.bench.layer import SHAPES
-from ema_timm.ops.closed_form.formula import closed_form
+from ema_timm.ops.formula import closed_form
 from ema_timm.ops.weights import EmaWeights
 
 BATCH, GROUPS, DTYPE = 256, 32, torch.bfloat16

@@ -22,8 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ema_timm.ops.closed_form.formula import fold
-from ema_timm.ops.fused import launch
+from ema_timm.ops.formula import fold
+from ema_timm.ops.gpu.fused import launch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from ema_timm.training.finetune import finetune
-from ema_timm.training.state import RunState
+from ema_timm.training.resume import RunState
+from ema_timm.training.run import finetune
 
 
 def run(config, **changes):

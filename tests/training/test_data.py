@@ -11,9 +11,9 @@ from PIL import Image
 
 from ema_timm.cli import main
 from ema_timm.errors import UnreadableImageError, UserError
-from ema_timm.measure.evaluate import evaluate
+from ema_timm.measure.evaluation import evaluate
 from ema_timm.measure.settings import EvaluateConfig
-from ema_timm.training.finetune import continue_run, finetune
+from ema_timm.training.run import continue_run, finetune
 from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.step import TrainStep
 

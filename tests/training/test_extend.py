@@ -7,7 +7,7 @@ import torch
 from support.runs import run, timeless
 
 from ema_timm.cli import main
-from ema_timm.training.state import RunState
+from ema_timm.training.resume import RunState
 from ema_timm.training.step import TrainStep
 
 

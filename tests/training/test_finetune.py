@@ -22,9 +22,9 @@ from ema_timm.checkpoints.config import STUB
 from ema_timm.cli import main
 from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.files import sha256, write_whole
-from ema_timm.training import state
+from ema_timm.training import resume
 from ema_timm.training.quickstart import validate
-from ema_timm.training.state import RunState
+from ema_timm.training.resume import RunState
 from ema_timm.training.step import TrainStep
 
 
@@ -98,7 +98,7 @@ def test_killed_between_two_files_the_epoch_is_repeated(config, monkeypatch, tmp
             raise KilledError
         return write_whole(final, write, **more)
 
-    for module in (folder, state):
+    for module in (folder, resume):
         monkeypatch.setattr(module, "write_whole", killed)
     with pytest.raises(KilledError):
         run(config)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.runs import cli, command, ema_timm, timeless
 
-from ema_timm.training.state import RunState
+from ema_timm.training.resume import RunState
 
 KILLS = 10
 

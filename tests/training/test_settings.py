@@ -18,12 +18,11 @@ from torch.nn.functional import cross_entropy
 from ema_timm.cli import main
 from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.measure.metrics import Metrics
-from ema_timm.training.class_weights import class_weights
-from ema_timm.training.loss import mixup_and_loss
+from ema_timm.training.loss import class_weights, mixup_and_loss
 from ema_timm.training.processes import Process
 from ema_timm.training.quickstart import validate
+from ema_timm.training.resume import RunState
 from ema_timm.training.run import Run
-from ema_timm.training.state import RunState
 from ema_timm.training.step import TrainStep
 
 ALL = {

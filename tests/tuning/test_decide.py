@@ -7,10 +7,11 @@ import torch
 from support import candidates as stand_ins
 from support.candidates import LAYER, LAYERS, Candidate, StandInClock
 
+from ema_timm.bench.parity import error_of, make_case, tolerance
 from ema_timm.errors import VerificationError
-from ema_timm.ops import choices, ema_attention
+from ema_timm.ops import ema_attention
+from ema_timm.ops.gpu import choices
 from ema_timm.tuning.decide import decide
-from ema_timm.tuning.parity import error_of, make_case, tolerance
 from ema_timm.tuning.store import ACCEPTED, REJECTED, TRYING
 
 

@@ -11,7 +11,7 @@ import torch
 from support import candidates as stand_ins
 from support.candidates import LAYER, Candidate, StandInClock
 
-from ema_timm.ops import choices
+from ema_timm.ops.gpu import choices
 from ema_timm.tuning.decide import decide
 
 TESTS = Path(__file__).resolve().parents[1]

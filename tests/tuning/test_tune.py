@@ -8,12 +8,12 @@ from torch import nn
 
 import ema_timm
 from ema_timm import EmaAttn, inject, tune
+from ema_timm.bench import timing
 from ema_timm.cli import main
 from ema_timm.errors import UserError
-from ema_timm.ops import choices
-from ema_timm.tuning import timing
-from ema_timm.tuning import tune as tuning
-from ema_timm.tuning.meet import meet
+from ema_timm.ops.gpu import choices
+from ema_timm.tuning import tuner as tuning
+from ema_timm.tuning.tuner import meet
 
 
 @pytest.fixture(autouse=True)

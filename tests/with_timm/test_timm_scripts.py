@@ -47,7 +47,7 @@ def test_train_then_validate(script, digits, tmp_path):
 
 
 def test_validate_counts_as_finetune_does(script, digits, tmp_path):
-    from ema_timm.training.finetune import finetune
+    from ema_timm.training.run import finetune
     from ema_timm.training.settings import FinetuneConfig
 
     results = finetune(
@@ -75,7 +75,7 @@ def test_validate_counts_as_finetune_does(script, digits, tmp_path):
 @pytest.mark.parametrize("averaged", [False, True])
 def test_evaluate_counts_as_validate_does(script, digits, tmp_path, averaged):
     """On a checkpoint of train.py, its weights and the averaged ones, to the last image."""
-    from ema_timm.measure.evaluate import evaluate
+    from ema_timm.measure.evaluation import evaluate
     from ema_timm.measure.settings import EvaluateConfig
 
     common = ["--data-dir", digits, "--model", "test_resnet_ema", "--num-classes", 4]
@@ -202,7 +202,7 @@ def test_benchmark(script, tmp_path):
 def test_predict_says_what_inference_says(script, trained, digits, tmp_path):
     """Files, classes, labels and probabilities, image by image."""
     pytest.importorskip("pandas", reason="timm's inference.py needs pandas")
-    from ema_timm.see.predict import predict
+    from ema_timm.see.classify import predict
     from ema_timm.see.settings import PredictConfig
 
     shutil.copytree(trained, tmp_path / "run")

@@ -1,6 +1,6 @@
 """How ``ema-timm bench bytes`` is shown."""
 
-from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.report.markdown import grid, settings_line, versions_line
 
 FLOOR = 5

@@ -1,6 +1,6 @@
 """How ``ema-timm bench deploy`` is shown."""
 
-from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.deploy import EMA, PLAIN, SE
 from ema_timm.bench.report.markdown import grid, time
 

@@ -1,11 +1,16 @@
 """The kinds of measurements: one line each; its tables and pictures stand in its own file."""
 
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ema_timm.bench.report import bytes as moved
-from ema_timm.bench.report import deploy, gpu, layer, markdown, model, resolution
+from ema_timm.bench.report import deploy, layer, markdown, model
+from ema_timm.bench.report.markdown import grid, settings_line
 from ema_timm.bench.report.panel import Panel
+from ema_timm.errors import UserError
 
 
 class Kind(NamedTuple):
@@ -26,11 +31,41 @@ class Kind(NamedTuple):
     caption: Callable[[dict], str] = markdown.caption
 
 
+_PART_TABLES = {"layer": layer.brief, "model": model.table}
+_PART_PLOTS = {"layer": layer.plot, "model": model.plot}
+
+
+def _gpu_table(result: dict) -> str:
+    """The largest error of every variant, then the medians of layers and networks."""
+    rows = result["rows"]
+    lines = []
+    for part, variant in dict.fromkeys((row["part"], row["variant"]) for row in rows):
+        here = [row for row in rows if (row["part"], row["variant"]) == (part, variant)]
+        failed = [row["place"] for row in here if not row["parity"]]
+        errors = [row["error"] for row in here if row["error"] is not None]
+        worst = f"{max(errors):.1e}" if errors else ""
+        lines.append([part, variant, worst, f"failed: {', '.join(failed)}" * bool(failed)])
+    texts = [grid(["parity", "variant", "largest error", ""], lines)]
+    for part in result["parts"]:
+        title = f"**{part['bench']}: {settings_line(part)}**"
+        body = _PART_TABLES[part["bench"]](part) if part["rows"] else f"failed ({part['failed']})"
+        texts.append(f"{title}\n\n{body}")
+    return "\n\n".join(texts)
+
+
+def _gpu_plot(result: dict, figure) -> None:
+    """Every part, one below the other."""
+    parts = [part for part in result["parts"] if part["rows"]]
+    for part, place in zip(parts, figure.subfigures(len(parts), 1), strict=True):
+        place.suptitle(settings_line(part), size=8)
+        _PART_PLOTS[part["bench"]](part, place)
+
+
 KINDS = {
     "layer": Kind(layer.table, layer.plot, layer.brief, layer.glance),
     "model": Kind(model.table, model.plot, glance=model.glance),
-    "resolution": Kind(resolution.table, resolution.plot),
-    "gpu": Kind(gpu.table, gpu.plot),
+    "resolution": Kind(model.resolution_table, model.resolution_plot),
+    "gpu": Kind(_gpu_table, _gpu_plot),
     "bytes": Kind(moved.table, moved.plot, moved.brief, caption=moved.caption),
     "deploy": Kind(deploy.table, deploy.plot),
 }
@@ -46,3 +81,16 @@ def table(result: dict, brief: bool = False) -> str:
     kind = KINDS[result["bench"]]
     body = kind.brief if brief and kind.brief else kind.table
     return f"{kind.caption(result)}\n\n{body(result)}\n"
+
+
+@contextlib.contextmanager
+def measurement(file: str | Path) -> Iterator[dict]:
+    """What ``ema-timm bench --json`` wrote.
+
+    Raises:
+        UserError: If the file is something else, or the block finds that it is.
+    """
+    try:
+        yield json.loads(Path(file).read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a measurement of ema-timm bench --json.") from error

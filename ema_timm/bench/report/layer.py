@@ -1,6 +1,6 @@
 """How ``ema-timm bench layer`` is shown."""
 
-from ema_timm.bench.authors_form import AUTHORS
+from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.layer import FLOOR
 from ema_timm.bench.report.markdown import grid, number, time
 from ema_timm.bench.report.panel import Bar, Panel

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ema_timm.bench.report.kinds import KINDS
+from ema_timm.bench.report.kinds import KINDS, measurement
 from ema_timm.bench.report.markdown import machine_line, settings_line
 from ema_timm.bench.report.panel import Panel, draw
-from ema_timm.bench.report.read import measurement
 from ema_timm.errors import UserError
 from ema_timm.files import sha256, write_whole
 

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 from typing import NamedTuple
 
-from ema_timm.checkpoints.cards.seal import is_generated
+from ema_timm.checkpoints.cards.parts import is_generated
 from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.config import completed, read_config
 from ema_timm.checkpoints.folder import CheckpointWriter

@@ -1,5 +1,6 @@
 """What every card is put together from: a template with blanks, metadata, tables of numbers."""
 
+import hashlib
 import re
 from importlib import resources
 from string import Template
@@ -41,3 +42,44 @@ def count_rows(results: dict) -> list[tuple[str, str | None]]:
         ("… of which EMA attention, in the closed form that runs", ema),
         ("… EMA attention by the paper's definition would be", definition),
     ]
+
+
+# MERGED: What a card asks to cite.
+EMA = """\
+```bibtex
+@inproceedings{ouyang2023ema,
+  title     = {Efficient Multi-Scale Attention Module with Cross-Spatial Learning},
+  author    = {Ouyang, Daliang and He, Su and Zhang, Guozhong and Luo, Mingzhu and Guo, Huaiyong
+               and Zhan, Jian and Huang, Zhijie},
+  booktitle = {ICASSP},
+  pages     = {1--5},
+  year      = {2023},
+  doi       = {10.1109/ICASSP49357.2023.10096516}
+}
+```"""
+
+TIMM = """\
+```bibtex
+@misc{rw2019timm,
+  title  = {PyTorch Image Models},
+  author = {Wightman, Ross},
+  year   = {2019},
+  doi    = {10.5281/zenodo.4414861}
+}
+```"""
+
+
+# MERGED: The last line of a card, by which a card that nobody has edited is known.
+_SEAL = re.compile(r"<!-- ema-timm card, sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
+
+
+def seal(text: str) -> str:
+    """``text`` with a last line by which `is_generated` knows it again."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}\n<!-- ema-timm card, sha256 of the text above: {digest} -->\n"
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card is as it was generated, at whatever time, and nobody has edited it."""
+    sealed = _SEAL.search(text)
+    return bool(sealed) and text == seal(text[: sealed.start() - 1])

@@ -2,10 +2,9 @@
 
 import json
 
-from ema_timm.checkpoints.cards import citations
+from ema_timm.checkpoints.cards import parts
 from ema_timm.checkpoints.cards.metadata import front_matter, is_ema, measured_on
-from ema_timm.checkpoints.cards.parts import count_rows, fill, table
-from ema_timm.checkpoints.cards.seal import seal
+from ema_timm.checkpoints.cards.parts import count_rows, fill, seal, table
 from ema_timm.checkpoints.config import needs_auto_map
 
 _WHAT_EMA = (
@@ -40,7 +39,7 @@ def card_text(results: dict) -> str:
         transformers_name=repository or "PATH/TO/THIS/FOLDER",
         where=_where(repository, ours),
         limits=_limits(results),
-        citation="\n\n".join([citations.EMA, citations.TIMM] if ema else [citations.TIMM]),
+        citation="\n\n".join([parts.EMA, parts.TIMM] if ema else [parts.TIMM]),
     )
     return seal(front_matter(results) + body)
 

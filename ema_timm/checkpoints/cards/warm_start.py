@@ -14,9 +14,8 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from ema_timm.backbones.complexity import count_macs, count_parameters
-from ema_timm.checkpoints.cards import citations
-from ema_timm.checkpoints.cards.parts import count_rows, fill, table, yaml_block
-from ema_timm.checkpoints.cards.seal import seal
+from ema_timm.checkpoints.cards import parts
+from ema_timm.checkpoints.cards.parts import count_rows, fill, seal, table, yaml_block
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.checkpoints.results import FORMAT
@@ -90,7 +89,7 @@ def warm_start_card_text(results: dict) -> str:
         convention=results["macs"]["convention"],
         published=_published_table(start["published"]),
         source=start["source"],
-        citation=f"{citations.EMA}\n\n{citations.TIMM}",
+        citation=f"{parts.EMA}\n\n{parts.TIMM}",
     )
     return seal(yaml_block(facts) + body)
 

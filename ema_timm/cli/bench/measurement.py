@@ -28,7 +28,7 @@ def report(args: argparse.Namespace, measure: Callable[[str], dict]) -> int:
     """Measure where it was asked for, and `show` the result."""
     import torch
 
-    from ema_timm.measure.device import pick_device
+    from ema_timm.environment import pick_device
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -56,7 +56,7 @@ def _bench_resolution(args: argparse.Namespace) -> int:
     if any(ignored.values()):
         names = ", ".join(name for name, given in ignored.items() if given)
         raise UserError(f"--resolution measures in float32 at its own sizes: drop {names}.")
-    from ema_timm.bench.resolution import bench_resolution
+    from ema_timm.bench.model import bench_resolution
 
     return report(
         args,

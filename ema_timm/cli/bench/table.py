@@ -16,9 +16,8 @@ def add_kind(kinds) -> None:
 
 
 def _bench_table(args: argparse.Namespace) -> int:
-    from ema_timm.bench.report.kinds import table
+    from ema_timm.bench.report.kinds import measurement, table
     from ema_timm.bench.report.markdown import put_into
-    from ema_timm.bench.report.read import measurement
 
     with measurement(args.file) as result:
         text = table(result, args.brief)

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from ema_timm.checkpoints.cards import citations
+from ema_timm.checkpoints.cards import parts
 from ema_timm.checkpoints.cards.file import WrittenCard, read_card, require_unedited
-from ema_timm.checkpoints.cards.parts import fill, table, yaml_block
-from ema_timm.checkpoints.cards.seal import seal
+from ema_timm.checkpoints.cards.parts import fill, seal, table, yaml_block
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.errors import UserError
@@ -99,7 +98,7 @@ def detector_card_text(results: dict) -> str:
         else ' From the Hugging Face Hub, `load("USER/NAME")` does the same.',
         limits=_limits(results),
         licence=_licence(about["license"]),
-        citation=citations.EMA,
+        citation=parts.EMA,
     )
     return seal(_front_matter(results) + body)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ema_timm.checkpoints.cards.file import read_card
-from ema_timm.checkpoints.cards.seal import is_generated
+from ema_timm.checkpoints.cards.parts import is_generated
 from ema_timm.checkpoints.check import CheckedFolder
 from ema_timm.checkpoints.layout import CARD, CONFIG, RESULTS
 from ema_timm.checkpoints.pictures import check_real, named_pictures, other_pictures

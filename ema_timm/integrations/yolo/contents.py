@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ema_timm.checkpoints.bounds import check_bounds
+from ema_timm.checkpoints.weights import check_bounds
 from ema_timm.errors import UserError, first_line
 from ema_timm.integrations.yolo.rows import rows_of
 

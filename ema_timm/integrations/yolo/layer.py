@@ -3,12 +3,15 @@
 Checkpoints of YOLO are pickles and name this module and class: both names stay.
 """
 
+import importlib
+import warnings
 from numbers import Real
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
+from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, FoldedEma, largest_group_count
 from ema_timm.integrations.yolo.rows import NAME
 
 _ROW = f"Write the row as [-1, 1, {NAME}, [c2]]; c2 is the width of the row before, at every scale"
@@ -92,3 +95,32 @@ def count_for_thop(layer: EmaAttnRow, inputs: tuple[Tensor, ...], output: Tensor
 
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+# MERGED: The name ``EmaAttn`` for the builders of YOLO models, which look rows up in their own module.
+def register(module: ModuleType) -> None:
+    """Let the builder in ``module`` know the layer; a second call does nothing.
+
+    A class of that name that the user put there stays.
+
+    Args:
+        module: ``ultralytics.nn.tasks``, or ``models.yolo`` of YOLOv5. A module without
+            ``parse_model`` is another project's and is left alone.
+    """
+    if not hasattr(module, "parse_model"):
+        return
+    theirs = vars(module).setdefault(NAME, EmaAttnRow)
+    if theirs is not EmaAttnRow:
+        warnings.warn(
+            f"{module.__name__} has an {NAME} of its own ({theirs!r}), and rows of that name build "
+            "it, not ema-timm's layer. Give yours another name to have both.",
+            UserWarning,
+            stacklevel=2,
+        )
+    # What ULTRALYTICS_SAFE_LOAD=1, and any torch.load(weights_only=True), may rebuild.
+    torch.serialization.add_safe_globals([EmaAttnRow, FoldedEma])
+    try:
+        thop = importlib.import_module("thop.profile")
+    except ImportError:
+        return  # both builders then print no GFLOPs at all
+    thop.register_hooks[EmaAttnRow] = count_for_thop

@@ -1,0 +1,1 @@
+"""Images and labels: files, folders, data sets by name, splits, and checks of them."""

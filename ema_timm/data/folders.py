@@ -1,0 +1,184 @@
+"""What an image folder holds: its splits, their classes, their images; nothing in silence.
+
+A class is a folder directly in its split, and its images lie directly in it. timm's reader takes
+the innermost folder of any depth for the class, torchvision's the outermost: where the two differ,
+the folder is refused.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from timm.utils.misc import natural_key
+
+from ema_timm.data.images import image_suffixes
+from ema_timm.errors import UserError
+
+TRAIN = ("train",)
+VAL = ("val", "validation")
+SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "evaluation"))
+"""Other names of a split's folder; timm knows the same."""
+
+
+@dataclass
+class Listing:
+    """The images of a split, in natural order of their classes and names.
+
+    Args:
+        root: The folder that holds the class folders.
+        name: What the data are called.
+        split: What their split is called.
+        images: Pairs of a path and its class.
+        notes: Sentences on what was left out.
+    """
+
+    root: Path
+    name: str
+    split: str
+    images: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in natural order, as timm numbers them."""
+        return sorted({name for _, name in self.images}, key=natural_key)
+
+
+def find_split(data_dir: str | Path, names: tuple[str, ...]) -> Path | None:
+    """The folder of a split: the first of ``names`` and their synonyms that exists, in any case."""
+    try:
+        folders = sorted(entry.name for entry in os.scandir(data_dir) if entry.is_dir())
+    except OSError:
+        return None
+    also = [name for group in SYNONYMS if set(group) & set(names) for name in group]
+    for name in dict.fromkeys((*names, *also)):
+        alike = [folder for folder in folders if folder.lower() == name.lower()]
+        if alike:
+            return Path(data_dir) / (name if name in alike else alike[0])
+    return None
+
+
+def list_images(root: Path) -> Listing:
+    """Look through the class folders of a split.
+
+    Args:
+        root: The split.
+
+    Raises:
+        UserError: If there are no images, images beside the class folders or in folders inside
+            them, a folder twice, or a class without any image that can be read here.
+    """
+    listing = Listing(root, root.resolve().parent.name, root.name)
+    left, seen = _Left(), {os.path.realpath(root): str(root)}
+    for entry in _entries(root):
+        if _hidden(entry.name):
+            left.hidden.append(entry.name)
+        elif entry.is_dir():
+            _list_class(entry, listing, left, seen)
+        elif _is_image(entry.name):
+            raise UserError(
+                f"{entry.path} lies beside the class folders. Move it into the folder of its "
+                "class, or out of the data."
+            )
+    if not listing.images:
+        only = f", only {_some(list(left.others))}" if left.others else ""
+        raise UserError(
+            f"{root} has no images in class folders{only}. Put them at {root}/CLASS/image.jpg."
+        )
+    if left.unread:
+        raise UserError(
+            f"{left.unread[0]} holds files and none that Pillow reads as an image here "
+            f"({_some(list(left.others))}). Convert them or install Pillow's plug-in for them, or "
+            "move the folder away."
+        )
+    listing.images.sort(key=lambda pair: natural_key(pair[0]))
+    listing.notes = left.notes(root)
+    return listing
+
+
+@dataclass
+class _Left:
+    """What a listing leaves out; folders with files that are no images are ``unread``."""
+
+    hidden: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    others: Counter = field(default_factory=Counter)
+
+    def notes(self, root: Path) -> list[str]:
+        notes = []
+        if self.hidden:
+            notes.append(f"{root}: {len(self.hidden)} hidden left out ({_some(self.hidden)})")
+        if self.others:
+            kinds = [f"{count} {suffix}" for suffix, count in self.others.most_common()]
+            notes.append(f"{root}: files that are no images left out ({_some(kinds)})")
+        if self.empty:
+            notes.append(f"{root}: empty folders are no classes ({_some(self.empty)})")
+        return notes
+
+
+def _list_class(folder: os.DirEntry, listing: Listing, left: _Left, seen: dict) -> None:
+    _check_new(folder, seen)
+    images, others = [], Counter()
+    for entry in _entries(folder.path):
+        if _hidden(entry.name):
+            left.hidden.append(f"{folder.name}/{entry.name}")
+        elif entry.is_dir():
+            _check_no_images(entry, dict(seen))
+        elif _is_image(entry.name):
+            images.append((entry.path, folder.name))
+        else:
+            others[Path(entry.name).suffix or entry.name] += 1
+    if not images:
+        (left.unread if others else left.empty).append(folder.path)
+    left.others += others
+    listing.images += images
+
+
+def _check_new(folder: os.DirEntry, seen: dict) -> None:
+    """Refuse a folder that links lead to a second time, for example one that holds the link."""
+    place = os.path.realpath(folder.path)
+    if place in seen:
+        raise UserError(
+            f"{folder.path} is the same folder as {seen[place]}, through a link. Remove the link."
+        )
+    seen[place] = folder.path
+
+
+def _check_no_images(folder: os.DirEntry, seen: dict) -> None:
+    """Refuse images at any depth in a folder inside a class."""
+    _check_new(folder, seen)
+    for entry in _entries(folder.path):
+        if _hidden(entry.name):
+            continue
+        if entry.is_dir():
+            _check_no_images(entry, seen)
+        elif _is_image(entry.name):
+            raise UserError(
+                f"{entry.path} lies in a folder inside a class folder, and which of them is the "
+                "class is not clear. Put all images at CLASS/image.jpg."
+            )
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: natural_key(entry.name))
+    except OSError as error:
+        raise UserError(
+            f"cannot look into {folder}: {error.strerror}. Make it readable."
+        ) from error
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -1,0 +1,90 @@
+"""The ONNX file in int8, by ONNX Runtime's dynamic quantisation."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.errors import UserError, require_packages
+from ema_timm.export.formats import FORMATS, Run, open_onnx
+from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, load
+from ema_timm.export.write import relative_difference
+
+INT8_IMAGES = 32
+"""Random images on which the int8 file is compared."""
+
+
+class Quantized(NamedTuple):
+    """An int8 file, and how it agrees with the float32 file on random images.
+
+    Attributes:
+        path: Where it is.
+        difference: Largest difference from the float32 file, relative to its largest output.
+        same_class: Images with the same most probable class.
+        images: Images compared.
+    """
+
+    path: Path
+    difference: float
+    same_class: int
+    images: int
+
+
+def quantize_int8(folder: str | Path, fixed: InputSize = ALL_FREE) -> Quantized:
+    """Write ``model.int8.onnx`` beside ``model.onnx``.
+
+    Convolutions and the classifier are quantised; the statistics and gates of EMA attention stay
+    in float32.
+
+    Args:
+        folder: Where `export` has written ``model.onnx``.
+        fixed: What of its sizes is fixed.
+
+    Raises:
+        UserError: If its batch is fixed at another size than 1.
+    """
+    if fixed.batch not in (None, 1):
+        raise UserError("--int8 compares image by image: leave the batch free, or --batch 1.")
+    require_packages("onnx", "onnxruntime")
+    run, source = CheckpointWriter(folder), Path(folder) / FORMATS["onnx"].file
+    size = check_inputs(load(folder), fixed)[0].shape[1:]
+    found = []
+
+    def quantize_and_compare(path: Path) -> None:
+        """Write to a temporary name; what is raised here leaves no file."""
+        _quantize(source, path)
+        found.extend(_agreement(open_onnx(path), open_onnx(source), size))
+
+    run.write("model.int8.onnx", quantize_and_compare)
+    return Quantized(run.path / "model.int8.onnx", *found, INT8_IMAGES)
+
+
+def _quantize(source: Path, path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    quant_pre_process(source, path, skip_symbolic_shape=True)
+    quantize_dynamic(
+        _without_inner_shapes(path),
+        path,
+        op_types_to_quantize=["Conv", "Gemm"],
+        weight_type=QuantType.QUInt8,
+    )
+
+
+def _without_inner_shapes(path: Path):
+    """The model less the shapes noted between its nodes: quantisation transposes weights."""
+    import onnx
+
+    model = onnx.load(path)
+    del model.graph.value_info[:]
+    return model
+
+
+def _agreement(small: Run, exact: Run, size: tuple[int, ...]) -> tuple[float, int]:
+    images = torch.randn(INT8_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+    want = torch.cat([exact(x[None]) for x in images])
+    found = torch.cat([small(x[None]) for x in images])
+    same = (want.argmax(1) == found.argmax(1)).sum().item()
+    return relative_difference(found, want), same

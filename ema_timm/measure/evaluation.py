@@ -1,0 +1,166 @@
+"""A checkpoint and images -> results.json: the only source of published numbers.
+
+A checkpoint file is first written as a folder in timm's Hub format, and the folder is measured:
+what is published is what was measured. Images go through timm's own loader as its validation
+script sets it up, so that the accuracies agree to the last image.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from timm.data import create_loader
+from torch import nn
+
+from ema_timm.checkpoints.config import completed
+from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.layout import RESULTS, WEIGHTS
+from ema_timm.checkpoints.network import check_network, load_network
+from ema_timm.checkpoints.preprocessing import preprocessing
+from ema_timm.checkpoints.results import describe, read_results
+from ema_timm.data.check import check_readable
+from ema_timm.data.splits import Dataset, open_measured
+from ema_timm.environment import pick_device, versions
+from ema_timm.files import sha256
+from ema_timm.measure.metrics import Tally, tally
+from ema_timm.measure.settings import EvaluateConfig
+from ema_timm.measure.source import folder_to_measure, images_of, with_class_names
+
+try:
+    from ema_timm.measure.confusion import save_confusion
+except ImportError:  # matplotlib is an extra; the command says so
+    save_confusion = None
+
+CONFUSION = "confusion.png"
+MOST_CLASSES = 1000
+"""Up to so many classes a confusion matrix is drawn."""
+
+
+def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
+    """Measure a checkpoint and write results.json and a confusion matrix into its folder.
+
+    What results.json said of the training is kept.
+
+    Args:
+        config: The checkpoint, the images and how to run.
+        progress: Show bars (on a terminal) and notes on stderr.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UserError: For bad input.
+    """
+    path = folder_to_measure(config)
+    saved = with_class_names(check_network(path), path, config)
+    names = saved["label_names"]
+    indices = {name: index for index, name in enumerate(names)}
+    dataset = open_measured(*images_of(config), indices)
+    network = load_network(path, saved)
+    data = preprocessing(network, saved.get("model_args", {}), {}, use_test_size=True)
+    dataset.read_channels(data["input_size"][0])
+    notes = dataset.notes + check_readable(dataset, progress)
+    if progress:
+        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
+    folder = CheckpointWriter(path)
+    folder.make()  # said before the measurement, not after it
+    device = torch.device(pick_device(config.device))
+    counts = _count(network, dataset, data, config, device, progress)
+    digest = sha256(path / WEIGHTS)
+    results = _carried(path, digest, progress) | describe(network, digest, names, data)
+    results["metrics"] = counts.metrics(device)._asdict()
+    results["evaluation"] = {
+        "per_class": _per_class(counts, names),
+        **_conditions(config, dataset, network, device),
+    }
+    results["plots"] = _draw(folder, counts, results, progress)
+    folder.save_config(completed(saved))
+    folder.write_json(RESULTS, results)
+    return results
+
+
+def _count(
+    network: nn.Module,
+    dataset: Dataset,
+    data: dict,
+    config: EvaluateConfig,
+    device: torch.device,
+    progress: bool,
+) -> Tally:
+    """Run the network over the images, loaded as timm's validation script loads them."""
+    loader = create_loader(
+        dataset,
+        batch_size=config.batch_size,
+        use_prefetcher=True,
+        num_workers=config.workers,
+        persistent_workers=False,
+        pin_memory=False,
+        device=device,
+        **data,
+    )
+    amp_dtype = getattr(torch, config.amp_dtype) if config.amp_dtype else None
+    return tally(network.to(device), loader, device, amp_dtype=amp_dtype, progress=progress)
+
+
+def _carried(path: Path, digest: str, progress: bool) -> dict:
+    """What results.json says already; of other weights, what was told for the card alone."""
+    if not (path / RESULTS).is_file():
+        return {}
+    old = read_results(path / RESULTS)
+    if old["weights_sha256"] == digest:
+        return old
+    kept = path / "results.previous.json"
+    # A copy: what was told is lost with results.json where this call does not come to its end.
+    CheckpointWriter(path).write(
+        kept.name, lambda file: file.write_bytes((path / RESULTS).read_bytes())
+    )
+    if progress:
+        print(f"{RESULTS} was of other weights, and is now {kept}", file=sys.stderr)
+    return {"card": old["card"]} if "card" in old else {}
+
+
+def _per_class(counts: Tally, names: list[str]) -> dict:
+    """Images of each class, and how many of them were told right."""
+    images, correct = (each.tolist() for each in counts.per_class(len(names)))
+    return {
+        name: {"images": total, "correct": right}
+        for name, total, right in zip(names, images, correct, strict=True)
+    }
+
+
+def _conditions(
+    config: EvaluateConfig, dataset: Dataset, network: nn.Module, device: torch.device
+) -> dict:
+    """How the measurement was made, for others to repeat it; no path of this machine."""
+    return {
+        "data": {
+            "name": dataset.name,
+            "split": dataset.split,
+            "images": len(dataset),
+            "fingerprint": dataset.fingerprint(),
+        },
+        "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
+        "amp_dtype": config.amp_dtype or None,
+        "device": device.type,
+        "batch_size": config.batch_size,
+        "versions": versions(),
+    }
+
+
+def _draw(folder: CheckpointWriter, counts: Tally, results: dict, progress: bool) -> list[str]:
+    """Draw the confusion matrix, where that is possible; the names of all pictures."""
+    names = results["classes"]
+    others = [name for name in results.get("plots", ()) if name != CONFUSION]
+    missing = ""
+    if len(names) > MOST_CLASSES:
+        missing = f"{len(names)} classes are more than a picture shows"
+    elif save_confusion is None:
+        missing = "matplotlib is missing (pip install 'ema-timm[train]')"
+    if missing:
+        (folder.path / CONFUSION).unlink(missing_ok=True)  # it would be of an earlier measurement
+        if progress:
+            print(f"no {CONFUSION}: {missing}", file=sys.stderr)
+        return others
+    confusion = counts.confusion(len(names))
+    folder.write(CONFUSION, lambda file: save_confusion(confusion, names, file))
+    return sorted({*others, CONFUSION})

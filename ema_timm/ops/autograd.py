@@ -1,0 +1,203 @@
+"""What autograd sees of the closed form: one node, whose backward is written out by hand."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ema_timm.ops.cpu import chunks, native
+from ema_timm.ops.formula import closed_form, statistics_type
+from ema_timm.ops.gpu import passes
+from ema_timm.ops.saved import Saved, restored
+from ema_timm.ops.weights import EmaWeights, FoldedWeights
+
+
+def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
+    """`ema_timm.ops.formula.closed_form`, computed and differentiated without a graph.
+
+    Keeps for the backward, beyond ``x`` and the parameters, the gates along H and W, the gate map
+    and three numbers a channel. Differentiable any number of times: a backward that is itself
+    recorded goes through the traceable form.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point.
+        weights: Parameters of one layer.
+        groups: G; divides C.
+
+    Returns:
+        (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
+    """
+    x = _with_memory(x)
+    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+        return _ClosedForm.apply(x, groups, *weights)
+    chosen = kernel(x, weights)
+    return chosen.forward(x, chosen.fold(statistics_type(x, weights)), groups, save=False)[0]
+
+
+def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
+    """`closed_form_eager` from folded weights, for inference only.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point.
+        weights: Folded parameters of one layer in the type of the statistics.
+        groups: G; divides C.
+
+    Returns:
+        (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
+    """
+    x = _with_memory(x)
+    return kernel(x, weights).forward(x, weights, groups, save=False)[0]
+
+
+def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:
+    """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
+
+    `passes` on CUDA, `chunks` elsewhere. All have a ``fold``, a ``forward`` and a ``backward`` of
+    one signature; `native.takes` says what the arguments are.
+    """
+    if passes.takes(x):
+        return passes
+    return native if native.takes(x, others) else chunks
+
+
+def saved_type(x: Tensor) -> type[Saved] | type[passes.Saved]:
+    """How what the forward of ``x`` saved is called: the passes on CUDA keep other things."""
+    return passes.Saved if passes.takes(x) else Saved
+
+
+def outside_autocast(backward: Callable) -> Callable:
+    """``backward(grad, x, ...)``, which may be called inside autocast, without it.
+
+    Products of weights in half precision would reach the kernels as if they were float32.
+    """
+
+    @functools.wraps(backward)
+    def run(grad, x, *rest):
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+            return backward(grad, x, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return backward(grad, x, *rest)
+
+    return run
+
+
+@outside_autocast
+def hand_written_backward(
+    grad: Tensor,
+    x: Tensor,
+    saved: Saved | passes.Saved,
+    weights: EmaWeights,
+    groups: int,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, EmaWeights | None]:
+    """Gradients by `kernel`, from what the forward saved and autograd handed back.
+
+    Args:
+        grad: Gradient of the output, (B, C, H, W).
+        x: The input, (B, C, H, W).
+        saved: From the forward.
+        weights: Parameters of the layer.
+        groups: G.
+        need_x: Whether the gradient of ``x`` is wanted.
+        need_weights: Whether the gradients of the parameters are wanted.
+
+    Returns:
+        The gradient of ``x`` in its type and layout, and those of the parameters; None where not
+        wanted.
+    """
+    grad = _with_memory(grad)
+    if passes.takes(x):
+        weights = statistics_type(x, weights)
+        return passes.backward(grad, x, saved, weights, groups, need_x, need_weights)
+    x, saved, weights = restored(grad, x, saved, weights, groups)
+    chosen = kernel(x, (*weights, *saved, grad))
+    return chosen.backward(grad, x, saved, weights, groups, need_x, need_weights)
+
+
+def _with_memory(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy where it is autograd's tensor of zeros that has no memory."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
+def _is_hidden(x: Tensor) -> bool:
+    """Whether a dispatch mode is on that would not see what computes on ``x``: the C kernel."""
+    return native.is_watched() and not passes.takes(x)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands for many, as in ``torch.autograd.grad(is_grads_batched=True)``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+class _ClosedForm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, groups, *weights):
+        """Gate ``x``, (B, C, H, W), by the six `EmaWeights` of a layer, and keep `Saved`."""
+        chosen = kernel(x, weights)
+        folded = chosen.fold(statistics_type(x, EmaWeights(*weights)))
+        out, saved = chosen.forward(x, folded, groups, save=True)
+        ctx.save_for_backward(x, *weights, *saved)
+        ctx.groups = groups
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients of the arguments of `forward` from that of its output, (B, C, H, W)."""
+        x, *rest = ctx.saved_tensors
+        weights, saved = EmaWeights(*rest[:6]), saved_type(x)(*rest[6:])
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() or _is_batched(grad) or _is_hidden(x):
+            # create_graph, whose result must be differentiable again; or vmap, or a tracer.
+            dx, dw = differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
+            return dx, None, *dw
+        dx, dw = hand_written_backward(grad, x, saved, weights, ctx.groups, need_x, any(need))
+        if dw is None:
+            return dx, None, *[None] * 6
+        dw = [d.to(w.dtype) if n else None for d, w, n in zip(dw, weights, need, strict=True)]
+        return dx, None, *dw
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        """Refused: a call with dual tensors takes the traceable form."""
+        raise RuntimeError(
+            "This call of EMA attention was not set up for forward-mode differentiation. Make the "
+            "dual tensors before the call, or use impl='reference'."
+        )
+
+
+@outside_autocast
+def differentiable_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: EmaWeights,
+    groups: int,
+    need_x: bool,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of ``x`` and the weights by autograd of the formula, recorded in grad mode.
+
+    Args:
+        grad: Gradient of the output, (B, C, H, W).
+        x: The input, (B, C, H, W).
+        weights: Parameters of one layer.
+        groups: G.
+        need_x: Whether the gradient of ``x`` is wanted.
+        need: Whether that of each parameter is wanted.
+
+    Returns:
+        The gradient of ``x``, (B, C, H, W), and those of the parameters; None where not wanted.
+    """
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that a path from x back to the same weights (a layer used twice) stays
+        # outside.
+        inputs = [x.view_as(x), *[w.view_as(w) for w in weights]]
+        wanted = [t for t, n in zip(inputs, [need_x, *need], strict=True) if n]
+        out = closed_form(inputs[0], EmaWeights(*inputs[1:]), groups)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=recorded))
+    dx, *dw = [next(found) if n else None for n in [need_x, *need]]
+    return dx, dw

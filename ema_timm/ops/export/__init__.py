@@ -1,0 +1,1 @@
+"""The operator in the form that exporters take."""

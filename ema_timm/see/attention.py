@@ -1,0 +1,143 @@
+"""A checkpoint and images -> a picture of where its EMA attention looks."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ema_timm.environment import pick_device
+from ema_timm.errors import UserError
+from ema_timm.files import make_writable
+from ema_timm.see.gates import LayerGates, last_of_stages, layer_gates
+from ema_timm.see.gradcam import Cam, grad_cam, last_stage, require_library
+from ema_timm.see.images import find_images, prepare
+from ema_timm.see.networks import Network, open_network
+from ema_timm.see.predictions import Prediction, top_classes
+from ema_timm.see.settings import AttendConfig
+
+MOST_IMAGES = 24
+"""Rows of one picture."""
+
+
+class Attended(NamedTuple):
+    """What was drawn.
+
+    Attributes:
+        pictures: Files that were written.
+        layers: Names of the layers in them.
+        rows: The most probable class of each image.
+    """
+
+    pictures: list[Path]
+    layers: list[str]
+    rows: list[Prediction]
+
+
+def attend(config: AttendConfig) -> Attended:
+    """Draw the gates of each stage, and Grad-CAM, over images.
+
+    Raises:
+        UserError: If a setting cannot be met, or the network or an image is not there.
+        HubError: If the Hub does not give the network.
+    """
+    _check(config)
+    from ema_timm.see.drawing import save_attention, save_groups
+
+    files = find_images(config.images)
+    if len(files) > MOST_IMAGES:
+        raise UserError(
+            f"a picture has rows for {MOST_IMAGES} images, got {len(files)}. Give some of them."
+        )
+    device = torch.device(pick_device(config.device))
+    network = open_network(config.source, device)
+    images, seen = prepare(files, network.data)
+    gates = _chosen(layer_gates(network.run, images), network.run, config.layers)
+    probabilities = _probabilities(network, images.to(device))
+    rows = top_classes(files, probabilities, network.labels, 1)
+    cams = []
+    if config.cam:
+        classes = _classes(rows, network, config.target)
+        cams.append(_cam(network, files, classes, config.cam_layer, device))
+        if config.beside:
+            twin = _twin(config, network, device)
+            cams.append(_cam(twin, files, classes, config.cam_layer, device))
+    pictures = [Path(config.output)]
+    save_attention(seen, gates, cams, rows, pictures[0])
+    if config.groups:
+        pictures.append(pictures[0].with_name(f"{pictures[0].stem}-groups.png"))
+        save_groups(seen, gates, rows, pictures[1])
+    return Attended(pictures, list(gates), rows)
+
+
+def _check(config: AttendConfig) -> None:
+    """Refuse what cannot be drawn, before any work."""
+    if find_spec("matplotlib") is None:
+        raise UserError("pictures need matplotlib: pip install 'ema-timm[see]'")
+    if config.cam:
+        require_library()
+    given = [name for name in ("beside", "target", "cam_layer") if getattr(config, name)]
+    if given and not config.cam:
+        option = "--" + given[0].replace("_", "-")
+        raise UserError(f"{option} is about Grad-CAM, which --no-cam leaves out. Drop one of them.")
+    if Path(config.output).suffix != ".png":
+        raise UserError(f"--output is a .png file, got {config.output}. Give such a name.")
+    make_writable(Path(config.output).parent)
+
+
+def _chosen(gates: dict[str, LayerGates], model: nn.Module, names: str) -> dict[str, LayerGates]:
+    """The layers to show: those named, else the last of each stage."""
+    if not names:
+        return {name: gates[name] for name in last_of_stages(model, gates)}
+    wanted = [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in gates]
+    if unknown:
+        raise UserError(
+            f"--layers names EMA attention layers, and {unknown[0]!r} is none. There are "
+            f"{', '.join(gates)}."
+        )
+    return {name: gates[name] for name in wanted}
+
+
+@torch.inference_mode()
+def _probabilities(network: Network, images: Tensor) -> Tensor:
+    return network.run(images).float().softmax(-1)
+
+
+def _classes(rows: list[Prediction], network: Network, target: str) -> list[int]:
+    """Number of the class that Grad-CAM is for, of each image."""
+    if not target:
+        return [row.index[0] for row in rows]
+    if target in network.labels:
+        index = network.labels.index(target)
+    elif target.isdecimal() and int(target) < len(network.labels):
+        index = int(target)
+    else:
+        raise UserError(
+            f"--target is the name or number of a class, and {network.name} has no {target!r}. It "
+            f"has {len(network.labels)}, such as {network.labels[0]!r}."
+        )
+    return [index] * len(rows)
+
+
+def _twin(config: AttendConfig, network: Network, device: torch.device) -> Network:
+    twin = open_network(config.beside, device)
+    if twin.labels != network.labels:
+        raise UserError(
+            f"--beside takes a network of the same classes, and those of {config.beside} are "
+            f"others than those of {config.source}. Give one that was trained on the same data."
+        )
+    return twin
+
+
+def _cam(
+    network: Network, files: list[Path], classes: list[int], layer: str, device: torch.device
+) -> Cam:
+    images, seen = prepare(files, network.data)
+    images = images.to(device)
+    layer = layer or last_stage(network.run)
+    maps = grad_cam(network.run, layer, images, classes)
+    probs = _probabilities(network, images).cpu()[range(len(classes)), classes]
+    labels = [network.labels[index] for index in classes]
+    return Cam(network.name, layer, seen, maps, classes, labels, probs.tolist())

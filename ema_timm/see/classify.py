@@ -1,0 +1,117 @@
+"""Labels and probabilities of images, with the preprocessing of a checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from ema_timm.environment import pick_device
+from ema_timm.errors import UnreadableImageError, UserError
+from ema_timm.files import make_writable
+from ema_timm.see.images import find_images, image_loader, read_image
+from ema_timm.see.networks import Network, open_exported, open_network
+from ema_timm.see.predictions import (
+    Prediction,
+    check_output,
+    top_classes,
+    write_predictions,
+)
+from ema_timm.see.settings import PredictConfig
+
+ONNX = ".onnx"
+
+
+class Predicted(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        rows: One for each image that could be read, in order.
+        unreadable: One line for each other.
+        left_off: Images that the contact sheet has no room for.
+    """
+
+    rows: list[Prediction]
+    unreadable: list[str]
+    left_off: int = 0
+
+
+def predict(config: PredictConfig, progress: bool = True) -> Predicted:
+    """Classify images as timm's ``inference.py`` does, and write what the settings ask for.
+
+    Args:
+        config: Network, images and outputs.
+        progress: Show a bar on stderr (on a terminal).
+
+    Raises:
+        UserError: If a setting cannot be met, or the network or an image is not there.
+        HubError: If the Hub does not give the network.
+    """
+    if config.topk < 1 or config.batch_size < 1:
+        raise UserError("--topk and --batch-size must be at least 1.")
+    if config.output:
+        check_output(config.output)
+    if config.sheet:
+        save_sheet = _sheet(config.sheet)
+    files = find_images(config.images)
+    device = torch.device(pick_device(config.device))
+    if config.source.endswith(ONNX):
+        device = torch.device("cpu")  # ONNX Runtime takes its input from there
+        network = open_exported(Path(config.source))
+    else:
+        network = open_network(config.source, device)
+    done = classify(network, files, device, config, progress)
+    if config.output:
+        write_predictions(done.rows, min(config.topk, len(network.labels)), config.output)
+    if config.sheet:
+        channels = network.data["input_size"][0]
+        done = done._replace(left_off=save_sheet(done.rows, channels, Path(config.sheet)))
+    return done
+
+
+def _sheet(file: str):
+    """The function that draws the contact sheet, once it is clear that it can be written."""
+    try:
+        from ema_timm.see.sheet import save_sheet
+    except ModuleNotFoundError as error:
+        raise UserError("--sheet needs matplotlib: pip install 'ema-timm[see]'") from error
+    if Path(file).suffix != ".png":
+        raise UserError(f"--sheet is a .png file, got {file}. Give such a name.")
+    make_writable(Path(file).parent)
+    return save_sheet
+
+
+@torch.inference_mode()
+def classify(
+    network: Network,
+    files: Sequence[Path],
+    device: torch.device,
+    config: PredictConfig,
+    progress: bool = True,
+) -> Predicted:
+    """The most probable classes of each file."""
+    batch_size = 1 if network.one_by_one else config.batch_size
+    loader = image_loader(files, network.data, batch_size, config.workers, device)
+    rows: list[Prediction] = []
+    unreadable: list[str] = []
+    hide = None if progress else True
+    with tqdm(total=len(files), desc="predicting", disable=hide, leave=False) as bar:
+        for images, indices in loader:
+            bad = indices < 0
+            unreadable += [_why(files[-1 - index], network) for index in indices[bad].tolist()]
+            if not bad.all():
+                probabilities = network.run(images).float().softmax(-1)[~bad]
+                kept = [files[index] for index in indices[~bad].tolist()]
+                rows += top_classes(kept, probabilities, network.labels, config.topk)
+            bar.update(len(indices))
+    return Predicted(rows, unreadable)
+
+
+def _why(file: Path, network: Network) -> str:
+    """Why an image could not be read; the loader's processes can hand on numbers alone."""
+    try:
+        read_image(file, network.data["input_size"][0])
+    except UnreadableImageError as error:
+        return str(error)
+    return f"{file} could not be read at first, and can be now"

@@ -1,0 +1,246 @@
+"""What "auto" looks up on a GPU: fake tensors of CUDA stand in for those that are not here."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from ema_timm import EmaAttn, ema_attention
+from ema_timm.errors import CannotCompileError, UserError
+from ema_timm.ops import dispatch
+from ema_timm.ops.gpu import choices
+from ema_timm.ops.gpu.choices import Layer
+from ema_timm.ops.gpu.gpu_fold import fold as gpu_fold
+
+GPU = torch.device("cuda:0")
+LAYER = Layer(2, 8, 2, 6, 5, "float32", "contiguous", False)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    """A process that has looked nothing up, and a cache of its own."""
+    monkeypatch.setattr(choices, "_chosen", {})
+    monkeypatch.setattr(choices, "_otherwise", {})
+    monkeypatch.setenv("EMA_TIMM_CACHE", str(tmp_path))
+    monkeypatch.delenv("EMA_TIMM_GPU", raising=False)
+    choices.pass_over.cache_clear()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the implementations that ran."""
+    names = []
+
+    def watch(name, home, attribute):
+        plain = getattr(home, attribute)
+
+        def watched(*args, **kwargs):
+            names.append(name)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(home, attribute, watched)
+
+    watch("reference", dispatch, "reference")
+    watch("closed_form", dispatch, "closed_form")
+    watch("closed_form", dispatch, "closed_form_eager")
+    return names
+
+
+def on_gpu(shape, dtype=torch.float32, layout=torch.contiguous_format):
+    """A map on a GPU that is not there, with the layer's parameters beside it."""
+    with FakeTensorMode():
+        x = torch.randn(shape, device=GPU, dtype=dtype).to(memory_format=layout)
+        weights = EmaAttn(shape[1], 2, device=GPU).requires_grad_(False).weights()
+    return x, weights
+
+
+def test_auto_takes_what_was_chosen_for_that_layer_alone(ran):
+    choices.remember(GPU, {LAYER: "reference"})
+    assert ema_attention(*on_gpu((2, 8, 6, 5)), 2).shape == (2, 8, 6, 5)
+    assert ran == ["reference"]
+    for other in (
+        on_gpu((3, 8, 6, 5)),
+        on_gpu((2, 8, 5, 6)),
+        on_gpu((2, 8, 6, 5), torch.bfloat16),
+        on_gpu((2, 8, 6, 5), layout=torch.channels_last),
+    ):
+        ran.clear()
+        ema_attention(*other, 2)
+        assert ran == ["closed_form"]
+    ran.clear()
+    x, weights = on_gpu((2, 8, 6, 5))
+    ema_attention(x.requires_grad_(), weights, 2)  # a backward may follow
+    assert ran == ["closed_form"]
+
+
+def test_a_named_implementation_is_not_overruled(ran):
+    choices.remember(GPU, {LAYER: "reference"})
+    ema_attention(*on_gpu((2, 8, 6, 5)), 2, impl="closed_form")
+    assert ran == ["closed_form"]
+
+
+def test_folded_weights_take_the_choice_for_inference(monkeypatch):
+    with FakeTensorMode():
+        layer = EmaAttn(8, 2, device=GPU)
+        x = torch.randn(2, 8, 6, 5, device=GPU)
+    layer.reparameterize()
+    asked = []
+    monkeypatch.setattr(choices, "look_up", lambda *call: asked.append(call[1:]))
+    with torch.no_grad():
+        layer(x)
+    assert asked == [(2, False)]
+
+
+def test_the_cpu_never_asks(monkeypatch):
+    def refuse(*call):
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr(choices, "look_up", refuse)
+    layer = EmaAttn(8, 2)
+    layer(torch.randn(2, 8, 6, 5)).sum().backward()
+    layer.reparameterize()
+    with torch.no_grad():
+        layer(torch.randn(2, 8, 6, 5))
+
+
+def test_once_loaded_a_call_costs_a_look_at_a_dict(monkeypatch):
+    x, _ = on_gpu((2, 8, 6, 5))
+    monkeypatch.setattr(choices, "environment", lambda device: {"device": "none"})
+    assert choices.look_up(x, 2, False) is None
+
+    def refuse(*call):
+        raise AssertionError("looked further")
+
+    for name in ("read", "environment", "wish"):
+        monkeypatch.setattr(choices, name, refuse)
+    assert choices.look_up(x, 2, False) is None
+
+
+def test_a_later_process_reads_the_file(monkeypatch, tmp_path):
+    here = {"device": "a GPU", "torch": "2"}
+    monkeypatch.setattr(choices, "environment", lambda device: here)
+    file = choices.file_of(here)
+    file.parent.mkdir(parents=True)
+    file.write_text(content(here))
+    x, _ = on_gpu((2, 8, 6, 5))
+    assert choices.look_up(x, 2, False) == "fused"
+    assert choices.look_up(x, 2, True) is None
+
+
+def content(environment, **changes):
+    entry = {"layer": LAYER._asdict(), "chosen": "fused", "candidates": {}}
+    return json.dumps({"environment": environment, "barred": {}, "layers": [entry], **changes})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        content({"device": "another"}),
+        content({"device": "a GPU"}, layers=[{"layer": {}, "chosen": None, "candidates": {}}]),
+        content({"device": "a GPU"}, layers=7),
+        content({"device": "a GPU"}, barred=[]),
+        content({"device": "a GPU"}).replace('"float32"', '"float33"'),
+        content({"device": "a GPU"}).replace('"candidates": {}', '"candidates": []'),
+        content({"device": "a GPU"})[:-9],
+    ],
+)
+def test_what_is_damaged_or_of_another_environment_is_ignored_with_one_line(tmp_path, caplog, text):
+    file = tmp_path / "choices.json"
+    file.write_text(text)
+    assert choices.read_file(file, {"device": "a GPU"}) == choices.Notes()
+    (record,) = caplog.records
+    assert "ignored" in record.message and "\n" not in record.message
+
+
+def test_every_part_of_the_environment_has_a_file_of_its_own():
+    here = choices.environment(torch.device("cpu"))
+    assert {"device", "capability", "driver", "torch", "triton", "sources"} < set(here)
+    files = {choices.file_of({**here, part: "other"}) for part in here}
+    assert len(files | {choices.file_of(here)}) == len(here) + 1
+
+
+def test_off_and_fused_overrule_what_was_chosen(monkeypatch, ran, caplog):
+    monkeypatch.setenv("EMA_TIMM_GPU", "off")
+    choices.remember(GPU, {LAYER: "reference"})
+    ema_attention(*on_gpu((2, 8, 6, 5)), 2)
+    assert ran == ["closed_form"]
+    monkeypatch.setenv("EMA_TIMM_GPU", "fused")
+    choices.remember(GPU, {LAYER: "reference"})
+    assert choices.look_up(on_gpu((2, 8, 6, 5))[0], 2, False) == "fused"
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):  # the kernels do not take float64: the closed form does, after one line
+            ema_attention(*on_gpu((2, 8, 6, 5), torch.float64), 2)
+    assert ran == ["closed_form"] * 4
+    assert len(caplog.records) == 1 and "float64" in caplog.text
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(
+    monkeypatch, ran, caplog, folded
+):
+    """Chosen where there was a compiler; who names the kernels is still told."""
+    tried = []
+
+    def failing(*args):
+        tried.append(args)
+        try:
+            raise OSError("Read-only file system: '/cache'\nand more")
+        except OSError as error:
+            raise CannotCompileError("in one line, with the remedy") from error
+
+    kernels = SimpleNamespace(fused_operator=failing, fused_folded_operator=failing)
+    monkeypatch.setattr(dispatch, "_fused", lambda *_: kernels)
+    monkeypatch.setattr(dispatch, "fused_unavailable", lambda *_: None)
+    x, weights = on_gpu((2, 8, 6, 5))
+    call = ema_attention
+    if folded:
+        monkeypatch.setattr(
+            dispatch, "closed_form_folded_eager", lambda x, *_: ran.append("closed_form") or x
+        )
+        call, weights = dispatch.folded_ema_attention, gpu_fold(weights)
+    choices.remember(GPU, {LAYER: "fused", LAYER._replace(batch=3): "fused"})
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert call(x, weights, 2).shape == x.shape
+    assert len(tried) == 1 and ran == ["closed_form"] * 3
+    (record,) = caplog.records
+    assert "could not compile" in record.message and "Read-only" in record.message
+    assert "\n" not in record.message
+    assert choices.look_up(on_gpu((3, 8, 6, 5))[0], 2, False) is None
+    with pytest.raises(CannotCompileError, match="with the remedy"):
+        call(x, weights, 2, impl="fused")
+
+
+def test_a_choice_can_be_taken_back():
+    x, _ = on_gpu((2, 8, 6, 5))
+    choices.remember(GPU, {LAYER: "reference"})
+    choices.remember(GPU, {LAYER._replace(batch=9): "fused"})
+    assert choices.look_up(x, 2, False) == "reference"
+    choices.remember(GPU, {LAYER: None})
+    assert choices.look_up(x, 2, False) is None
+
+
+def test_a_wrong_wish_is_one_clear_line(monkeypatch):
+    monkeypatch.setenv("EMA_TIMM_GPU", "fuse")
+    with pytest.raises(UserError, match=r"^EMA_TIMM_GPU must be .*'fuse'.*unset it\.$"):
+        ema_attention(*on_gpu((2, 8, 6, 5)), 2)
+
+
+def test_choices_depend_on_every_source_of_the_operator(monkeypatch):
+    """A changed file anywhere below ops/ makes earlier timings void."""
+    read = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or real(path))
+    choices._sources.__wrapped__()
+    ops = Path(choices.__file__).parents[1]
+    assert set(read) == set(ops.rglob("*.py"))
+    assert ops / "dispatch.py" in read
