@@ -9,11 +9,10 @@ from urllib.parse import unquote
 from PIL import Image
 
 from ema_timm.checkpoints.layout import CARD, RESULTS
+from ema_timm.data.images import DECODING_ERRORS
 from ema_timm.errors import UserError, first_line
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
-# ImportError: ultralytics puts a function in the place of Image.open that asks for one more reader.
-_DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, ImportError)
 
 _CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", re.M | re.S)
 _ALT = r"!\[((?:[^\[\]]|\[[^\]]*\])*)\]"
@@ -113,7 +112,7 @@ def _check_picture(file: Path) -> None:
     try:
         with Image.open(file, formats=[kind]) as image:
             image.load()
-    except _DAMAGED as error:
+    except DECODING_ERRORS as error:
         raise UserError(
             f"{file} is no {kind} picture: {first_line(error).rstrip('.')}. Draw it anew, or take "
             f"it out of {CARD} and of plots in {RESULTS}."

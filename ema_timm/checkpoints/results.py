@@ -170,7 +170,7 @@ def hide_places(arguments: dict) -> dict:
         if isinstance(public.get(key), str):
             public[key] = Path(public[key]).name
     if isinstance(public.get("model"), str):
-        public["model"] = public_name(public["model"])
+        public["model"] = public_model_name(public["model"])
     if isinstance(arguments.get("model_kwargs"), dict):
         public["model_kwargs"] = _without_place(without_loading(arguments["model_kwargs"]))
     return public
@@ -188,7 +188,7 @@ def _without_place(value: Any) -> Any:
     return value
 
 
-def public_name(model: str) -> str:
+def public_model_name(model: str) -> str:
     """A timm name for results that are published: of a local folder its name, not its place."""
     source, _, folder = model.partition(":")
     return f"local-dir:{Path(folder).name}" if source == "local-dir" else model

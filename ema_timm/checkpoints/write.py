@@ -15,7 +15,7 @@ from ema_timm.checkpoints.layout import RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import check_network, rebuild
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.read import Checkpoint, read_checkpoint
-from ema_timm.checkpoints.results import describe, hide_places, public_name
+from ema_timm.checkpoints.results import describe, hide_places, public_model_name
 from ema_timm.errors import UserError
 
 
@@ -122,7 +122,7 @@ def _base(arguments: dict) -> dict:
         repository, licence = cfg.hf_hub_id, cfg.license
         weights = repository or "timm's pretrained weights"
     return {
-        "model": public_name(name),
+        "model": public_model_name(name),
         "weights": weights,
         "hub_repository": repository,
         "license": licence,

@@ -13,7 +13,7 @@ from pathlib import Path
 from timm.utils.misc import natural_key
 
 from ema_timm.data.images import image_suffixes
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, some
 
 TRAIN = ("train",)
 VAL = ("val", "validation")
@@ -82,14 +82,14 @@ def list_images(root: Path) -> Listing:
                 "class, or out of the data."
             )
     if not listing.images:
-        only = f", only {_some(list(left.others))}" if left.others else ""
+        only = f", only {some(list(left.others), 5)}" if left.others else ""
         raise UserError(
             f"{root} has no images in class folders{only}. Put them at {root}/CLASS/image.jpg."
         )
     if left.unread:
         raise UserError(
             f"{left.unread[0]} holds files and none that Pillow reads as an image here "
-            f"({_some(list(left.others))}). Convert them or install Pillow's plug-in for them, or "
+            f"({some(list(left.others), 5)}). Convert them or install Pillow's plug-in for them, or "
             "move the folder away."
         )
     listing.images.sort(key=lambda pair: natural_key(pair[0]))
@@ -109,12 +109,12 @@ class _Left:
     def notes(self, root: Path) -> list[str]:
         notes = []
         if self.hidden:
-            notes.append(f"{root}: {len(self.hidden)} hidden left out ({_some(self.hidden)})")
+            notes.append(f"{root}: {len(self.hidden)} hidden left out ({some(self.hidden, 5)})")
         if self.others:
             kinds = [f"{count} {suffix}" for suffix, count in self.others.most_common()]
-            notes.append(f"{root}: files that are no images left out ({_some(kinds)})")
+            notes.append(f"{root}: files that are no images left out ({some(kinds, 5)})")
         if self.empty:
-            notes.append(f"{root}: empty folders are no classes ({_some(self.empty)})")
+            notes.append(f"{root}: empty folders are no classes ({some(self.empty, 5)})")
         return notes
 
 
@@ -177,8 +177,3 @@ def _hidden(name: str) -> bool:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_suffixes()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

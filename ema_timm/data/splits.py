@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from ema_timm.data.folders import TRAIN, VAL, find_split
-from ema_timm.data.image_folder import FolderDataset, fraction, open_folder, split_folder
-from ema_timm.data.named import NamedDataset, open_named
+from ema_timm.data.image_folder import LabelledImages, fraction, open_folder, split_folder
+from ema_timm.data.named import open_named
 from ema_timm.errors import UserError
-
-Dataset = FolderDataset | NamedDataset
 
 
 def open_measured(
@@ -16,7 +14,7 @@ def open_measured(
     val_split: str = "",
     dataset: str = "",
     class_map: dict | None = None,
-) -> Dataset:
+) -> LabelledImages:
     """The images to measure on.
 
     Args:
@@ -69,7 +67,7 @@ def class_names(data_dir: str | Path, split: str, val_split: str, dataset: str) 
     return open_measured(data_dir, split, val_split, dataset).class_names
 
 
-def check_classes(train: Dataset) -> None:
+def check_classes(train: LabelledImages) -> None:
     """Raise UserError for less than two classes."""
     if len(train.class_to_idx) < 2:
         raise UserError(

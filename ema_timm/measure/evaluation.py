@@ -19,7 +19,8 @@ from ema_timm.checkpoints.network import check_network, load_network
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.results import describe, read_results
 from ema_timm.data.check import check_readable
-from ema_timm.data.splits import Dataset, open_measured
+from ema_timm.data.image_folder import LabelledImages
+from ema_timm.data.splits import open_measured
 from ema_timm.environment import pick_device, versions
 from ema_timm.files import sha256
 from ema_timm.measure.metrics import Tally, tally
@@ -81,7 +82,7 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
 
 def _count(
     network: nn.Module,
-    dataset: Dataset,
+    dataset: LabelledImages,
     data: dict,
     config: EvaluateConfig,
     device: torch.device,
@@ -129,7 +130,7 @@ def _per_class(counts: Tally, names: list[str]) -> dict:
 
 
 def _conditions(
-    config: EvaluateConfig, dataset: Dataset, network: nn.Module, device: torch.device
+    config: EvaluateConfig, dataset: LabelledImages, network: nn.Module, device: torch.device
 ) -> dict:
     """How the measurement was made, for others to repeat it; no path of this machine."""
     return {

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from ema_timm.data.images import mode_of, read_image
 from ema_timm.environment import pick_device
 from ema_timm.errors import UnreadableImageError, UserError
 from ema_timm.files import make_writable
-from ema_timm.see.images import find_images, image_loader, read_image
+from ema_timm.see.images import find_images, image_loader
 from ema_timm.see.networks import Network, open_exported, open_network
 from ema_timm.see.predictions import (
     Prediction,
@@ -109,9 +110,9 @@ def classify(
 
 
 def _why(file: Path, network: Network) -> str:
-    """Why an image could not be read; the loader's processes can hand on numbers alone."""
+    """Why an image could not be read; loader processes return only numbers."""
     try:
-        read_image(file, network.data["input_size"][0])
+        read_image(file, mode_of(network.data["input_size"][0]))
     except UnreadableImageError as error:
         return str(error)
     return f"{file} could not be read at first, and can be now"

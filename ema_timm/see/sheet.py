@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ema_timm.data.images import mode_of, read_image
 from ema_timm.files import write_whole
-from ema_timm.see.images import read_image
 from ema_timm.see.lettering import class_name, file_name, fitted, fitted_end
 from ema_timm.see.predictions import Prediction
 
@@ -56,7 +56,7 @@ def save_sheet(rows: list[Prediction], channels: int, path: Path) -> int:
 
 
 def _draw_image(axes: Axes, row: Prediction, channels: int, left: float, top: float) -> None:
-    image = read_image(Path(row.filename), channels)
+    image = read_image(row.filename, mode_of(channels))
     image.thumbnail((2 * _DPI, 2 * _DPI))
     scale = _IMAGE / max(image.size)
     half_width, half_height = image.width * scale / 2, image.height * scale / 2

@@ -12,7 +12,7 @@ from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import WEIGHTS
 from ema_timm.checkpoints.preprocessing import PREPROCESSING
 from ema_timm.checkpoints.results import FORMAT, hide_places
-from ema_timm.data.named import public_name
+from ema_timm.data.named import public_dataset_name
 from ema_timm.environment import versions
 from ema_timm.files import sha256
 from ema_timm.measure.metrics import Metrics
@@ -116,7 +116,7 @@ class RunCheckpoint:
 def public_arguments(config: FinetuneConfig) -> dict:
     """All settings, for results that are published: names of folders, not where they are."""
     public = hide_places(dataclasses.asdict(config))
-    return {**public, "dataset": public_name(config.dataset)}
+    return {**public, "dataset": public_dataset_name(config.dataset)}
 
 
 # MERGED: Loss and accuracy over the epochs of a run, as a picture.

@@ -9,7 +9,7 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import Dataset
 
-from ema_timm.data.splits import Dataset as Images
+from ema_timm.data.image_folder import LabelledImages as Images
 from ema_timm.errors import UserError
 from ema_timm.training.settings import FinetuneConfig
 

@@ -97,7 +97,7 @@ def flat(digits, tmp_path):
 
 
 def names_of(dataset):
-    return [dataset.filename(index) for index in range(len(dataset))]
+    return [dataset.file_name(index) for index in range(len(dataset))]
 
 
 def test_a_part_is_set_aside_of_every_class_and_always_the_same(flat, tmp_path):

@@ -7,11 +7,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from support.image_modes import in_mode
 from timm.models.resnet import BasicBlock
 
 from ema_timm import inject
 from ema_timm.backbones.cifar_resnet import cifar_resnet
+from ema_timm.checkpoints.config import read_config
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.network import build_network
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.cli import main
 from ema_timm.errors import UserError
@@ -19,6 +22,7 @@ from ema_timm.see import drawing
 from ema_timm.see.attention import attend
 from ema_timm.see.gates import attention_maps, layer_gates
 from ema_timm.see.gradcam import Cam, grad_cam, last_stage
+from ema_timm.see.images import prepare
 from ema_timm.see.predictions import Prediction
 from ema_timm.see.settings import AttendConfig
 
@@ -109,6 +113,16 @@ def images_of(digits):
 
 def texts(figure):
     return [text.get_text() for text in figure.texts]
+
+
+def test_attend_sees_sixteen_bits_as_evaluate_does(trained, digits, tmp_path):
+    config = read_config(trained)
+    data = preprocessing(build_network(trained, config), config.get("model_args", {}), {})
+    file, deep = images_of(digits)[0], tmp_path / "deep.png"
+    with Image.open(file) as image:
+        in_mode(image.convert("L"), "I;16").save(deep)
+    for one, other in zip(prepare([file], data), prepare([deep], data), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_picture_has_a_row_an_image_and_a_column_a_stage(trained, digits, tmp_path, figures):
