@@ -46,7 +46,7 @@ def quantize_int8(folder: str | Path, fixed: InputSize = ALL_FREE) -> Quantized:
     """
     if fixed.batch not in (None, 1):
         raise UserError("--int8 compares image by image: leave the batch free, or --batch 1.")
-    require_packages("onnx", "onnxruntime")
+    require_packages(["onnx", "onnxruntime"], "export")
     run, source = CheckpointWriter(folder), Path(folder) / FORMATS["onnx"].file
     size = check_inputs(load(folder), fixed)[0].shape[1:]
     found = []

@@ -60,7 +60,7 @@ def export(
         VerificationError: If the file does not compute what the network computes.
     """
     way = FORMATS[format]
-    require_packages(*way.packages, *way.exporters.get(exporter, ()))
+    require_packages([*way.packages, *way.exporters.get(exporter, ())], "export")
     model = load(folder, scriptable=way.scriptable, exportable=way.exportable)
     if reparam:
         model = reparameterize_model(model).eval()

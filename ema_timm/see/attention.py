@@ -1,6 +1,5 @@
 """A checkpoint and images -> a picture of where its EMA attention looks."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.environment import pick_device
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.files import make_writable
 from ema_timm.see.gates import LayerGates, last_of_stages, layer_gates
-from ema_timm.see.gradcam import Cam, grad_cam, last_stage, require_library
+from ema_timm.see.gradcam import Cam, grad_cam, last_stage
 from ema_timm.see.images import find_images, prepare
 from ema_timm.see.networks import Network, open_network
 from ema_timm.see.predictions import Prediction, top_classes
@@ -73,10 +72,9 @@ def attend(config: AttendConfig) -> Attended:
 
 def _check(config: AttendConfig) -> None:
     """Refuse what cannot be drawn, before any work."""
-    if find_spec("matplotlib") is None:
-        raise UserError("pictures need matplotlib: pip install 'ema-timm[see]'")
+    require_packages(["matplotlib"], "see", "a picture")
     if config.cam:
-        require_library()
+        require_packages(["pytorch_grad_cam"], "see", "Grad-CAM (which --no-cam leaves out)")
     given = [name for name in ("beside", "target", "cam_layer") if getattr(config, name)]
     if given and not config.cam:
         option = "--" + given[0].replace("_", "-")

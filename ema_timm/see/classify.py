@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ema_timm.data.images import mode_of, read_image
 from ema_timm.environment import pick_device
-from ema_timm.errors import UnreadableImageError, UserError
+from ema_timm.errors import UnreadableImageError, UserError, require_packages
 from ema_timm.files import make_writable
 from ema_timm.see.images import find_images, image_loader
 from ema_timm.see.networks import Network, open_exported, open_network
@@ -73,10 +73,9 @@ def predict(config: PredictConfig, progress: bool = True) -> Predicted:
 
 def _sheet(file: str):
     """The function that draws the contact sheet, once it is clear that it can be written."""
-    try:
-        from ema_timm.see.sheet import save_sheet
-    except ModuleNotFoundError as error:
-        raise UserError("--sheet needs matplotlib: pip install 'ema-timm[see]'") from error
+    require_packages(["matplotlib"], "see", "--sheet")
+    from ema_timm.see.sheet import save_sheet
+
     if Path(file).suffix != ".png":
         raise UserError(f"--sheet is a .png file, got {file}. Give such a name.")
     make_writable(Path(file).parent)

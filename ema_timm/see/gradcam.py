@@ -1,7 +1,6 @@
 """Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391), by the grad-cam library."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -30,15 +29,6 @@ class Cam(NamedTuple):
     classes: Sequence[int]
     labels: Sequence[str]
     probs: Sequence[float]
-
-
-def require_library() -> None:
-    """Raise UserError where the library is not installed."""
-    if find_spec("pytorch_grad_cam") is None:
-        raise UserError(
-            "Grad-CAM needs the grad-cam library: pip install 'ema-timm[see]', or leave it out "
-            "with --no-cam."
-        )
 
 
 def grad_cam(model: nn.Module, layer: str, images: Tensor, classes: Sequence[int]) -> Tensor:

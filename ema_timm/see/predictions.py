@@ -8,13 +8,12 @@ for each place, ``label_0`` and so on, as the script has with ``--results-separa
 import csv
 import json
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.files import make_writable, write_whole
 
 
@@ -52,8 +51,8 @@ def check_output(output: str) -> None:
     suffix = Path(output).suffix
     if suffix not in FORMATS:
         raise UserError(f"--output ends in {', '.join(FORMATS)}, got {output}. Give one of them.")
-    if suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise UserError(".parquet files need pyarrow: pip install 'ema-timm[parquet]'")
+    if suffix == ".parquet":
+        require_packages(["pyarrow"], "parquet", "a .parquet file")
     make_writable(Path(output).parent)
 
 

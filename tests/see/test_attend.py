@@ -10,7 +10,7 @@ from PIL import Image
 from support.image_modes import in_mode
 from timm.models.resnet import BasicBlock
 
-from ema_timm import inject
+from ema_timm import errors, inject
 from ema_timm.backbones.cifar_resnet import cifar_resnet
 from ema_timm.checkpoints.config import read_config
 from ema_timm.checkpoints.folder import CheckpointWriter
@@ -207,12 +207,20 @@ def test_beside_a_plain_twin_both_are_of_the_same_class(trained, digits, tmp_pat
         attend(settings(trained, images_of(digits), tmp_path / "a.png", **options))
 
 
+def hide(monkeypatch, package):
+    """Let a package look as if it were not installed."""
+    find = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == package else find(name))
+
+
 def test_chosen_layers_without_grad_cam(trained, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("ema_timm.see.gradcam.find_spec", lambda name: None)
+    hide(monkeypatch, "pytorch_grad_cam")
     options = {"layers": "layer3.0.se, layer1.0.se", "cam": False}
     done = attend(settings(trained, images_of(digits), tmp_path / "a.png", **options))
     assert done.layers == ["layer3.0.se", "layer1.0.se"]
-    with pytest.raises(UserError, match=r"pip install 'ema-timm\[see\]', or leave it out with"):
+    with pytest.raises(
+        UserError, match=r"leaves out\) needs grad-cam: pip install 'ema-timm\[see\]'"
+    ):
         attend(settings(trained, images_of(digits), tmp_path / "a.png"))
 
 
@@ -247,4 +255,4 @@ def test_command(trained, digits, tmp_path, capsys):
     assert err == f"{output}: layer1.0.se, layer2.0.se, layer3.0.se, layer4.0.se\n"
     (tmp_path / "one.png").write_bytes(b"no image")
     assert main([str(part) for part in command]) == 2
-    assert "one.png cannot be read" in capsys.readouterr().err
+    assert "one.png: not an image. Repair or remove it." in capsys.readouterr().err

@@ -227,7 +227,7 @@ def test_a_folder_without_images(trained, tmp_path):
 
 
 def test_parquet_names_its_extra(trained, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("ema_timm.see.predictions.find_spec", lambda name: None)
+    monkeypatch.setattr("ema_timm.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ema-timm\[parquet\]'"):
         predict(settings(trained, digits / "val", output=str(tmp_path / "p.parquet")))
 

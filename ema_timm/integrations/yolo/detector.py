@@ -1,6 +1,5 @@
 """A detector of the user's ultralytics: which versions, what its rows give, where blocks are."""
 
-import importlib.util
 from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.integrations.yolo.layer import EmaAttnRow
 from ema_timm.integrations.yolo.rows import rows_of, sources
 
@@ -24,8 +23,7 @@ _BLOCK = 3  # convolutions; a plain row has one, a pooling pyramid or a ghost co
 def require_ultralytics() -> None:
     """Raise UserError where ultralytics is missing or of another version than was tested."""
     rule = f"ultralytics >= {OLDEST[0]}.{OLDEST[1]}, < {NEXT[0]}"
-    if importlib.util.find_spec("ultralytics") is None:
-        raise UserError(f"this needs {rule}, which is not installed: pip install 'ema-timm[yolo]'.")
+    require_packages(["ultralytics"], "yolo")
     found = version("ultralytics")
     numbers = tuple(int(part) for part in found.split(".")[:2])
     if not OLDEST <= numbers < NEXT:
