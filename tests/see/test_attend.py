@@ -228,7 +228,10 @@ def test_chosen_layers_without_grad_cam(trained, digits, tmp_path, monkeypatch):
     ("options", "match"),
     [
         ({"output": "a.pdf"}, r"--output is a \.png file, got a\.pdf"),
-        ({"layers": "layer9.0.se"}, "'layer9.0.se' is none. There are layer1.0.se, layer2"),
+        (
+            {"layers": "layer9.0.se"},
+            "'layer9.0.se' is not an EMA attention layer. There are layer1.0.se, layer2",
+        ),
         ({"target": "digit_7"}, "has no 'digit_7'. It has 4, such as 'digit_0'"),
         ({"target": "4"}, "has no '4'"),
         ({"target": "digit_1", "cam": False}, "--target is about Grad-CAM, which --no-cam"),
