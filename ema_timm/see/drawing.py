@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from ema_timm.figures import class_name, file_name, fitted
 from ema_timm.files import write_whole
 from ema_timm.see.gates import LayerGates
 from ema_timm.see.gradcam import Cam
-from ema_timm.see.lettering import class_name, file_name, fitted
 from ema_timm.see.predictions import Prediction
 
 _DPI = 160

@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ema_timm.data.images import mode_of, read_image
+from ema_timm.figures import OKABE_ITO, class_name, file_name, fitted, fitted_end
 from ema_timm.files import write_whole
-from ema_timm.see.lettering import class_name, file_name, fitted, fitted_end
 from ema_timm.see.predictions import Prediction
 
 MOST_IMAGES = 200
 """A sheet of more would be too long to look at."""
 
-_BLUE = "#0072b2"  # of the palette of Okabe and Ito, which colour-blind readers tell apart
+_BLUE = OKABE_ITO["blue"]
 _COLUMNS = 10
 _CELL, _IMAGE, _TEXT, _LINE, _TOP = 1.6, 1.45, 0.48, 0.145, 0.32  # inches
 _DPI = 120

@@ -358,7 +358,10 @@ def test_command(folder, capsys):
     ("damage", "said"),
     [
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), "model.safetensors is damaged"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"x" * 40),
+            "model.safetensors is damaged",
+        ),
         (lambda f: shutil.rmtree(f), "there is no folder"),
     ],
 )

@@ -2,9 +2,14 @@
 
 from typing import NamedTuple
 
-# Okabe and Ito's blue and vermilion, told apart with any kind of colour blindness, and greys. Each
-# bar also has its name beside it and its value at its end.
-COLORS = {"ours": "#0072B2", "authors": "#D55E00", "base": "#555555", "other": "#AAAAAA"}
+from ema_timm.figures import OKABE_ITO
+
+COLORS = {
+    "ours": OKABE_ITO["blue"],
+    "authors": OKABE_ITO["vermilion"],
+    "base": "#555555",
+    "other": "#AAAAAA",
+}
 
 SIZE = 8.5
 """Of the text, in points: about 11 pixels where a README shows two panels on 800."""
