@@ -10,6 +10,9 @@ from typing import Any
 
 from ema_timm.errors import UserError
 
+WEIGHTS = "model.safetensors"
+"""The weights file of every folder that the package writes, and of timm's repositories."""
+
 _PASSING = re.compile(r"\..+\.(\d+)\.tmp|\.(\d+)\.writable")
 """Names of files that are just being written, with the process that writes them."""
 

@@ -22,8 +22,9 @@ from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS
 from ema_timm.backbones.inject import add_ema, add_timm_layer
-from ema_timm.backbones.timm_version import TIMM
+from ema_timm.backbones.timm_version import TIMM_VERSION
 from ema_timm.backbones.warm_start import warm_start_filter
+from ema_timm.files import WEIGHTS
 
 
 def register(module_name: str, name: str, entrypoint: Callable, cfgs: DefaultCfg) -> None:
@@ -124,7 +125,7 @@ def build_ema(
         plain_kwargs: Arguments for ``plain`` alone.
         **kwargs: What timm's builder and the plain network take.
     """
-    if TIMM < (1, 0, 26):
+    if TIMM_VERSION < (1, 0, 26):
         kwargs["pretrained_cfg"] = _with_named_file(kwargs.get("pretrained_cfg"))
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = _with_checked_weights(variant, kwargs)
@@ -149,7 +150,7 @@ def _with_named_file(cfg: Any) -> Any:
     """
     if not isinstance(cfg, dict) or cfg.get("source") != "local-dir":
         return cfg
-    file = Path(cfg["file"]) / "model.safetensors"
+    file = Path(cfg["file"]) / WEIGHTS
     return {**cfg, "source": "", "file": str(file)} if file.is_file() else cfg
 
 
@@ -159,7 +160,7 @@ def _with_checked_weights(variant: str, kwargs: dict) -> dict | None:
     timm would not compare the file with its sha256, and would go on to a pickle where it cannot
     be had. A repository without model.safetensors is left to timm.
     """
-    from ema_timm.hub.fetch import WEIGHTS, fetch  # here, so that `import timm` does not pay for it
+    from ema_timm.hub.fetch import fetch  # not above: `import timm` would be slower
 
     overlay = kwargs.get("pretrained_cfg_overlay")
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)

@@ -5,7 +5,7 @@ import re
 import timm
 
 OLDEST = (1, 0, 24)
-TIMM = tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3])
+TIMM_VERSION = tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3])
 
 
 class OldTimmError(RuntimeError):
@@ -17,7 +17,7 @@ class OldTimmError(RuntimeError):
 
 def require_supported_timm() -> None:
     """Raise OldTimmError, with the remedy, where timm is older than `OLDEST`."""
-    if TIMM < OLDEST:
+    if TIMM_VERSION < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise OldTimmError(
             f"needs timm >= {oldest}, found {timm.__version__}: pip install -U 'timm>={oldest}'"

@@ -52,7 +52,7 @@ class CheckedFolder:
     left_out: tuple[str, ...]
 
 
-def check_folder(path: str | Path) -> CheckedFolder:
+def check_publishable(path: str | Path) -> CheckedFolder:
     """Read a folder that is to be published.
 
     Raises:

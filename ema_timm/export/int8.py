@@ -9,7 +9,7 @@ from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.errors import UserError, require_packages
 from ema_timm.export.formats import FORMATS, Run, open_onnx
 from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, load
-from ema_timm.export.write import relative_difference
+from ema_timm.ops.reference import relative_difference
 
 INT8_IMAGES = 32
 """Random images on which the int8 file is compared."""

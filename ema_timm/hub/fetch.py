@@ -30,7 +30,6 @@ try:
 except ImportError:  # huggingface_hub before 1.0 has one name for both
     from huggingface_hub.errors import EntryNotFoundError as RemoteEntryNotFoundError
 
-WEIGHTS = "model.safetensors"
 TIME_LIMIT = 3600.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT = re.compile(r"[0-9a-f]{40}")

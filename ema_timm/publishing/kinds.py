@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ema_timm.checkpoints.cards.file import WrittenCard, write_card
-from ema_timm.checkpoints.check import CheckedFolder, check_folder
+from ema_timm.checkpoints.check import CheckedFolder, check_publishable
 from ema_timm.checkpoints.network import load_network
 from ema_timm.errors import UserError, first_line
 from ema_timm.integrations.yolo.card import write_detector_card
-from ema_timm.integrations.yolo.check import answers, check_detector, is_detector
-from ema_timm.publishing.reload import Outputs, outputs, reload_elsewhere
+from ema_timm.integrations.yolo.check import check_detector, fixed_outputs, is_detector
+from ema_timm.publishing.reload import Outputs, fixed_logits, reload_elsewhere
 
 Reload = Callable[[str, dict[str, str]], Outputs]
 
 _DETECTOR = """
 import json, sys
-from ema_timm.publishing.kinds import answers_of_name
-print(json.dumps(answers_of_name(sys.argv[1])))
+from ema_timm.publishing.kinds import detector_outputs
+print(json.dumps(detector_outputs(sys.argv[1])))
 """
 
 
@@ -67,7 +67,7 @@ def kind_of(folder: str | Path) -> FolderKind:
 
 def _network_outputs(folder: CheckedFolder) -> Outputs:
     try:
-        return outputs(load_network(folder.path, folder.config))
+        return fixed_logits(load_network(folder.path, folder.config))
     except RuntimeError as error:
         raise UserError(
             f"{folder.path}: the network does not take images of the input_size in config.json: "
@@ -81,11 +81,11 @@ def _network_title(results: dict[str, Any]) -> str:
     return f"Publish {results['architecture']}{measured}"
 
 
-def answers_of_name(name: str) -> Outputs:
+def detector_outputs(name: str) -> Outputs:
     """What the detector of ``yolo-dir:FOLDER`` or ``yolo-hub:USER/NAME@COMMIT`` computes."""
     scheme, _, where = name.partition(":")
     repo, _, commit = where.partition("@") if scheme == "yolo-hub" else (where, "", "")
-    return answers(repo, commit or None)
+    return fixed_outputs(repo, commit or None)
 
 
 def _detector_title(results: dict[str, Any]) -> str:
@@ -96,7 +96,7 @@ def _detector_title(results: dict[str, Any]) -> str:
 
 
 NETWORK = FolderKind(
-    check=check_folder,
+    check=check_publishable,
     write_card=write_card,
     outputs=_network_outputs,
     reload=reload_elsewhere,
@@ -110,7 +110,7 @@ NETWORK = FolderKind(
 DETECTOR = FolderKind(
     check=check_detector,
     write_card=write_detector_card,
-    outputs=lambda folder: answers(folder.path),
+    outputs=lambda folder: fixed_outputs(folder.path),
     reload=functools.partial(reload_elsewhere, code=_DETECTOR),
     local="yolo-dir:{path}",
     remote="yolo-hub:{repo}@{commit}",

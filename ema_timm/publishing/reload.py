@@ -15,27 +15,27 @@ Outputs = list[list[float]]
 
 # Rounding alone: the order of a sum may differ between two processes. Weights that differ at all
 # are told apart by their sha256.
-TOLERANCE = 1e-5
+RELOAD_TOLERANCE = 1e-5
 _SECONDS = 600
 
-TIMM = """
+LOAD_WITH_TIMM = """
 import json, sys
 import timm
 import ema_timm  # where it is not found by itself
-from ema_timm.publishing.reload import outputs
-print(json.dumps(outputs(timm.create_model(sys.argv[1], pretrained=True))))
+from ema_timm.publishing.reload import fixed_logits
+print(json.dumps(fixed_logits(timm.create_model(sys.argv[1], pretrained=True))))
 """
 
 
 @torch.inference_mode()
-def outputs(model: nn.Module) -> Outputs:
+def fixed_logits(model: nn.Module) -> Outputs:
     """Logits of ``model`` for two fixed random images of its own input size, (2, classes)."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *model.pretrained_cfg["input_size"], generator=generator)
     return model.eval()(images).double().tolist()
 
 
-def reload_elsewhere(name: str, env: Mapping[str, str], code: str = TIMM) -> Outputs:
+def reload_elsewhere(name: str, env: Mapping[str, str], code: str = LOAD_WITH_TIMM) -> Outputs:
     """Load a model by its name in a fresh process, without network.
 
     Args:
@@ -67,8 +67,8 @@ def reload_elsewhere(name: str, env: Mapping[str, str], code: str = TIMM) -> Out
 
 
 def same(first: Outputs, second: Outputs) -> bool:
-    """Whether two models answered the same, up to `TOLERANCE` of the largest logit."""
+    """Whether two models answered the same, up to `RELOAD_TOLERANCE` of the largest logit."""
     a, b = torch.tensor(first), torch.tensor(second)
     if a.shape != b.shape or not torch.isfinite(a).all():
         return False
-    return bool((a - b).abs().max() <= TOLERANCE * max(1.0, float(a.abs().max())))
+    return bool((a - b).abs().max() <= RELOAD_TOLERANCE * max(1.0, float(a.abs().max())))

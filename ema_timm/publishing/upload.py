@@ -42,7 +42,7 @@ def publish(
     """Publish a checkpoint folder.
 
     Args:
-        folder: What `ema_timm.checkpoints.check.check_folder` accepts, or
+        folder: What `ema_timm.checkpoints.check.check_publishable` accepts, or
             `ema_timm.integrations.yolo.check.check_detector`.
         to: Where to.
         force: Replace a card on the Hub that was edited by hand.

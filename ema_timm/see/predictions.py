@@ -49,8 +49,10 @@ def top_classes(
 def check_output(output: str) -> None:
     """Refuse, before any work, a file that could not be written after it."""
     suffix = Path(output).suffix
-    if suffix not in FORMATS:
-        raise UserError(f"--output ends in {', '.join(FORMATS)}, got {output}. Give one of them.")
+    if suffix not in OUTPUT_FORMATS:
+        raise UserError(
+            f"--output ends in {', '.join(OUTPUT_FORMATS)}, got {output}. Give one of them."
+        )
     if suffix == ".parquet":
         require_packages(["pyarrow"], "parquet", "a .parquet file")
     make_writable(Path(output).parent)
@@ -64,7 +66,7 @@ def write_predictions(rows: list[Prediction], topk: int, output: str) -> None:
         topk: Classes of each row.
         output: A name that `check_output` passed.
     """
-    write = FORMATS[Path(output).suffix]
+    write = OUTPUT_FORMATS[Path(output).suffix]
     write_whole(Path(output), lambda path: write(rows, topk, path))
 
 
@@ -99,7 +101,7 @@ def _write_parquet(rows: list[Prediction], topk: int, path: Path) -> None:
     parquet.write_table(table, path)
 
 
-FORMATS: dict[str, Callable[[list[Prediction], int, Path], None]] = {
+OUTPUT_FORMATS: dict[str, Callable[[list[Prediction], int, Path], None]] = {
     ".csv": _write_csv,
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,

@@ -23,7 +23,8 @@ from ema_timm.backbones.complexity import count_macs
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.weights import check_bounds
 from ema_timm.errors import HubError, UserError, first_line
-from ema_timm.hub.fetch import WEIGHTS, fetch
+from ema_timm.files import WEIGHTS
+from ema_timm.hub.fetch import fetch
 from ema_timm.training.initial_weights import check_folder, check_start
 from ema_timm.training.settings import FinetuneConfig
 

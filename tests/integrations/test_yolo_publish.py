@@ -19,7 +19,7 @@ from ema_timm.errors import UserError
 from ema_timm.integrations.yolo import inject, load, save_folder
 from ema_timm.integrations.yolo.card import write_detector_card
 from ema_timm.integrations.yolo.check import check_detector
-from ema_timm.integrations.yolo.detector import look
+from ema_timm.integrations.yolo.detector import trace_rows
 from ema_timm.integrations.yolo.measure import measure_folder
 
 pytestmark = pytest.mark.filterwarnings("default")  # ultralytics' own warnings are not ours
@@ -155,7 +155,9 @@ def test_the_command_makes_measures_and_describes_a_folder(detector, tmp_path, c
     assert "images: 6" in capsys.readouterr().out
     assert main(["card", str(made), "--repo-id", "ada/digits"]) == 0
     assert 'load("ada/digits")' in (made / "README.md").read_text()
-    for a, b in zip(look(YOLO(source).model)[0], look(load(made).model)[0], strict=True):
+    for a, b in zip(
+        trace_rows(YOLO(source).model)[0], trace_rows(load(made).model)[0], strict=True
+    ):
         assert torch.equal(a, b)
 
 

@@ -17,7 +17,7 @@ from timm.utils import accuracy
 
 import ema_timm.measure.evaluation as evaluate_module
 from ema_timm.checkpoints.cards.file import write_card
-from ema_timm.checkpoints.check import check_folder
+from ema_timm.checkpoints.check import check_publishable
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.cli import main
 from ema_timm.errors import UserError
@@ -119,7 +119,7 @@ def test_the_results_say_how_it_was_measured(folder, digits):
 def test_a_measured_folder_gets_its_card_and_passes(folder, digits):
     results = run(folder, digits)
     assert write_card(folder).changed
-    card = check_folder(folder).card
+    card = check_publishable(folder).card
     assert f"({results['metrics']['correct']} of 23)" in card
     assert "![confusion matrix](confusion.png)" in card and "![loss and accuracy]" in card
     assert "The epoch was chosen on the same images" in card
@@ -146,7 +146,7 @@ def test_a_file_becomes_a_folder_with_the_same_numbers(
         assert results["epoch"] == 3 and results["arguments"]["data_dir"] == "digits"
         assert results["base"]["weights"] == "random start"
     write_card(output)
-    checked = check_folder(output)
+    checked = check_publishable(output)
     assert set(checked.files) == {p.name for p in output.iterdir()}
     assert timms_own_count(output, digits)["correct"] == results["metrics"]["correct"]
 
@@ -354,7 +354,7 @@ def test_a_plain_network_becomes_a_folder_without_a_stub(digits, tmp_path):
     output = tmp_path / "out"
     run(tmp_path / "w.safetensors", digits, model="test_resnet", img_size=32, output=str(output))
     write_card(output)
-    checked = check_folder(output)
+    checked = check_publishable(output)
     assert "auto_map" not in checked.config and len(checked.files) == 5
     assert "pip install timm" in checked.card and "ema-attention" not in checked.card
 

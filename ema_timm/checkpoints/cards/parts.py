@@ -45,7 +45,7 @@ def count_rows(results: dict) -> list[tuple[str, str | None]]:
 
 
 # MERGED: What a card asks to cite.
-EMA = """\
+CITE_EMA = """\
 ```bibtex
 @inproceedings{ouyang2023ema,
   title     = {Efficient Multi-Scale Attention Module with Cross-Spatial Learning},
@@ -58,7 +58,7 @@ EMA = """\
 }
 ```"""
 
-TIMM = """\
+CITE_TIMM = """\
 ```bibtex
 @misc{rw2019timm,
   title  = {PyTorch Image Models},
@@ -70,10 +70,10 @@ TIMM = """\
 
 
 # MERGED: The last line of a card, by which a card that nobody has edited is known.
-_SEAL = re.compile(r"<!-- ema-timm card, sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
+_CHECKSUM = re.compile(r"<!-- ema-timm card, sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
 
 
-def seal(text: str) -> str:
+def with_checksum(text: str) -> str:
     """``text`` with a last line by which `is_generated` knows it again."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{text}\n<!-- ema-timm card, sha256 of the text above: {digest} -->\n"
@@ -81,5 +81,5 @@ def seal(text: str) -> str:
 
 def is_generated(text: str) -> bool:
     """Whether a card is as it was generated, at whatever time, and nobody has edited it."""
-    sealed = _SEAL.search(text)
-    return bool(sealed) and text == seal(text[: sealed.start() - 1])
+    sealed = _CHECKSUM.search(text)
+    return bool(sealed) and text == with_checksum(text[: sealed.start() - 1])

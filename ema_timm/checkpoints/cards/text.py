@@ -4,7 +4,7 @@ import json
 
 from ema_timm.checkpoints.cards import parts
 from ema_timm.checkpoints.cards.metadata import front_matter, is_ema, measured_on
-from ema_timm.checkpoints.cards.parts import count_rows, fill, seal, table
+from ema_timm.checkpoints.cards.parts import count_rows, fill, table, with_checksum
 from ema_timm.checkpoints.config import needs_auto_map
 
 _WHAT_EMA = (
@@ -39,9 +39,9 @@ def card_text(results: dict) -> str:
         transformers_name=repository or "PATH/TO/THIS/FOLDER",
         where=_where(repository, ours),
         limits=_limits(results),
-        citation="\n\n".join([parts.EMA, parts.TIMM] if ema else [parts.TIMM]),
+        citation="\n\n".join([parts.CITE_EMA, parts.CITE_TIMM] if ema else [parts.CITE_TIMM]),
     )
-    return seal(front_matter(results) + body)
+    return with_checksum(front_matter(results) + body)
 
 
 def _numbers(results: dict) -> str:

@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 
 from ema_timm.backbones.complexity import count_macs, count_parameters
 from ema_timm.checkpoints.cards import parts
-from ema_timm.checkpoints.cards.parts import count_rows, fill, seal, table, yaml_block
+from ema_timm.checkpoints.cards.parts import count_rows, fill, table, with_checksum, yaml_block
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.checkpoints.results import FORMAT
@@ -89,9 +89,9 @@ def warm_start_card_text(results: dict) -> str:
         convention=results["macs"]["convention"],
         published=_published_table(start["published"]),
         source=start["source"],
-        citation=f"{parts.EMA}\n\n{parts.TIMM}",
+        citation=f"{parts.CITE_EMA}\n\n{parts.CITE_TIMM}",
     )
-    return seal(yaml_block(facts) + body)
+    return with_checksum(yaml_block(facts) + body)
 
 
 def _published_table(rows: list[dict]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ema_timm.checkpoints.cards import parts
 from ema_timm.checkpoints.cards.file import WrittenCard, read_card, require_unedited
-from ema_timm.checkpoints.cards.parts import fill, seal, table, yaml_block
+from ema_timm.checkpoints.cards.parts import fill, table, with_checksum, yaml_block
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.errors import UserError
@@ -98,9 +98,9 @@ def detector_card_text(results: dict) -> str:
         else ' From the Hugging Face Hub, `load("USER/NAME")` does the same.',
         limits=_limits(results),
         licence=_licence(about["license"]),
-        citation=parts.EMA,
+        citation=parts.CITE_EMA,
     )
-    return seal(_front_matter(results) + body)
+    return with_checksum(_front_matter(results) + body)
 
 
 def _name(results: dict) -> str:

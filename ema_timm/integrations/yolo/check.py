@@ -8,12 +8,12 @@ from torch import Tensor
 from ema_timm.checkpoints.cards.file import read_card
 from ema_timm.checkpoints.cards.parts import is_generated
 from ema_timm.checkpoints.check import CheckedFolder
-from ema_timm.checkpoints.layout import CARD, CONFIG, RESULTS
+from ema_timm.checkpoints.layout import CARD, CONFIG, RESULTS, WEIGHTS
 from ema_timm.checkpoints.pictures import check_real, named_pictures, other_pictures
 from ema_timm.errors import UserError
 from ema_timm.integrations.yolo.card import detector_card_text
-from ema_timm.integrations.yolo.contents import DESCRIPTION, MODEL, WEIGHTS, read_description
-from ema_timm.integrations.yolo.detector import look
+from ema_timm.integrations.yolo.contents import DESCRIPTION, MODEL, read_description
+from ema_timm.integrations.yolo.detector import trace_rows
 from ema_timm.integrations.yolo.folder import load
 from ema_timm.integrations.yolo.results import known_facts, read_own_results
 
@@ -62,7 +62,7 @@ def check_detector(path: str | Path) -> CheckedFolder:
 
 
 @torch.inference_mode()
-def answers(source: str | Path, revision: str | None = None) -> list[list[float]]:
+def fixed_outputs(source: str | Path, revision: str | None = None) -> list[list[float]]:
     """What a detector computes of a fixed picture, sampled.
 
     Args:
@@ -75,7 +75,7 @@ def answers(source: str | Path, revision: str | None = None) -> list[list[float]
     """
     yolo = load(source, revision)
     net = yolo.model.eval()
-    maps = look(net)[0]
+    maps = trace_rows(net)[0]
     head, found = net.model[-1], list(maps)
     if type(yolo).__name__ == "YOLO":  # RT-DETR's head chooses places before it does anything
         head.training = True  # of the head alone: its norms stay as they are

@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ema_timm.checkpoints.weights import check_bounds
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 from ema_timm.integrations.yolo.rows import rows_of
 
-WEIGHTS = "model.safetensors"
 MODEL = "model.yaml"
 DESCRIPTION = "detector.json"
 
@@ -175,7 +174,7 @@ def check_tensors(config: dict, file: Path) -> None:
             built, _ = tasks.parse_model(scaled, channels, verbose=False)
     except _BUILDER as error:
         raise UserError(
-            f"{MODEL} builds no network with this ultralytics: {first_line(error).rstrip('.')}. "
+            f"{MODEL} builds no network with this ultralytics: {sentence(error)} "
             f"{REMEDY}, or install the version that {DESCRIPTION} names."
         ) from error
     own = {f"model.{name}": tuple(tensor.shape) for name, tensor in built.state_dict().items()}

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from ema_timm.errors import UserError, require_packages
 from ema_timm.integrations.yolo.layer import EmaAttnRow
-from ema_timm.integrations.yolo.rows import rows_of, sources
+from ema_timm.integrations.yolo.rows import PLACES, rows_of, sources
 
 OLDEST = (8, 2)
 NEXT = (9,)
-PLACES = ("head", "backbone", "neck", "all")
 
 # Large enough for RT-DETR, whose decoder picks 300 places of a picture; a multiple of every stride.
 _PIXELS = 256
@@ -61,7 +60,7 @@ def _listed(froms) -> list[int]:
 
 
 @torch.no_grad()
-def look(net: nn.Module) -> tuple[list[Tensor], list[tuple[int, ...] | None]]:
+def trace_rows(net: nn.Module) -> tuple[list[Tensor], list[tuple[int, ...] | None]]:
     """Run a fixed picture through a network.
 
     Args:
@@ -105,7 +104,7 @@ def choose_rows(net: nn.Module, after: str | Iterable[int], shapes: list) -> lis
         after: "head": the rows that feed the last one. "backbone", "neck", "all": the blocks of
             that part, where a block is a row of three convolutions or more (the first row, a stem,
             aside) and the neck is what lies between backbone and last row. Or numbers of rows.
-        shapes: Of each row's output, from `look`.
+        shapes: Of each row's output, from `trace_rows`.
 
     Raises:
         UserError: If there is no such row, or one that gives no map or has EMA attention already.

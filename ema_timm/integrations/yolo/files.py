@@ -8,8 +8,13 @@ from torch import nn
 
 from ema_timm.errors import UserError, VerificationError, first_line
 from ema_timm.files import make_writable, write_whole
-from ema_timm.integrations.yolo.detector import look, require_ultralytics
-from ema_timm.integrations.yolo.injection import TOLERANCE, Injection, injected, relative_difference
+from ema_timm.integrations.yolo.detector import require_ultralytics, trace_rows
+from ema_timm.integrations.yolo.injection import (
+    INJECTION_TOLERANCE,
+    Injection,
+    injected,
+    largest_difference,
+)
 from ema_timm.integrations.yolo.rows import yaml_text
 
 SUFFIXES = (".pt", ".yaml")
@@ -81,9 +86,9 @@ def write_checkpoint(yolo: Any, path: Path) -> None:
     """Save as ultralytics saves, in half precision, and see that the file computes the same."""
     write_whole(path, yolo.save)
     loaded = type(yolo)(str(path)).model
-    maps = look(yolo.model)[0]
-    difference = relative_difference(maps, look(loaded)[0])
-    if not difference <= (TOLERANCE if is_rounded(yolo.model) else _HALF_TOLERANCE):
+    maps = trace_rows(yolo.model)[0]
+    difference = largest_difference(maps, trace_rows(loaded)[0])
+    if not difference <= (INJECTION_TOLERANCE if is_rounded(yolo.model) else _HALF_TOLERANCE):
         path.unlink()
         raise VerificationError(
             f"{path}, loaded afresh, gives maps that differ by {difference:.1e}, and was removed."

@@ -18,12 +18,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save
 
 from ema_timm.errors import UserError, first_line
-from ema_timm.files import make_writable, write_whole
+from ema_timm.files import WEIGHTS, make_writable, write_whole
 from ema_timm.hub.fetch import fetch
 from ema_timm.integrations.yolo.contents import (
     DESCRIPTION,
     MODEL,
-    WEIGHTS,
     check_tensors,
     read_description,
     read_model_yaml,

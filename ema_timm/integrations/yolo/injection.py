@@ -21,17 +21,18 @@ from ema_timm.backbones.warm_start import neutral_state
 from ema_timm.errors import UserError, VerificationError
 from ema_timm.integrations.yolo.detector import (
     choose_rows,
-    look,
     network_of,
     require_ultralytics,
+    trace_rows,
 )
 from ema_timm.integrations.yolo.layer import EmaAttnRow
 from ema_timm.integrations.yolo.rows import NAME, Insertion, insert_rows, rows_of, sources
+from ema_timm.ops.reference import relative_difference
 
 # Multiples of 2⁻¹⁰ up to 2 are exact in float16, and so are their sums in float32.
 HALF_GRID = 2.0**10
 NEUTRAL_GAIN = 2.0
-TOLERANCE = 1e-5  # of the largest value; 1 / n is rounded where n is no power of two
+INJECTION_TOLERANCE = 1e-5  # of the largest value; 1 / n is rounded where n is no power of two
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ def injected(
     require_ultralytics()
     net = network_of(yolo)
     _require_trainable(net)
-    maps, shapes = look(net)
+    maps, shapes = trace_rows(net)
     chosen = choose_rows(net, after, shapes)
     insertion = insert_rows(net.yaml, chosen, [-1, 1, NAME, _arguments(groups, preserve)])
     layers = {row: _layer(shapes[row][1], groups, preserve) for row in chosen}
     new = _assembled(net, insertion, layers)
-    difference = relative_difference(maps, look(new)[0]) if preserve else None
-    if difference is not None and not difference <= TOLERANCE:
+    difference = largest_difference(maps, trace_rows(new)[0]) if preserve else None
+    if difference is not None and not difference <= INJECTION_TOLERANCE:
         raise VerificationError(
             f"with EMA attention behind rows {chosen} the last row is given maps that differ by "
             f"{difference:.1e}, so nothing was changed. Choose other rows."
@@ -197,12 +198,9 @@ def _layer(channels: int, groups: int, preserve: bool) -> EmaAttnRow:
     return layer
 
 
-def relative_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """Largest difference of two lists of maps, relative to the largest value of each pair."""
-    return max(
-        float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-        for a, b in zip(after, before, strict=True)
-    )
+def largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest `relative_difference` of two lists of maps, pair by pair."""
+    return max(relative_difference(a, b) for a, b in zip(after, before, strict=True))
 
 
 def _moved_name(name: str, moved: tuple[int, ...]) -> str:

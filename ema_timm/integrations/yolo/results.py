@@ -17,11 +17,10 @@ One JSON object, with the rules of `ema_timm.checkpoints.results`:
 from pathlib import Path
 from typing import Any
 
-from ema_timm.checkpoints.layout import RESULTS, read_json
+from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json
 from ema_timm.checkpoints.results import FORMAT
 from ema_timm.errors import UserError
 from ema_timm.files import sha256
-from ema_timm.integrations.yolo.contents import WEIGHTS
 from ema_timm.integrations.yolo.layer import EmaAttnRow
 
 _DESCRIBED = ("decoder", "imgsz", "license", "ultralytics")

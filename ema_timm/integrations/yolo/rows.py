@@ -15,6 +15,9 @@ from ema_timm.errors import UserError
 NAME = "EmaAttn"
 """What rows call the layer."""
 
+PLACES = ("head", "backbone", "neck", "all")
+"""Parts of a network after whose rows layers go, by name."""
+
 IMAGE = -1
 """In place of a row's index: the image, which the first row reads."""
 
