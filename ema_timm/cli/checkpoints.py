@@ -12,7 +12,7 @@ def add_commands(commands) -> None:
     _add_card(commands)
 
 
-_TOLD = (
+_FIELDS = (
     ("license", "ID", "licence of the weights, by the Hub's names: apache-2.0, mit, other, ..."),
     ("license_name", "NAME", "its name, where --license is other"),
     ("license_link", "URL", "where its text is, where --license is other"),
@@ -20,7 +20,7 @@ _TOLD = (
     ("base_model", "USER/NAME", "repository of the weights that training started from"),
     ("repo_id", "USER/NAME", "repository that the folder is for, named in the examples"),
 )
-"""Facts that nobody can measure."""
+"""Fields of the card that cannot be measured."""
 
 
 def _add_convert(commands) -> None:
@@ -70,7 +70,7 @@ def _add_card(commands) -> None:
         "measured comes from there; what nobody can measure is told by options, once.",
     )
     command.add_argument("folder", metavar="FOLDER", help="a checkpoint folder")
-    for name, metavar, help in _TOLD:
+    for name, metavar, help in _FIELDS:
         action = "append" if name == "datasets" else "store"
         flag = "--dataset" if name == "datasets" else "--" + name.replace("_", "-")
         command.add_argument(flag, dest=name, metavar=metavar, help=help, action=action)
@@ -82,9 +82,9 @@ def _card(args: argparse.Namespace) -> int:
     from ema_timm.checkpoints.cards.file import EditedCardError
     from ema_timm.publishing.kinds import kind_of
 
-    told = {name: value for name, *_ in _TOLD if (value := getattr(args, name))}
+    fields = {name: value for name, *_ in _FIELDS if (value := getattr(args, name))}
     try:
-        written = kind_of(args.folder).write_card(args.folder, told, args.force)
+        written = kind_of(args.folder).write_card(args.folder, fields, args.force)
     except EditedCardError as error:
         print(error.diff)
         raise

@@ -69,8 +69,8 @@ def _predict(args: argparse.Namespace) -> int:
             print("\t".join([row.filename, *best]))
     else:
         print(f"{config.output}: {len(done.rows)} images")
-    if done.left_off:
-        print(f"{config.sheet}: without the last {done.left_off} images", file=sys.stderr)
+    if done.omitted:
+        print(f"{config.sheet}: without the last {done.omitted} images", file=sys.stderr)
     for line in done.unreadable:
         print(line, file=sys.stderr)
     return 1 if done.unreadable else 0

@@ -20,12 +20,12 @@ from ema_timm.errors import UserError, some
 class LabelledImages(Dataset, ABC):
     """Images with a class each, in a fixed order. An image that cannot be read is an error.
 
-    timm's own data sets put the next image in its place, with a warning: an accuracy would then
-    be of other images than it says.
+    timm's own data sets load the next image instead, with a warning. A metric would then be of
+    other images than it says.
 
     Args:
-        name: What the data are called.
-        split: What their split is called.
+        name: Name of the data.
+        split: Name of the split.
         place: What an error calls them.
         class_to_idx: Index of each class by its name.
         notes: Sentences on what was skipped.
@@ -150,12 +150,12 @@ def open_folder(
 
     Args:
         data_dir: Folder with one folder a split, each with one folder a class.
-        names: Names of the split's folder, the first that exists is taken.
+        names: Names of the split's folder; the first that exists is used.
         class_map: Class name to index; None numbers the folders in natural order.
 
     Raises:
-        UserError: If the folder or its images are missing, or hold a class not in ``class_map``,
-            or if what they hold can be understood in two ways.
+        UserError: If the folder or its images are missing, it has a class that is not in
+            ``class_map``, or the class of an image is not clear.
     """
     root = find_split(data_dir, names)
     if root is None:
@@ -170,11 +170,11 @@ def open_folder(
 def split_folder(
     data_dir: str | Path, part: float, class_map: dict | None = None
 ) -> tuple[FolderDataset, FolderDataset]:
-    """Images to train on and to validate on, of a folder that does not divide them.
+    """Split the images of a folder that has no split into training and validation images.
 
-    Of each class ``part`` is set aside, at least one image and never all. Which ones is decided
-    by the sha256 of their names alone: every run and every seed gets the same, a smaller part is
-    within a larger one, and an image added later hardly moves the others.
+    Of each class ``part`` is set aside, at least one image and never all. The sha256 of an image's
+    name decides: every run and every seed gets the same images, a smaller part is within a larger
+    one, and an image that is added later hardly moves the others.
 
     Args:
         data_dir: Folder with one folder a class, or with those in ``train/``.
@@ -182,7 +182,7 @@ def split_folder(
         class_map: Class name to index; None numbers the folders in natural order.
 
     Raises:
-        UserError: As `open_folder`, or if a class has one image alone.
+        UserError: As `open_folder`, or if a class has only one image.
     """
     flat = find_split(data_dir, TRAIN) is None
     whole = list_images(Path(data_dir) if flat else find_split(data_dir, TRAIN))
@@ -218,8 +218,8 @@ def fraction(text: str) -> float | None:
 def _set_aside(paths: list[str], root: Path, part: float) -> list[str]:
     if len(paths) < 2:
         raise UserError(
-            f"{paths[0]} is the only image of its class, and --val-split needs one to train on "
-            "and one to validate on. Add images, or take the class out."
+            f"{paths[0]} is the only image of its class, but --val-split needs one to train on "
+            "and one to validate on. Add images, or remove the class."
         )
 
     def drawn(path: str) -> bytes:

@@ -32,7 +32,7 @@ class NamedDataset(LabelledImages):
         self.inner, self.hf = inner, getattr(inner, "reader", None)
         own = self.hf.class_to_idx if self.hf else getattr(inner, "class_to_idx", None)
         if not own or not (self.hf or hasattr(inner, "targets")):
-            raise UserError(f"{place} has no names of classes. Take one of another kind.")
+            raise UserError(f"{place} has no class names. Give another data set.")
         class_to_idx = number(place, sorted(own, key=own.__getitem__), class_map)
         super().__init__(public_dataset_name(name), split, place, class_to_idx, [])
         self._index = {index: class_to_idx[of_class] for of_class, index in own.items()}
@@ -96,13 +96,13 @@ def open_named(
     """A split of a data set by timm's name.
 
     Args:
-        name: ``torch/NAME`` of torchvision, or ``hfds/NAME`` of Hugging Face, a folder too.
-        data_dir: Where it lies, or where Hugging Face keeps it.
+        name: ``torch/NAME`` of torchvision, or ``hfds/NAME`` of Hugging Face; NAME may be a folder.
+        data_dir: The folder that holds it, or in which Hugging Face caches it.
         split: The split's name.
         class_map: Class name to index; None takes the data set's own numbers.
 
     Raises:
-        UserError: If timm does not open it, or its images cannot be taken by their number.
+        UserError: If timm cannot open it, or its images have no numbers.
     """
     kind = name.partition("/")[0].lower()
     if kind not in _KINDS:

@@ -1,4 +1,4 @@
-"""The images that settings name: a folder's split, a part of it, or a data set of timm's."""
+"""The images that settings name: a split of a folder, a part of it, or a timm data set."""
 
 from pathlib import Path
 
@@ -52,8 +52,8 @@ def open_both(data_dir: str | Path, val_split: str = "", dataset: str = "") -> t
     given = find_split(data_dir, VAL)
     if given is not None:
         raise UserError(
-            f"--val-split {val_split} sets images aside to validate on, and {given} holds some. "
-            "Leave --val-split out, or take that folder away."
+            f"--val-split {val_split} sets images aside to validate on, but {given} holds some. "
+            "Leave --val-split out, or remove that folder."
         )
     train, val = split_folder(data_dir, part)
     check_classes(train)
@@ -61,24 +61,24 @@ def open_both(data_dir: str | Path, val_split: str = "", dataset: str = "") -> t
 
 
 def class_names(data_dir: str | Path, split: str, val_split: str, dataset: str) -> list[str]:
-    """Names of the classes: of the images to train on, else of those to measure on."""
+    """Class names of the images to train on, else of those to measure on."""
     if not dataset and find_split(data_dir, TRAIN):
         return open_folder(data_dir, TRAIN).class_names
     return open_measured(data_dir, split, val_split, dataset).class_names
 
 
 def check_classes(train: LabelledImages) -> None:
-    """Raise UserError for less than two classes."""
+    """Raise UserError for fewer than two classes."""
     if len(train.class_to_idx) < 2:
         raise UserError(
-            f"{train.place} has one class ({train.class_names[0]}), and a classifier needs "
-            "at least two. Put each class in a folder of its own."
+            f"{train.place} has one class ({train.class_names[0]}), but a classifier needs at "
+            "least two. Put each class into its own folder."
         )
 
 
 def _check_no_part(part: float | None, val_split: str) -> None:
     if part is not None:
         raise UserError(
-            f"--val-split {val_split} divides folders. Of a data set by name give a split, such "
+            f"--val-split {val_split} divides folders. For a data set by name give a split, such "
             "as --val-split test."
         )

@@ -1,4 +1,4 @@
-"""What an evaluation can be told. No torch here, so that ``--help`` is instant."""
+"""Settings of ``evaluate``. No torch here, so that ``--help`` is fast."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from ema_timm.options import option
 
 @dataclass
 class EvaluateConfig:
-    """Settings of `ema_timm.measure.evaluation.evaluate`; the command line is made from these fields.
+    """Settings of `ema_timm.measure.evaluate`; the command line is made from these fields.
 
     ``source`` is the checkpoint: a folder in timm's Hub format, or a file.
     """
@@ -50,4 +50,4 @@ class EvaluateConfig:
     OF_A_FILE = (
         "output", "model", "model_kwargs", "use_averaged", "img_size", "crop_pct", "interpolation",
     )  # fmt: skip
-    """Fields that a folder decides itself, in its config.json."""
+    """Fields that are only for checkpoint files: a folder's config.json decides them."""

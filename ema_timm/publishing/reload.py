@@ -1,4 +1,4 @@
-"""The same model, loaded somewhere else: what it answers to a fixed input."""
+"""A model loaded in another process, and its outputs for a fixed input."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from ema_timm.errors import HubError
 
 Outputs = list[list[float]]
 
-# Rounding alone: the order of a sum may differ between two processes. Weights that differ at all
-# are told apart by their sha256.
+# For rounding: the order of a sum may differ between two processes. Different weights are detected
+# by their sha256.
 RELOAD_TOLERANCE = 1e-5
 _SECONDS = 600
 
 LOAD_WITH_TIMM = """
 import json, sys
 import timm
-import ema_timm  # where it is not found by itself
+import ema_timm  # in case timm does not find it
 from ema_timm.publishing.reload import fixed_logits
 print(json.dumps(fixed_logits(timm.create_model(sys.argv[1], pretrained=True))))
 """
@@ -36,13 +36,13 @@ def fixed_logits(model: nn.Module) -> Outputs:
 
 
 def reload_elsewhere(name: str, env: Mapping[str, str], code: str = LOAD_WITH_TIMM) -> Outputs:
-    """Load a model by its name in a fresh process, without network.
+    """Load a model by its name in a new process, offline.
 
     Args:
         name: ``local-dir:FOLDER``, or ``hf-hub:USER/NAME@COMMIT`` whose files are in the cache; or
-            what another kind of folder calls these.
-        env: Environment variables that differ from this process'.
-        code: What the process runs: it prints what the model of its argument answers, as JSON.
+            names of another kind of folder.
+        env: Environment variables that differ from this process.
+        code: Code of the process, which prints the outputs of the model of its argument as JSON.
 
     Raises:
         HubError: If it does not load.
@@ -56,7 +56,7 @@ def reload_elsewhere(name: str, env: Mapping[str, str], code: str = LOAD_WITH_TI
             text=True,
             env=env,
             timeout=_SECONDS,
-            cwd=os.sep,  # a folder timm/ where the user stands would shadow the installed one
+            cwd=os.sep,  # a folder timm/ in the current one would shadow the installed package
         )
     except subprocess.TimeoutExpired as error:
         raise HubError(f"{name} did not load within {_SECONDS} s in a fresh process.") from error
@@ -67,7 +67,7 @@ def reload_elsewhere(name: str, env: Mapping[str, str], code: str = LOAD_WITH_TI
 
 
 def same(first: Outputs, second: Outputs) -> bool:
-    """Whether two models answered the same, up to `RELOAD_TOLERANCE` of the largest logit."""
+    """Whether two outputs are equal up to `RELOAD_TOLERANCE` of the largest logit."""
     a, b = torch.tensor(first), torch.tensor(second)
     if a.shape != b.shape or not torch.isfinite(a).all():
         return False

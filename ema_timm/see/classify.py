@@ -30,12 +30,12 @@ class Predicted(NamedTuple):
     Attributes:
         rows: One for each image that could be read, in order.
         unreadable: One line for each image that could not.
-        left_off: Number of images that are not on the contact sheet.
+        omitted: Number of images that are not on the contact sheet.
     """
 
     rows: list[Prediction]
     unreadable: list[str]
-    left_off: int = 0
+    omitted: int = 0
 
 
 def predict(config: PredictConfig, progress: bool = True) -> Predicted:
@@ -67,7 +67,7 @@ def predict(config: PredictConfig, progress: bool = True) -> Predicted:
         write_predictions(done.rows, min(config.topk, len(network.labels)), config.output)
     if config.sheet:
         channels = network.data["input_size"][0]
-        done = done._replace(left_off=save_sheet(done.rows, channels, Path(config.sheet)))
+        done = done._replace(omitted=save_sheet(done.rows, channels, Path(config.sheet)))
     return done
 
 

@@ -1,8 +1,8 @@
-"""What a network says of images, as a file: the columns of timm's inference script.
+"""Predictions as a file, with the columns of timm's inference script.
 
 ``filename``, ``index``, ``label`` and ``prob``, the most probable first. A CSV file has one column
-for each place, ``label_0`` and so on, as the script has with ``--results-separate-col
---include-index --fullname --label-type name``; the other forms have lists.
+per rank, ``label_0`` and so on, as the script has with ``--results-separate-col --include-index
+--fullname --label-type name``. The other formats have lists.
 """
 
 import csv
@@ -47,7 +47,7 @@ def top_classes(
 
 
 def check_output(output: str) -> None:
-    """Refuse, before any work, a file that could not be written after it."""
+    """Check, before any work, that a file can be written."""
     suffix = Path(output).suffix
     if suffix not in OUTPUT_FORMATS:
         raise UserError(
@@ -59,10 +59,10 @@ def check_output(output: str) -> None:
 
 
 def write_predictions(rows: list[Prediction], topk: int, output: str) -> None:
-    """Write a file in the form that its name's end tells.
+    """Write a file in the format of its suffix.
 
     Args:
-        rows: One an image.
+        rows: One per image.
         topk: Classes of each row.
         output: A name that `check_output` passed.
     """

@@ -1,4 +1,4 @@
-"""What `attend` and `predict` can be told. No torch here, so that ``--help`` is instant."""
+"""Settings of ``attend`` and ``predict``. No torch here, so that ``--help`` is fast."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from ema_timm.options import option
 
 @dataclass
 class AttendConfig:
-    """Settings of `ema_timm.see.attention.attend`; the command line is made from these fields.
+    """Settings of `ema_timm.see.attend`; the command line is made from these fields.
 
     ``source`` is a checkpoint folder, a timm name or ``hf-hub:USER/NAME``; ``images`` are files.
     """
@@ -28,7 +28,7 @@ class AttendConfig:
 
 @dataclass
 class PredictConfig:
-    """Settings of `ema_timm.see.classify.predict`; the command line is made from these fields.
+    """Settings of `ema_timm.see.predict`; the command line is made from these fields.
 
     ``source`` is a checkpoint folder, a timm name, ``hf-hub:USER/NAME`` or an ``.onnx`` file in a
     checkpoint folder; ``images`` are files and folders.

@@ -11,7 +11,7 @@ from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import WEIGHTS
 from ema_timm.checkpoints.preprocessing import PREPROCESSING
-from ema_timm.checkpoints.results import FORMAT, hide_places
+from ema_timm.checkpoints.results import FORMAT, hide_local_paths
 from ema_timm.data.named import public_dataset_name
 from ema_timm.environment import versions
 from ema_timm.files import sha256
@@ -115,7 +115,7 @@ class RunCheckpoint:
 
 def public_arguments(config: FinetuneConfig) -> dict:
     """All settings, for results that are published: names of folders, not where they are."""
-    public = hide_places(dataclasses.asdict(config))
+    public = hide_local_paths(dataclasses.asdict(config))
     return {**public, "dataset": public_dataset_name(config.dataset)}
 
 

@@ -271,7 +271,7 @@ DAMAGE = {
     ),
     "names of other classes": (
         edit("config.json", lambda c: c.update(label_names=["cat", "emu", "dog"])),
-        r"names class 1 'dog', and label_names in config\.json 'emu'.*ema-timm evaluate",
+        r"names class 1 'dog', and label_names in config\.json names it 'emu'.*ema-timm evaluate",
     ),
     **{
         f"pretrained_cfg.{key}": (
@@ -289,7 +289,7 @@ DAMAGE = {
     },
     "results that say where files were": (
         edit("results.json", lambda r: r.update(arguments=PLACES)),
-        r"results\.json says where .*arguments\.model_kwargs.*ema-timm card .* repairs it",
+        r"results\.json holds local paths .*arguments\.model_kwargs.*ema-timm card .* removes them",
     ),
     **{
         f"{name} a link": (linked(name), rf"{re.escape(name)} is a link.*cp -rL")
@@ -297,16 +297,16 @@ DAMAGE = {
     },
     "a picture a link": (linked("confusion.png"), r"confusion\.png is a link.*cp -rL"),
     "a link that stays inside": (linked("confusion.png", inside=True), "is a link"),
-    "a picture above the folder": (card("![](../x.png)"), r"shows \.\./x\.png.*beside the card"),
-    "a picture by its place": (card("![](HERE/x.png)"), r"shows /.*/x\.png.*beside the card"),
-    "a picture in a folder": (card("![](pics/x.png)"), r"shows pics/x\.png.*beside the card"),
+    "a picture above the folder": (card("![](../x.png)"), r"shows \.\./x\.png, .* card's folder"),
+    "a picture by its place": (card("![](HERE/x.png)"), r"shows /.*/x\.png, but .* card's folder"),
+    "a picture in a folder": (card("![](pics/x.png)"), r"shows pics/x\.png, but .* card's folder"),
     "a picture in a folder, as HTML": (card('<img width=9 src="pics/x.png">'), "shows pics/x"),
     "a picture by a file's address": (card("![](file:///x.png)"), "shows file:///x.png"),
     "a picture by reference": (card("![a][b]\n\n[b]: pics/x.png 'c'\n"), "shows pics/x.png"),
     "a titled picture gone": (card('![a](gone.png "a")'), r"shows gone\.png, which is missing"),
-    "a picture that is none": (picture(b"secret"), r"confusion\.png is no PNG picture"),
-    "half a picture": (picture(PNG[: len(PNG) // 2]), r"confusion\.png is no PNG picture"),
-    "a picture of another kind": (picture(JPEG), r"confusion\.png is no PNG picture"),
+    "a picture that is none": (picture(b"secret"), r"confusion\.png is not a PNG image"),
+    "half a picture": (picture(PNG[: len(PNG) // 2]), r"confusion\.png is not a PNG image"),
+    "a picture of another kind": (picture(JPEG), r"confusion\.png is not a PNG image"),
     "a picture without a kind": (
         card("![](notes.py)"),
         r"shows notes\.py.*\.png, \.jpg, \.jpeg, \.gif or \.webp",
@@ -345,7 +345,7 @@ def test_pictures_that_neither_card_nor_results_name_stay(folder):
     (folder / "stray.png").write_bytes(b"what somebody put there")
     (folder / "me.jpg").symlink_to("/etc/hostname")
     checked = check_publishable(folder)
-    assert checked.left_out == ("me.jpg", "stray.png")
+    assert checked.skipped == ("me.jpg", "stray.png")
     assert not {"me.jpg", "stray.png"} & set(checked.files)
 
 

@@ -115,19 +115,19 @@ FAULTS = {
     ),
     "a row with arguments of another layer": (
         changed_yaml(lambda c: c["backbone"][0].__setitem__(3, ["x", {}])),
-        "builds no network",
+        "does not build with",
     ),
     "an expression as an argument": (
         changed_yaml(lambda c: c["backbone"][0].__setitem__(3, ["__import__('os').getcwd()"])),
-        "builds no network",
+        "does not build with",
     ),
     "a part that stands for billions": (
         lambda f: (f / "model.yaml").write_text("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"),
-        "describes no detector",
+        "does not describe a detector",
     ),
     "a YAML as deep as it is long": (
         lambda f: (f / "model.yaml").write_text("[" * 10**5),
-        "describes no detector",
+        "does not describe a detector",
     ),
     "a YAML of many megabytes": (
         lambda f: (f / "model.yaml").write_text("#" * 2**21),

@@ -274,13 +274,13 @@ BAD_FILES = {
     "empty": (lambda p, w: p.write_bytes(b""), "cannot be read"),
     "code": (lambda p, w: p.write_text("print(1)"), r"is not a checkpoint of tensors.*operand 112"),
     "text": (lambda p, w: p.write_text("hello"), "cannot be read"),
-    "no weights": (lambda p, w: torch.save({"epoch": 1}, p), "there is no state dict"),
-    "a list": (lambda p, w: torch.save([1], p), "there is no state dict"),
+    "no weights": (lambda p, w: torch.save({"epoch": 1}, p), "it has no state dict"),
+    "a list": (lambda p, w: torch.save([1], p), "it has no state dict"),
     "unknown network": (
         lambda p, w: torch.save({"state_dict": w, "arch": "resnet"}, p),
         "no model 'resnet'. Give it as --model",
     ),
-    "says no network": (lambda p, w: torch.save(w, p), "does not say its network"),
+    "says no network": (lambda p, w: torch.save(w, p), "does not name its network"),
     "other network": (
         lambda p, w: torch.save({"state_dict": w, "arch": "resnet18_ema"}, p),
         "is not of the network",
@@ -305,7 +305,7 @@ BAD_FILES = {
             },
             p,
         ),
-        "tells 9 classes apart, and .* names 4",
+        "has 9 classes, but .* names 4",
     ),
 }
 
@@ -324,7 +324,7 @@ def test_bad_files_get_one_line_and_leave_nothing(case, weights, digits, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_averaged": True}, "there are no averaged weights"),
+        ({"use_averaged": True}, "it has no averaged weights"),
         ({"output": ""}, "--output FOLDER says where"),
         ({"model_kwargs": {"ema_gruops": 2}}, "ema_gruops"),
         ({"data_dir": ""}, "needs --data-dir"),
