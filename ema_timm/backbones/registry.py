@@ -88,8 +88,8 @@ def ema_entrypoint(plain_name: str, build: Callable | None = None) -> Callable:
         f"{plain_name} with EMA attention (arXiv:2305.13563).\n\n"
         f"Arguments: those of {plain_name}, and ``ema_groups`` (maximum number of groups, 32),\n"
         "``ema_stages`` (numbers of the stages with EMA attention; all by default) and\n"
-        "``ema_cross_spatial`` (False is the paper's ablation). For comparisons ``attn`` replaces it\n"
-        'by one of timm\'s own layers, such as "se", with ``attn_kwargs``.'
+        "``ema_cross_spatial`` (False is the paper's ablation). ``attn`` replaces it by one of\n"
+        'timm\'s own layers for comparisons, such as "se", with ``attn_kwargs``.'
     )
     return entrypoint
 

@@ -1,8 +1,8 @@
 """Identity initialisation (``warm_`` tags): added EMA layers do not change a network's outputs.
 
 With γ = 0, β = 0, b₃ = 0 and a 3×3 convolution centred over its output channels (Σ_o W₃[o] = 0),
-the gate's logits are 0 and the gate is 0.5 everywhere. Doubling the adjacent layer, before or after,
-undoes it: multiplying by 2 and by 0.5 is exact in binary floating point. σ' is largest at 0 and the
+the gate's logits are 0 and the gate is 0.5 everywhere. Doubling the layer before or after undoes
+it: multiplying by 2 and by 0.5 is exact in binary floating point. σ' is largest at 0 and the
 gradients of γ, β and W₃ are not zero, so training changes the gate from the first step on.
 (All-zero W₃ would preserve the function too, but leaves its output channels identical.)
 

@@ -271,7 +271,7 @@ DAMAGE = {
     ),
     "names of other classes": (
         edit("config.json", lambda c: c.update(label_names=["cat", "emu", "dog"])),
-        r"names class 1 'dog', and label_names in config\.json names it 'emu'.*ema-timm evaluate",
+        r"names class 1 'dog', but label_names in config\.json names it 'emu'.*ema-timm evaluate",
     ),
     **{
         f"pretrained_cfg.{key}": (
