@@ -1,4 +1,8 @@
-"""Public names that a package imports at their first use, so that ``--help`` stays fast."""
+"""Public names that a package imports at their first use, so that ``--help`` stays fast.
+
+A package uses it in the ``else`` of ``if TYPE_CHECKING``: a type checker that sees ``__getattr__``
+accepts every name.
+"""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -1,5 +1,6 @@
 """The README and the guides are true: every block that a reader would copy runs as it stands."""
 
+import importlib
 import os
 import re
 import shutil
@@ -168,6 +169,39 @@ def test_blocks_run_in_the_order_in_which_they_stand(document, desk, tmp_path):
             command, cwd=here, env=env, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, f"{block}\n{text}\n{done.stdout}\n{done.stderr}"
+
+
+NAME = re.compile(r"(?<![\w/.-])ema_timm(?:\.\w+)+(?![\w/])")
+IMPORT = re.compile(r"from (ema_timm[\w.]*) import ([\w, ]+)")
+OLD = re.compile(r"^### (?:Removed|Moved)\n.*?(?=^##|\Z)", re.M | re.S)
+
+
+def test_every_name_of_the_package_can_be_imported_as_it_is_written():
+    found = {}
+    for document in [*DOCUMENTS, ROOT / "CHANGELOG.md"]:
+        text = OLD.sub("", document.read_text("utf-8"))  # names of earlier versions
+        names = [name for name in NAME.findall(text) if not name.endswith((".py", ".egg", ".md"))]
+        for module, imported in IMPORT.findall(text):
+            names += [f"{module}.{name.strip()}" for name in imported.split(",")]
+        found |= {name: document.name for name in names}
+    assert len(found) > 15
+    missing = {name: document for name, document in found.items() if not _exists(name)}
+    assert not missing
+
+
+def _exists(name):
+    """Whether a dotted name is a module, or an attribute that an import of its parents gives."""
+    module, _, rest = name, "", ""
+    while True:
+        try:
+            found = importlib.import_module(module)
+            break
+        except ModuleNotFoundError:
+            module, _, last = module.rpartition(".")
+            rest = f"{last}.{rest}".rstrip(".")
+    for part in filter(None, rest.split(".")):
+        found = getattr(found, part, None)
+    return found is not None
 
 
 def test_links_lead_somewhere():

@@ -31,7 +31,7 @@ def _add_attend(commands) -> None:
 
 
 def _attend(args: argparse.Namespace) -> int:
-    from ema_timm.see.attention import attend
+    from ema_timm.see import attend
 
     done = attend(AttendConfig(**given_options(args, AttendConfig)))
     for row in done.rows:
@@ -59,7 +59,7 @@ def _add_predict(commands) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ema_timm.see.classify import predict
+    from ema_timm.see import predict
 
     config = PredictConfig(**given_options(args, PredictConfig))
     done = predict(config)

@@ -6,6 +6,7 @@ from ema_timm.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ema_timm.data.images import read_image
+else:
+    __getattr__, __dir__ = lazy_names(__name__, {"read_image": "images"})
 
 __all__ = ["read_image"]
-__getattr__, __dir__ = lazy_names(__name__, {"read_image": "images"})

@@ -7,6 +7,7 @@ sets it up, so that the metrics are the same.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import create_loader
@@ -37,7 +38,7 @@ MOST_CLASSES = 1000
 """Most classes for which a confusion matrix is drawn."""
 
 
-def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
+def evaluate(config: EvaluateConfig, progress: bool = True) -> dict[str, Any]:
     """Measure a checkpoint and write results.json and a confusion matrix into its folder.
 
     Other entries of results.json, such as those of the training, are kept.

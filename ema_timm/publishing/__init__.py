@@ -7,6 +7,9 @@ from ema_timm.lazy import lazy_names
 if TYPE_CHECKING:
     from ema_timm.hub.commit import Destination, Landed
     from ema_timm.publishing.upload import publish, rehearse
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__, dict.fromkeys(("Destination", "Landed", "publish", "rehearse"), "upload")
+    )
 
 __all__ = ["Destination", "Landed", "publish", "rehearse"]
-__getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "upload"))

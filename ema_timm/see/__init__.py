@@ -9,15 +9,16 @@ if TYPE_CHECKING:
     from ema_timm.see.classify import predict
     from ema_timm.see.gates import attention_maps
     from ema_timm.see.settings import AttendConfig, PredictConfig
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "AttendConfig": "settings",
+            "PredictConfig": "settings",
+            "attend": "attention",
+            "attention_maps": "gates",
+            "predict": "classify",
+        },
+    )
 
 __all__ = ["AttendConfig", "PredictConfig", "attend", "attention_maps", "predict"]
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "AttendConfig": "settings",
-        "PredictConfig": "settings",
-        "attend": "attention",
-        "attention_maps": "gates",
-        "predict": "classify",
-    },
-)
