@@ -12,7 +12,7 @@ from ema_timm.training.checkpoint import RunCheckpoint
 from ema_timm.training.data import open_images
 from ema_timm.training.epoch import EpochLoop, Position
 from ema_timm.training.history import History, epoch_cost
-from ema_timm.training.lock import claim
+from ema_timm.training.lock import lock_run
 from ema_timm.training.log import Log, Records
 from ema_timm.training.loss import class_weights
 from ema_timm.training.parts import assemble, restore, snapshot
@@ -172,7 +172,7 @@ def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True
         InterruptedRunError: After Ctrl-C or SIGTERM; ``resume`` continues.
     """
     saved = RunState(config.output)
-    with claim(saved, resume):
+    with lock_run(saved, resume):
         return _train(config, _read(saved) if resume else None, progress)
 
 
@@ -184,7 +184,7 @@ def continue_run(given: dict, progress: bool = True) -> dict:
         progress: As in `finetune`.
     """
     saved = RunState(given["output"])
-    with claim(saved, resume=True):
+    with lock_run(saved, resume=True):
         state = _read(saved)
         return _train(FinetuneConfig(**{**state["config"], **given}), state, progress)
 

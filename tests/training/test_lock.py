@@ -212,7 +212,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(config, tmp_path, capsys, d
         saved.file.unlink()
     continued = run(config, resume=True)
     said = capsys.readouterr().err
-    assert "state.pt is " in said and "resume.previous.pt" in said
+    assert "state.pt is " in said and "state.previous.pt" in said
     assert continued["weights_sha256"] == whole["weights_sha256"]
     assert continued["metrics"] == whole["metrics"]
 
