@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ema_timm.attention import EmaAttn
-from ema_timm.bench.layer import AuthorsForm
+from ema_timm.bench.layer import AuthorsEmaAttn
 from ema_timm.bench.timing import peak_extra_bytes, saved_bytes
 from ema_timm.export import open_onnx, write_onnx
 from ema_timm.ops import ema_attention
@@ -319,7 +319,7 @@ def test_inference_holds_at_most_two_temporaries_of_the_inputs_size(built, monke
 
 
 def authors_form(x, w, groups):
-    layer = AuthorsForm(x.shape[1], groups)
+    layer = AuthorsEmaAttn(x.shape[1], groups)
     names = [name for name, _ in layer.named_parameters()]
     return torch.func.functional_call(layer, dict(zip(names, w, strict=True)), (x,))
 

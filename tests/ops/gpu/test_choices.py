@@ -12,8 +12,8 @@ from torch._subclasses import FakeTensorMode
 from ema_timm import EmaAttn, ema_attention
 from ema_timm.errors import CannotCompileError, UserError
 from ema_timm.ops import dispatch
-from ema_timm.ops.gpu import choices
-from ema_timm.ops.gpu.choices import Layer
+from ema_timm.ops.gpu import choice_file, choices
+from ema_timm.ops.gpu.choice_file import Layer, Records, file_of, tuning_key
 from ema_timm.ops.gpu.gpu_fold import fold as gpu_fold
 
 GPU = torch.device("cuda:0")
@@ -24,7 +24,7 @@ LAYER = Layer(2, 8, 2, 6, 5, "float32", "contiguous", False)
 def fresh(monkeypatch, tmp_path):
     """A process that has looked nothing up, and a cache of its own."""
     monkeypatch.setattr(choices, "_chosen", {})
-    monkeypatch.setattr(choices, "_otherwise", {})
+    monkeypatch.setattr(choices, "_default", {})
     monkeypatch.setenv("EMA_TIMM_CACHE", str(tmp_path))
     monkeypatch.delenv("EMA_TIMM_GPU", raising=False)
     choices.pass_over.cache_clear()
@@ -109,21 +109,21 @@ def test_the_cpu_never_asks(monkeypatch):
 
 def test_once_loaded_a_call_costs_a_look_at_a_dict(monkeypatch):
     x, _ = on_gpu((2, 8, 6, 5))
-    monkeypatch.setattr(choices, "environment", lambda device: {"device": "none"})
+    monkeypatch.setattr(choice_file, "tuning_key", lambda device: {"device": "none"})
     assert choices.look_up(x, 2, False) is None
 
     def refuse(*call):
         raise AssertionError("looked further")
 
-    for name in ("read", "environment", "wish"):
+    for name in ("read_device", "gpu_mode"):
         monkeypatch.setattr(choices, name, refuse)
     assert choices.look_up(x, 2, False) is None
 
 
 def test_a_later_process_reads_the_file(monkeypatch, tmp_path):
     here = {"device": "a GPU", "torch": "2"}
-    monkeypatch.setattr(choices, "environment", lambda device: here)
-    file = choices.file_of(here)
+    monkeypatch.setattr(choice_file, "tuning_key", lambda device: here)
+    file = file_of(here)
     file.parent.mkdir(parents=True)
     file.write_text(content(here))
     x, _ = on_gpu((2, 8, 6, 5))
@@ -131,9 +131,9 @@ def test_a_later_process_reads_the_file(monkeypatch, tmp_path):
     assert choices.look_up(x, 2, True) is None
 
 
-def content(environment, **changes):
+def content(key, **changes):
     entry = {"layer": LAYER._asdict(), "chosen": "fused", "candidates": {}}
-    return json.dumps({"environment": environment, "barred": {}, "layers": [entry], **changes})
+    return json.dumps({"environment": key, "disabled": {}, "layers": [entry], **changes})
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def content(environment, **changes):
         content({"device": "another"}),
         content({"device": "a GPU"}, layers=[{"layer": {}, "chosen": None, "candidates": {}}]),
         content({"device": "a GPU"}, layers=7),
-        content({"device": "a GPU"}, barred=[]),
+        content({"device": "a GPU"}, disabled=[]),
         content({"device": "a GPU"}).replace('"float32"', '"float33"'),
         content({"device": "a GPU"}).replace('"candidates": {}', '"candidates": []'),
         content({"device": "a GPU"})[:-9],
@@ -156,16 +156,24 @@ def content(environment, **changes):
 def test_what_is_damaged_or_of_another_environment_is_ignored_with_one_line(tmp_path, caplog, text):
     file = tmp_path / "choices.json"
     file.write_text(text)
-    assert choices.read_file(file, {"device": "a GPU"}) == choices.Notes()
+    assert choice_file.read_file(file, {"device": "a GPU"}) == Records()
     (record,) = caplog.records
     assert "ignored" in record.message and "\n" not in record.message
 
 
-def test_every_part_of_the_environment_has_a_file_of_its_own():
-    here = choices.environment(torch.device("cpu"))
+def test_what_is_written_is_read_again(tmp_path):
+    key, file = {"device": "a GPU"}, tmp_path / "choices.json"
+    candidates = {"fused": {"state": "accepted", "ms": 0.1}}
+    records = Records({LAYER: candidates}, {LAYER: "fused"}, {"reference": "it is slow"})
+    choice_file.write_file(file, key, records)
+    assert choice_file.read_file(file, key) == records
+
+
+def test_every_tuning_key_has_its_own_file():
+    here = tuning_key(torch.device("cpu"))
     assert {"device", "capability", "driver", "torch", "triton", "sources"} < set(here)
-    files = {choices.file_of({**here, part: "other"}) for part in here}
-    assert len(files | {choices.file_of(here)}) == len(here) + 1
+    files = {file_of({**here, part: "other"}) for part in here}
+    assert len(files | {file_of(here)}) == len(here) + 1
 
 
 def test_off_and_fused_overrule_what_was_chosen(monkeypatch, ran, caplog):
@@ -229,7 +237,7 @@ def test_a_choice_can_be_taken_back():
     assert choices.look_up(x, 2, False) is None
 
 
-def test_a_wrong_wish_is_one_clear_line(monkeypatch):
+def test_an_unknown_gpu_mode_is_one_clear_line(monkeypatch):
     monkeypatch.setenv("EMA_TIMM_GPU", "fuse")
     with pytest.raises(UserError, match=r"^EMA_TIMM_GPU must be .*'fuse'.*unset it\.$"):
         ema_attention(*on_gpu((2, 8, 6, 5)), 2)
@@ -240,7 +248,7 @@ def test_choices_depend_on_every_source_of_the_operator(monkeypatch):
     read = []
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or real(path))
-    choices._sources.__wrapped__()
-    ops = Path(choices.__file__).parents[1]
+    choice_file._sources.__wrapped__()
+    ops = Path(choice_file.__file__).parents[1]
     assert set(read) == set(ops.rglob("*.py"))
     assert ops / "dispatch.py" in read

@@ -10,7 +10,7 @@ from support import oracle
 
 from ema_timm import EmaAttn, ema_attention, set_implementation
 from ema_timm.bench.counter import Counter
-from ema_timm.bench.layer import AuthorsForm
+from ema_timm.bench.layer import AuthorsEmaAttn
 from ema_timm.errors import CannotCompileError
 from ema_timm.ops import EmaWeights
 from ema_timm.ops.formula import drop_common_vote, fold
@@ -227,7 +227,7 @@ def awkward_inputs():
 @pytest.mark.parametrize("name", awkward_inputs())
 def test_awkward_inputs_lose_no_more_than_the_authors_form(name, layout):
     x = awkward_inputs()[name].contiguous(memory_format=layout)
-    authors = AuthorsForm(16, 2)
+    authors = AuthorsEmaAttn(16, 2)
     oracle.make_weights(8, torch.float32)
     authors.load_state_dict(
         dict(zip(authors.state_dict(), oracle.make_weights(8, torch.float32), strict=True))

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ema_timm.bench.authors_code import AuthorsForm
+from ema_timm.bench.authors_code import AuthorsEmaAttn
 from ema_timm.ops.autograd import closed_form_eager, closed_form_folded_eager
 from ema_timm.ops.formula import drop_common_vote, fold
 from ema_timm.ops.gpu import passes
@@ -31,7 +31,7 @@ def test_half_precision_output_and_every_gradient_at_real_sizes(shape, layout, d
 
 def authors_under_autocast(x, w, groups):
     """The published arrangement as CUDA's autocast runs it: the norm in float32."""
-    layer = AuthorsForm(x.shape[1], groups)
+    layer = AuthorsEmaAttn(x.shape[1], groups)
     gn = layer.gn
     gn.forward = lambda t: F.group_norm(
         t.float(), gn.num_groups, gn.weight.float(), gn.bias.float(), gn.eps
