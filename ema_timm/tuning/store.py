@@ -22,7 +22,7 @@ _CRASHED = "a process ended while it tried it at {layer}; --retry (retry=True) c
 
 
 class Store:
-    """The records of one key: read when the lock is taken, written at each step.
+    """The records of one key: read when `hold` begins, written at each step.
 
     Args:
         key: What `ema_timm.ops.gpu.choice_file.tuning_key` returns.

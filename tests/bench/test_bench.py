@@ -157,6 +157,8 @@ def test_table_from_the_json_file_and_into_a_document(measured, tmp_path, capsys
 
 def test_brief_table_has_one_row_a_variant(measured):
     lines = table(measured, brief=True).splitlines()
+    assert lines[0].endswith("Times are medians in ms.")  # it has nothing else
+    assert table(measured).splitlines()[0].endswith("medians in ms (smallest to largest).")
     assert lines[2].startswith("| forward / forward + backward, ms | 64×6×5 |")
     assert [line.split(" | ")[0][2:] for line in lines[4:]] == [
         AUTHORS,

@@ -192,6 +192,17 @@ def test_notes_that_can_be_read_alone_are_read(clock, caplog, monkeypatch):
     assert len(caplog.records) == 1
 
 
+def test_a_lock_of_another_machine_is_taken_over_with_one_line(clock, caplog):
+    lock = file_of(stand_ins.ENVIRONMENT).with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    lock.write_text("elsewhere 12\n")
+    candidates = {"closed_form": Candidate(clock, 10.0), "swift": Candidate(clock, 1.0)}
+    assert {o.chosen for o in run(candidates, clock)} == {"swift"}
+    (record,) = caplog.records
+    assert record.message.startswith("process 12 on elsewhere may be choosing")
+    assert not lock.exists()
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ GLANCE = {
 
 def table(result: dict) -> str:
     """One table per place: time, time over the least time of the memory traffic, memory."""
-    header = ["variant", "forward", "forward + backward", "× floor", "peak MiB", "saved / x"]
+    header = ["variant", "forward", "forward + backward", "× lower bound", "peak MiB", "saved / x"]
     parts = []
     for place in dict.fromkeys(row["place"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["place"] == place]
