@@ -52,18 +52,21 @@ def test_a_run_goes_on_with_other_loader_processes(eventful, tmp_path, monkeypat
 
 
 def test_an_augmented_image_depends_on_seed_epoch_and_index_alone(eventful):
-    from ema_timm.training.data import open_images, train_loader
+    from ema_timm.training.data import open_images, timm_augmentation, train_loader
     from ema_timm.training.processes import Process
     from ema_timm.training.seeding import RepeatableImages
 
     process = Process(0, 1, torch.device("cpu"))
-    opened = open_images(eventful, process, progress=False).train
+    opened = open_images(eventful.data_dir, "", "", eventful.output, process).train
     opened.read_channels(3)
     images = RepeatableImages(opened, seed=1)
     preprocessing = {
         "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3,
     }  # fmt: skip
-    train_loader(eventful, images, preprocessing, process)  # gives them timm's augmentation
+    augmentation = timm_augmentation(
+        eventful.aa, eventful.color_jitter, eventful.hflip, eventful.reprob, eventful.scale_min
+    )
+    train_loader(images, augmentation, preprocessing, process, 12, 0)  # sets their transform
     first = images[3][0]
     random.random(), np.random.rand(), torch.rand(1)
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
