@@ -111,19 +111,16 @@ def _compare(args: argparse.Namespace) -> int:
     own = given_options(args, CompareConfig)
     comparison = make_comparison(_given(args), args.attention, own.get("seeds"))
 
-    from ema_timm.compare.comparison import collect, compare, list_commands
+    from ema_timm.compare.comparison import compare, list_commands
     from ema_timm.compare.report import markdown
 
     if args.list:
         print(*list_commands(comparison), sep="\n")
         return 0
     devices, config = args.devices or [None], CompareConfig(**own)
-    if args.collect:
-        print(markdown(collect(comparison, devices[0], config)))
-        return 0
-    table = compare(comparison, devices, config)
+    table = compare(comparison, devices, config, train=not args.collect)
     print(markdown(table))
-    return 1 if any(row["why_not"] for row in table["rows"]) else 0
+    return 1 if any(row["why_not"] for row in table["rows"]) and not args.collect else 0
 
 
 def _add_quickstart(commands) -> None:

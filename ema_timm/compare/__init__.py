@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ema_timm.compare.comparison import collect, compare, list_commands
+    from ema_timm.compare.comparison import compare, list_commands
     from ema_timm.compare.settings import CompareConfig, Comparison, make_comparison
 else:
     _MODULES = {
-        **dict.fromkeys(("collect", "compare", "list_commands"), "comparison"),
+        **dict.fromkeys(("compare", "list_commands"), "comparison"),
         **dict.fromkeys(("CompareConfig", "Comparison", "make_comparison"), "settings"),
     }
 
@@ -18,11 +18,4 @@ else:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-__all__ = [
-    "CompareConfig",
-    "Comparison",
-    "collect",
-    "compare",
-    "list_commands",
-    "make_comparison",
-]
+__all__ = ["CompareConfig", "Comparison", "compare", "list_commands", "make_comparison"]

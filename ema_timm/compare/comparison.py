@@ -25,6 +25,7 @@ def compare(
     devices: Sequence[str | None] = (None,),
     config: CompareConfig | None = None,
     progress: bool = True,
+    train: bool = True,
 ) -> dict:
     """Train the remaining runs of a comparison and write its table.
 
@@ -33,6 +34,7 @@ def compare(
         devices: Devices to run on in parallel; None is the device of the settings.
         config: Other measurements.
         progress: Report on stderr what is done, how much is left and when it will end.
+        train: Train; otherwise only make the table of the runs that are finished.
 
     Returns:
         The content of compare.json.
@@ -44,38 +46,13 @@ def compare(
     for name in filter(None, devices):
         pick_device(name)
     variants, runs = _prepare(comparison)
-    device = devices[0]
-    failed = _evaluate_trained(runs, device, progress)
-    left = _untrained(runs)
-    if progress:
-        print(f"{len(left)} of {len(runs)} runs to do", file=sys.stderr)
-    failed |= run_all(left, devices, _finish, progress)
-    return _write(comparison, variants, runs, failed, config or CompareConfig(), device)
-
-
-def collect(
-    comparison: Comparison,
-    device: str | None = None,
-    config: CompareConfig | None = None,
-    progress: bool = True,
-) -> dict:
-    """Make the table of the finished runs. Trains nothing.
-
-    Args:
-        comparison: As in `compare`.
-        device: Device for runs that were not evaluated on the test images yet.
-        config: Other measurements.
-        progress: Report on stderr what is evaluated.
-
-    Returns:
-        The content of compare.json.
-
-    Raises:
-        UserError: For bad input.
-    """
-    variants, runs = _prepare(comparison)
-    failed = _evaluate_trained(runs, device, progress)
-    return _write(comparison, variants, runs, failed, config or CompareConfig(), device)
+    failed = _evaluate_trained(runs, devices[0], progress)
+    if train:
+        left = _untrained(runs)
+        if progress:
+            print(f"{len(left)} of {len(runs)} runs to do", file=sys.stderr)
+        failed |= run_all(left, devices, _finish, progress)
+    return _write(comparison, variants, runs, failed, config or CompareConfig(), devices[0])
 
 
 def list_commands(comparison: Comparison) -> list[str]:

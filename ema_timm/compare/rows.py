@@ -6,7 +6,6 @@ Every number comes from a results.json, or is the mean of such numbers.
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ema_timm.compare.runs import PlannedRun, Status
 from ema_timm.compare.schedule import failure_reason
@@ -149,25 +148,13 @@ def _difference(done: Sequence[dict], plain: dict[int, float]) -> dict | None:
     differences = [m["top1"] - plain[m["seed"]] for m in done if m["seed"] in plain]
     if not differences:
         return None
+    low, high = confidence_interval(differences)
+    if low is None:
+        verdict = "one seed gives no interval"
+    else:
+        verdict = BETTER if low > 0 else WORSE if high < 0 else NO_DIFFERENCE
     row = {"mean": statistics.fmean(differences), "pairs": len(differences)}
-    bounds = confidence_interval(differences)
-    if bounds is None:
-        return row | {"low": None, "high": None, "verdict": "one seed gives no interval"}
-    verdict = NO_DIFFERENCE if bounds.contains_zero else BETTER if bounds.mean > 0 else WORSE
-    return row | {"low": bounds.low, "high": bounds.high, "verdict": verdict}
-
-
-class Interval(NamedTuple):
-    """A mean and the bounds of its confidence interval, in the unit of the numbers."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def contains_zero(self) -> bool:
-        """Whether the interval contains zero."""
-        return self.low <= 0 <= self.high
+    return row | {"low": low, "high": high, "verdict": verdict}
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:
@@ -175,7 +162,9 @@ def standard_deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval | None:
+def confidence_interval(
+    values: Sequence[float], level: float = CONFIDENCE
+) -> tuple[float, float] | tuple[None, None]:
     """Student's confidence interval of the mean of independent, normally distributed values.
 
     Args:
@@ -183,14 +172,14 @@ def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> I
         level: Fraction of such intervals that contain the true mean.
 
     Returns:
-        None for fewer than two values.
+        Its bounds; None and None for fewer than two values.
     """
     deviation = standard_deviation(values)
     if deviation is None:
-        return None
+        return None, None
     mean, count = statistics.fmean(values), len(values)
     half = t_quantile(0.5 + level / 2, count - 1) * deviation / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half)
+    return mean - half, mean + half
 
 
 def t_quantile(probability: float, degrees: int) -> float:

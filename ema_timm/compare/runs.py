@@ -1,6 +1,7 @@
 """The runs of a comparison: ordinary finetune runs, and how far each of them is."""
 
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -76,10 +77,10 @@ class PlannedRun(NamedTuple):
 
     def _check_own(self, arguments: dict) -> None:
         expected = public_arguments(dataclasses.asdict(self.config))
-        for name, value in expected.items():
+        for name, value in json.loads(json.dumps(expected)).items():  # tuples become lists
             if name in FinetuneConfig.ANYTIME or name not in arguments:
                 continue
-            if _as_json(arguments[name]) != _as_json(value):
+            if arguments[name] != value:
                 raise UserError(
                     f"{self.folder} was trained with {option_name(name)} {arguments[name]!r}, but "
                     f"this comparison has {value!r}. Use another --output."
@@ -144,10 +145,3 @@ def command_line(arguments: Sequence[str]) -> str:
 def process_arguments(arguments: Sequence[str]) -> list[str]:
     """``ema-timm ARGUMENTS`` as a process of this Python interpreter."""
     return [sys.executable, "-m", "ema_timm", *arguments]
-
-
-def _as_json(value):
-    """``value`` with lists for tuples, as it comes back from a JSON file."""
-    if isinstance(value, dict):
-        return {key: _as_json(each) for key, each in value.items()}
-    return [_as_json(each) for each in value] if isinstance(value, list | tuple) else value

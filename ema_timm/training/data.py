@@ -112,18 +112,20 @@ def timm_augmentation(
     return {**policy, **crop, "hflip": hflip, "re_prob": reprob}
 
 
-def train_loader(
-    images: RepeatableImages,
+def create_loaders(
+    train: RepeatableImages,
+    val: Dataset,
     augmentation: dict,
     preprocessing: dict,
     process: Process,
     batch_size: int,
     workers: int,
-) -> DataLoader:
-    """Batches of augmented images.
+) -> tuple[DataLoader, DataLoader]:
+    """Batches of augmented training images, and of validation images as they will be in use.
 
     Args:
-        images: The images.
+        train: The training images.
+        val: The validation images.
         augmentation: Arguments from `timm_augmentation`.
         preprocessing: Preprocessing of the network, as timm resolves it.
         process: This process, which gets its share of the images.
@@ -131,34 +133,11 @@ def train_loader(
         workers: Number of data loader workers.
 
     Raises:
-        UserError: If there are fewer images than one batch needs.
+        UserError: If there are fewer training images than one batch needs.
     """
-    shared = _shared_arguments(preprocessing, process, batch_size, workers)
-    loader = create_loader(images, is_training=True, **augmentation, **shared)
-    if len(loader) == 0:
-        raise UserError(
-            f"--batch-size {batch_size} on {process.count} process(es) is more than "
-            f"the {len(images)} training images. Use a smaller batch."
-        )
-    return loader
-
-
-def val_loader(
-    images: Dataset, preprocessing: dict, process: Process, batch_size: int, workers: int
-) -> DataLoader:
-    """Batches of images as the network will see them in use. Arguments as for `train_loader`."""
-    evaluation = {key: preprocessing[key] for key in ("interpolation", "crop_pct", "crop_mode")}
-    shared = _shared_arguments(preprocessing, process, batch_size, workers)
-    return create_loader(images, is_training=False, **evaluation, **shared)
-
-
-def _shared_arguments(preprocessing: dict, process: Process, batch_size: int, workers: int) -> dict:
-    """The arguments of both loaders."""
-    return {
-        "input_size": preprocessing["input_size"],
+    shared = {
+        **{key: preprocessing[key] for key in ("input_size", "mean", "std")},
         "batch_size": batch_size,
-        "mean": preprocessing["mean"],
-        "std": preprocessing["std"],
         "num_workers": workers,
         "distributed": process.count > 1,
         "device": process.device,
@@ -167,6 +146,14 @@ def _shared_arguments(preprocessing: dict, process: Process, batch_size: int, wo
         # Workers read the number of the epoch, which the augmentation depends on, when they start.
         "persistent_workers": False,
     }
+    train_loader = create_loader(train, is_training=True, **augmentation, **shared)
+    if len(train_loader) == 0:
+        raise UserError(
+            f"--batch-size {batch_size} on {process.count} process(es) is more than "
+            f"the {len(train)} training images. Use a smaller batch."
+        )
+    evaluation = {key: preprocessing[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    return train_loader, create_loader(val, is_training=False, **evaluation, **shared)
 
 
 def _counts(train: Dataset, val: Dataset) -> list[str]:

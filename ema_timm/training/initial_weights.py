@@ -79,10 +79,8 @@ class InitialModel(NamedTuple):
         repository = None
         if not self.loads_weights:
             weights = "random start"
-        elif self.weights:
-            weights = Path(self.weights).name
-        elif self.name.startswith("local-dir:"):
-            weights = Path(self.name.removeprefix("local-dir:")).name
+        elif self.weights or self.name.startswith("local-dir:"):
+            weights = Path(self.weights or self.name.removeprefix("local-dir:")).name
         else:
             repository = cfg.get("hf_hub_id")
             weights = repository or cfg.get("url")

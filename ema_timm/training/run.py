@@ -9,7 +9,7 @@ from timm.utils import distribute_bn
 from ema_timm.errors import InterruptedRunError
 from ema_timm.measure.metrics import Metrics, measure
 from ema_timm.training.checkpoint import RunCheckpoint
-from ema_timm.training.data import open_images, timm_augmentation, train_loader, val_loader
+from ema_timm.training.data import create_loaders, open_images, timm_augmentation
 from ema_timm.training.epoch import EpochLoop, Position
 from ema_timm.training.history import History, epoch_cost
 from ema_timm.training.initial_weights import InitialModel
@@ -145,10 +145,15 @@ class Run:
             grad_checkpointing=config.grad_checkpointing,
         )
         self.images.read_channels(network.preprocessing["input_size"][0])
-        images = RepeatableImages(self.images.train, config.seed)
-        shared = network.preprocessing, process, config.batch_size, config.workers
-        loader = train_loader(images, augmentation, *shared)
-        self.val_loader = val_loader(self.images.val, *shared)
+        loader, self.val_loader = create_loaders(
+            RepeatableImages(self.images.train, config.seed),
+            self.images.val,
+            augmentation,
+            network.preprocessing,
+            process,
+            config.batch_size,
+            config.workers,
+        )
         self.train_step = TrainStep(
             config,
             network.model,

@@ -2,17 +2,21 @@
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ema_timm.errors import UserError
 from ema_timm.measure.metrics import autocast
 from ema_timm.training.initial_weights import Backbone
 from ema_timm.training.loss import mixup_and_loss
-from ema_timm.training.optimizer import create_optimizer, create_scheduler
 from ema_timm.training.processes import Process
 from ema_timm.training.settings import FinetuneConfig
 
@@ -29,6 +33,9 @@ class TrainStep:
         process: This process. Several processes train one model.
         first_epoch: Epochs done before the schedule begins.
         class_weights: Weights of the classes in the loss.
+
+    Raises:
+        UserError: If timm does not know the optimiser or the schedule, or rejects its settings.
 
     Attributes:
         model: The classifier.
@@ -54,22 +61,9 @@ class TrainStep:
         self.updates = math.ceil(steps / self.batches)
         self.channels_last, self.clip_grad = config.channels_last, config.clip_grad
         self.amp_dtype = getattr(torch, config.amp_dtype) if config.amp else None
-        self.optimizer = create_optimizer(
-            model,
-            config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay,
-        )
-        self.scheduler = create_scheduler(
-            self.optimizer,
-            config.sched,
-            steps=self.updates,
-            epochs=config.epochs - first_epoch,
-            warmup_epochs=config.warmup_epochs,
-            min_lr=config.min_lr,
-        )
+        self.optimizer = _create_optimizer(config, model)
+        epochs = config.epochs - first_epoch
+        self.scheduler = _create_scheduler(config, self.optimizer, self.updates, epochs)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype == torch.float16
         )
@@ -227,3 +221,44 @@ class TrainStep:
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device)
         self.pending = bool(gradients)
+
+
+def _create_optimizer(config: FinetuneConfig, model: nn.Module) -> Optimizer:
+    with _timm_errors(f"--opt {config.opt}"):
+        return create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay or None,
+        )
+
+
+def _create_scheduler(
+    config: FinetuneConfig, optimizer: Optimizer, steps: int, epochs: int
+) -> Scheduler:
+    """A learning-rate schedule of so many epochs that is updated after every step."""
+    option = f"--sched {config.sched}"
+    with _timm_errors(option):
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=epochs,
+            warmup_epochs=min(config.warmup_epochs, epochs - 1),
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+    if scheduler is None:
+        raise UserError(f"timm has no scheduler for {option}. Examples: cosine, step, poly.")
+    return scheduler
+
+
+@contextlib.contextmanager
+def _timm_errors(option: str) -> Iterator[None]:
+    """Turn what timm raises about an option, assertions included, into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"timm cannot build {option}: {error}") from error

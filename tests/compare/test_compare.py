@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
 import shlex
 import shutil
-import signal
 
 import pytest
 import torch
 from PIL import Image
-from support.runs import run
+from support.runs import interrupt, run
 
 from ema_timm.cli import main
 from ema_timm.compare.runs import plan_runs
@@ -164,15 +162,7 @@ def test_goes_on_with_what_was_begun_and_says_why_a_variant_failed(
     shutil.rmtree(output / "se-seed42")
     comparison = make_comparison({"output": str(output)}, None, 1)
     begun = plan_runs(comparison, read_variants(comparison.attention, "test_resnet"))[-1]
-    step, steps = TrainStep.__call__, []
-
-    def interrupted(self, *batch):
-        steps.append(1)
-        if len(steps) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    interrupt(monkeypatch, 2)
     with pytest.raises(InterruptedRunError):
         run(begun.config)
     done = (output / "none-seed42" / "model.safetensors").stat().st_mtime_ns

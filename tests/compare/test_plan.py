@@ -29,7 +29,7 @@ def test_the_package_exports_the_function_and_imports_torch_only_for_it(python):
     code = (
         "import sys; from ema_timm.compare import CompareConfig, Comparison, make_comparison\n"
         "assert CompareConfig().seeds == 5 and 'torch' not in sys.modules\n"
-        "from ema_timm.compare import collect, compare, comparison, list_commands\n"
+        "from ema_timm.compare import compare, comparison, list_commands\n"
         "assert compare is comparison.compare\n"
         "assert not hasattr(sys.modules['ema_timm.compare'], 'anything_else')"
     )

@@ -24,19 +24,8 @@ def data(digits, tmp_path):
 
 
 @pytest.fixture
-def config(data, tmp_path):
-    return FinetuneConfig(
-        model="test_resnet_ema",
-        data_dir=str(data),
-        output=str(tmp_path / "run"),
-        pretrained=False,
-        img_size=32,
-        epochs=2,
-        batch_size=12,
-        hflip=0.0,
-        device="cpu",
-        workers=0,
-    )
+def config(config, data):
+    return dataclasses.replace(config, data_dir=str(data), epochs=2, lr=FinetuneConfig.lr)
 
 
 def run(config, progress=False, **changes):

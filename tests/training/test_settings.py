@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from support.runs import assert_same_outcome, cli, run
+from support.runs import assert_same_outcome, cli, interrupt, run
 from torch.nn.functional import cross_entropy
 
 from ema_timm.cli import main
@@ -31,19 +30,6 @@ ALL = {
     "freeze_epochs": 1,
     "class_weights": "balanced",
 }
-
-
-def interrupt(monkeypatch, at):
-    """From now on a run gets Ctrl-C at so many batches."""
-    step, made = TrainStep.__call__, []
-
-    def interrupted(self, *batch):
-        made.append(1)
-        if len(made) == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
 
 
 @pytest.mark.parametrize(
