@@ -33,7 +33,7 @@ def compare(
         comparison: From `make_comparison`.
         devices: Devices to run on in parallel; None is the device of the settings.
         config: Other measurements.
-        progress: Report on stderr what is done, how much is left and when it will end.
+        progress: Report finished and remaining runs and the expected end on stderr.
         train: Train; otherwise only make the table of the runs that are finished.
 
     Returns:

@@ -47,7 +47,7 @@ def run_all(
             of the settings.
         finish: Called with each run that ended successfully and its device. It evaluates the run
             and returns a message about it.
-        progress: Report on stderr what is done, how much is left and when it will end.
+        progress: Report finished and remaining runs and the expected end on stderr.
 
     Returns:
         Why runs failed, by their names.
@@ -129,7 +129,7 @@ def failure_reason(log: Path, code: int | None = None) -> str:
 
 
 class _Progress:
-    """Lines on stderr: what is done, how much is left, when it will end."""
+    """Lines on stderr: finished and remaining runs, and the expected end."""
 
     def __init__(self, total: int, parallel: int, shown: bool):
         self.total, self.parallel, self.shown = total, parallel, shown
