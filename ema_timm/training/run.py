@@ -128,7 +128,7 @@ class Run:
         self.log = Log(config.epochs, shown=progress)
 
     def _build(self, base: dict | None, class_weights: list[float] | None) -> RunNetwork:
-        """Build the network, the loaders and the training step, in the one order that is seeded."""
+        """Build network, loaders and training step. The random numbers depend on their order."""
         config, process = self.config, self.process
         augmentation = timm_augmentation(  # checked before weights are fetched
             config.aa, config.color_jitter, config.hflip, config.reprob, config.scale_min
