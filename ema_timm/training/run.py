@@ -97,8 +97,8 @@ class Run:
         self.config, self.process, self.progress = config, process, progress
         self.images = open_images(
             config.data_dir,
-            config.dataset,
             config.val_split,
+            config.dataset,
             config.output,
             process,
             check=config.check,
