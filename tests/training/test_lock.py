@@ -253,5 +253,5 @@ def test_interrupted_is_not_begun(config, monkeypatch):
     monkeypatch.setattr(TrainStep, "__call__", interrupted)
     assert main(cli(config)) == 130
     monkeypatch.undo()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         run(config)
