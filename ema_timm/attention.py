@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from ema_timm.ops import EmaWeights, FoldedWeights, ema_attention, folded_ema_attention
+from ema_timm.ops import EmaWeights, ema_attention
 from ema_timm.ops.dispatch import require_implementation
-from ema_timm.ops.formula import drop_common_vote, fold
 from ema_timm.ops.macs import closed_form_macs, parallel_macs
 from ema_timm.ops.weights import EPS
 
 # Symbolic tracers (torch.fx, timm's and torchvision's feature extraction) keep the operator
 # whole: its validation reads shapes, which a proxy does not have.
 torch.fx.wrap("ema_attention")
-torch.fx.wrap("folded_ema_attention")
 
 DEFAULT_GROUPS = 32
 """The paper's `factor`, in every experiment."""
@@ -85,7 +83,6 @@ class EmaAttn(nn.Module):
         self.groups = groups
         self.cross_spatial = cross_spatial
         self.impl = "auto"
-        self.folded = None
         self.conv1x1 = nn.Conv2d(n, n, kernel_size=1, **dd)
         self.conv3x3 = nn.Conv2d(n, n, kernel_size=3, padding=1, **dd)
         self.gn = nn.GroupNorm(n, n, eps=EPS, **dd)
@@ -99,23 +96,12 @@ class EmaAttn(nn.Module):
         Returns:
             (B, C, H, W), the dtype and memory format of ``x``.
         """
-        if self.folded is not None:
-            return self.folded(x)
         return ema_attention(x, self.weights(), self.groups, self.impl, self.cross_spatial)
 
-    def reparameterize(self) -> None:
-        """Fold all products of weights once, for inference; timm's ``--reparam`` calls this.
-
-        The output stays the same. The parameters make way for those of `FoldedEma`, so the state
-        dict has other keys (listed there) and one number fewer. Folding cannot be undone, and a
-        checkpoint of the layer loads only before it: load first, then fold. A second call does
-        nothing, and neither does the first without cross-spatial learning: no product of weights
-        is left there to fold.
-        """
-        if self.folded is None and self.cross_spatial:
-            self.folded = FoldedEma(self.weights(), self.groups, self.impl)
-            self.folded.train(self.training)
-            del self.conv1x1, self.conv3x3, self.gn
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if any(key.startswith(f"{prefix}folded.") for key in state_dict):
+            raise RuntimeError(f"The weights of {prefix.rstrip('.') or 'this layer'} are {_FOLDED}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def weights(self) -> EmaWeights:
         """The parameters as the operator takes them, read anew so that no update is missed."""
@@ -148,57 +134,6 @@ class EmaAttn(nn.Module):
         return f"channels={self.channels}, groups={self.groups}{ablation}"
 
 
-class FoldedEma(nn.Module):
-    """The inference form of one `EmaAttn`: what depends on weights alone is worked out.
-
-    State dict, n channels a group, no parameter of which requires gradients:
-
-    - ``mix_weight`` (n, n), ``mix_bias`` (n,): the 1×1 convolution, unchanged.
-    - ``kernel`` (9, n): the 3×3 convolution weighed by v = softmax(β), tap (dy, dx) in row
-      3·(dy + 1) + dx + 1.
-    - ``vote_weight`` (n - 1, 9n), ``vote_bias`` (n - 1,): the 3×3 convolution and its bias less
-      their first output channel; they make u.
-    - ``gn_weight`` (n,): γ. ``gn_bias`` (n,): β plus v·b₃.
-
-    Inside a model the keys begin with the layer's name and ``folded.``.
-
-    Args:
-        weights: Parameters of the layer to fold.
-        groups: G.
-        impl: Who computes, as `ema_timm.ops.ema_attention` takes it.
-    """
-
-    def __init__(self, weights: EmaWeights, groups: int, impl: str = "auto"):
-        super().__init__()
-        self.groups = groups
-        self.impl = impl
-        with torch.no_grad():
-            wide = drop_common_vote(fold(EmaWeights(*[w.double() for w in weights])))
-        for name, value in wide._asdict().items():
-            value = value.to(weights.gn_weight.dtype, copy=True).contiguous()
-            setattr(self, name, nn.Parameter(value, requires_grad=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate ``x``, as `EmaAttn` does.
-
-        Args:
-            x: Feature map, (B, C, H, W), floating point.
-
-        Returns:
-            (B, C, H, W), the dtype and memory format of ``x``.
-        """
-        weights = FoldedWeights(
-            self.mix_weight,
-            self.mix_bias,
-            self.kernel,
-            self.vote_weight,
-            self.vote_bias,
-            self.gn_weight,
-            self.gn_bias,
-        )
-        return folded_ema_attention(x, weights, self.groups, self.impl)
-
-
 def set_implementation(model: nn.Module, impl: str) -> int:
     """Choose who computes every EMA attention layer of ``model``.
 
@@ -221,8 +156,6 @@ def set_implementation(model: nn.Module, impl: str) -> int:
         raise ValueError("Layers without cross-spatial learning have one implementation, 'auto'.")
     for layer in layers:
         layer.impl = impl
-        if layer.folded is not None:
-            layer.folded.impl = impl
     return len(layers)
 
 
@@ -231,3 +164,16 @@ def _require_positive_int(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}).")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+_FOLDED = (
+    "those of a folded EMA layer, which ema-timm 0.2.0 made with reparameterize() and later "
+    "versions do not have. Folding cannot be undone. Load the checkpoint that was saved before it."
+)
+
+
+def __getattr__(name: str):
+    if name == "FoldedEma":  # a pickle of a folded layer asks for this class
+        # Not an AttributeError, because pickle would replace its message.
+        raise RuntimeError(f"The parameters of FoldedEma are {_FOLDED}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from ema_timm.ops.cpu import chunks, native
 from ema_timm.ops.formula import closed_form, statistics_type
 from ema_timm.ops.gpu import passes
 from ema_timm.ops.saved import Saved, restored
-from ema_timm.ops.weights import EmaWeights, FoldedWeights
+from ema_timm.ops.weights import EmaWeights
 
 
 def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
@@ -34,21 +34,6 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
         return _ClosedForm.apply(x, groups, *weights)
     chosen = kernel(x, weights)
     return chosen.forward(x, chosen.fold(statistics_type(x, weights)), groups, save=False)[0]
-
-
-def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
-    """`closed_form_eager` from folded weights, for inference only.
-
-    Args:
-        x: Feature map, (B, C, H, W), floating point.
-        weights: Folded parameters of one layer in the type of the statistics.
-        groups: G; divides C.
-
-    Returns:
-        (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
-    """
-    x = _with_memory(x)
-    return kernel(x, weights).forward(x, weights, groups, save=False)[0]
 
 
 def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:

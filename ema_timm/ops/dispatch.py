@@ -8,19 +8,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ema_timm.errors import CannotCompileError, first_line
-from ema_timm.ops.autograd import closed_form_eager, closed_form_folded_eager
+from ema_timm.ops.autograd import closed_form_eager
 from ema_timm.ops.cpu.native import is_watched
-from ema_timm.ops.export.exported import arrange, exported
-from ema_timm.ops.formula import (
-    closed_form,
-    closed_form_folded,
-    fold,
-    statistics_type,
-)
+from ema_timm.ops.export.exported import closed_form_exported
+from ema_timm.ops.formula import closed_form
 from ema_timm.ops.gpu import choices, passes
 from ema_timm.ops.parallel import parallel
 from ema_timm.ops.reference import reference
-from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
+from ema_timm.ops.weights import EmaWeights, fits, misfit
 
 # Before PyTorch 2.7 nothing tells compiling from exporting; the form that suits both is taken.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
@@ -69,69 +64,6 @@ def ema_attention(
     return _run(x, weights, groups, impl, cross_spatial)
 
 
-def folded_ema_attention(
-    x: Tensor, weights: FoldedWeights, groups: int, impl: str = "auto"
-) -> Tensor:
-    """`ema_attention` from weights folded once, for inference.
-
-    Differentiable in ``x`` by plain autograd of the closed form.
-
-    Args:
-        x: Feature map, (B, C, H, W), floating point, H and W at least 1.
-        weights: Folded parameters of one layer, of any floating point type.
-        groups: G; must divide C.
-        impl: As `ema_attention` takes it; folded weights have no "reference" and take
-            "closed_form" for it.
-
-    Returns:
-        Tensor with the shape, dtype and memory format of ``x``, owning its memory.
-
-    Raises:
-        ValueError: If the shapes do not fit together.
-        TypeError: If ``x`` is not floating point.
-    """
-    if not torch.jit.is_scripting():
-        if not torch.jit.is_tracing():
-            _validate(x, weights, groups, impl)
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return _run_folded(x, weights, groups, impl)
-    return _run_folded(x, weights, groups, impl)
-
-
-def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    w = FoldedWeights(
-        weights.mix_weight.to(dtype),
-        weights.mix_bias.to(dtype),
-        weights.kernel.to(dtype),
-        weights.vote_weight.to(dtype),
-        weights.vote_bias.to(dtype),
-        weights.gn_weight.to(dtype),
-        weights.gn_bias.to(dtype),
-    )
-    if not torch.jit.is_scripting():
-        recorded = torch.is_grad_enabled() and (x.requires_grad or w.gn_bias.requires_grad)
-        looked_up = impl == "auto" and x.is_cuda
-        if looked_up:
-            impl = _chosen(x, w, groups)
-        if impl == "fused":
-            operators = _fused(x, w.gn_weight)
-            if recorded:
-                return closed_form_folded(x, w, groups)
-            out = _by_kernels(operators.fused_folded_operator, x, w, groups, looked_up)
-            if out is not None:
-                return out
-        form = _closed_form(x)
-        if form == "eager" and not recorded:
-            return closed_form_folded_eager(x, w, groups)
-        if form == "exported":
-            return exported(x, arrange(w), groups)
-        if form == "inductor":
-            return closed_form_folded(x, w, groups, True)
-    return closed_form_folded(x, w, groups)
-
-
 def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: bool) -> Tensor:
     if not cross_spatial:
         return parallel(x, weights, groups)
@@ -152,13 +84,13 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
         if form == "eager":
             return closed_form_eager(x, weights, groups)
         if form == "exported":
-            return exported(x, arrange(fold(statistics_type(x, weights))), groups)
+            return closed_form_exported(x, weights, groups)
         if form == "inductor":
             return closed_form(x, weights, groups, True)
     return closed_form(x, weights, groups)
 
 
-def _chosen(x: Tensor, weights: EmaWeights | FoldedWeights, groups: int) -> str:
+def _chosen(x: Tensor, weights: EmaWeights, groups: int) -> str:
     """Who "auto" is on CUDA: looked up, where plain tensors are computed at once."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_watched():
         return "closed_form"
@@ -173,7 +105,7 @@ def _chosen(x: Tensor, weights: EmaWeights | FoldedWeights, groups: int) -> str:
 def _by_kernels(
     operator: Callable[..., Tensor],
     x: Tensor,
-    weights: EmaWeights | FoldedWeights,
+    weights: EmaWeights,
     groups: int,
     looked_up: bool,
 ) -> Tensor | None:
@@ -280,7 +212,7 @@ def require_implementation(impl: str) -> None:
         raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}.")
 
 
-def _validate(x: Tensor, weights: EmaWeights | FoldedWeights, groups: int, impl: str) -> None:
+def _validate(x: Tensor, weights: EmaWeights, groups: int, impl: str) -> None:
     require_implementation(impl)
     if x.dim() != 4:
         raise ValueError(

@@ -58,24 +58,9 @@ def fold(w: EmaWeights) -> FoldedWeights:
     )
 
 
-def drop_common_vote(w: FoldedWeights) -> FoldedWeights:
-    """The same function without the part of the votes that the softmax cancels.
-
-    Softmax takes the same number off every logit, so the first channel's row is subtracted from
-    all and left out. 9n + 1 numbers go and 9n, the kernel k, came by folding: no exact folding of
-    this layer can save more, since nothing else in it is redundant.
-    """
-    return w._replace(
-        vote_weight=w.vote_weight[1:] - w.vote_weight[:1],
-        vote_bias=w.vote_bias[1:] - w.vote_bias[:1],
-    )
-
-
 def vote(means: Tensor, w: FoldedWeights) -> Tensor:
     """The softmax weights u of the local branch, (..., n), from shifted means (..., 9n)."""
-    logits = means @ w.vote_weight.t() + w.vote_bias
-    # A row left out votes 0. Never a branch: the tracer would burn it in, and says so.
-    return F.pad(logits, (w.gn_bias.shape[0] - w.vote_bias.shape[0], 0)).softmax(-1)
+    return (means @ w.vote_weight.t() + w.vote_bias).softmax(-1)
 
 
 def shifted_means(g: Tensor, row: Tensor, col: Tensor) -> Tensor:
@@ -206,7 +191,16 @@ def closed_form(x: Tensor, weights: EmaWeights, groups: int, for_inductor: bool 
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``.
     """
-    return closed_form_folded(x, fold(statistics_type(x, weights)), groups, for_inductor)
+    w = fold(statistics_type(x, weights))
+    batch, channels, height, width = x.shape
+    g = x.view(batch, groups, channels // groups, height, width).to(w.gn_weight.dtype)
+    logits = gate_logits_by_sums(g, w) if for_inductor else gate_logits(g, w)
+    gated = (g * logits.sigmoid().unsqueeze(2)).to(x.dtype)
+    if torch.jit.is_tracing():  # neither the tracer nor the legacy ONNX exporter knows the other
+        return gated.flatten(1, 2)
+    # A plain flatten is a view in autograd's books, and ResNet adds the shortcut in place: hooks
+    # on the output (Grad-CAM) would then miss their gradient. This one owns its history.
+    return torch.ops.aten._unsafe_view(gated, x.shape)
 
 
 def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
@@ -231,28 +225,3 @@ def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
         w.gn_weight.to(dtype),
         w.gn_bias.to(dtype),
     )
-
-
-def closed_form_folded(
-    x: Tensor, w: FoldedWeights, groups: int, for_inductor: bool = False
-) -> Tensor:
-    """`closed_form` from folded weights.
-
-    Args:
-        x: Feature map, (B, C, H, W), floating point.
-        w: Folded parameters of one layer in the type of the statistics.
-        groups: G; divides C.
-        for_inductor: As `closed_form` takes it.
-
-    Returns:
-        (B, C, H, W), the dtype and memory format of ``x``.
-    """
-    batch, channels, height, width = x.shape
-    g = x.view(batch, groups, channels // groups, height, width).to(w.gn_weight.dtype)
-    logits = gate_logits_by_sums(g, w) if for_inductor else gate_logits(g, w)
-    gated = (g * logits.sigmoid().unsqueeze(2)).to(x.dtype)
-    if torch.jit.is_tracing():  # neither the tracer nor the legacy ONNX exporter knows the other
-        return gated.flatten(1, 2)
-    # A plain flatten is a view in autograd's books, and ResNet adds the shortcut in place: hooks
-    # on the output (Grad-CAM) would then miss their gradient. This one owns its history.
-    return torch.ops.aten._unsafe_view(gated, x.shape)

@@ -19,15 +19,11 @@ from ema_timm.ops.formula import fold, statistics_type
 from ema_timm.ops.gpu import gpu_fold
 from ema_timm.ops.macs import closed_form_macs
 from ema_timm.ops.saved import Saved, new_saved
-from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
+from ema_timm.ops.weights import EmaWeights, fits, misfit
 
 # Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
 _PARAMETERS = (
     "Tensor conv1x1_weight, Tensor conv1x1_bias, Tensor conv3x3_weight, Tensor conv3x3_bias, "
-    "Tensor gn_weight, Tensor gn_bias"
-)
-_FOLDED = (
-    "Tensor mix_weight, Tensor mix_bias, Tensor kernel, Tensor vote_weight, Tensor vote_bias, "
     "Tensor gn_weight, Tensor gn_bias"
 )
 
@@ -52,11 +48,6 @@ def fused_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     The caller has asked `ema_timm.ops.gpu.fused.tiling.unavailable` first.
     """
     return _fused(x, *weights, groups, _recorded(x, weights))[0]
-
-
-def fused_folded_operator(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
-    """`fused_operator` from folded weights, for inference: ``ema_timm::fused_folded``."""
-    return _fused_folded(x, *weights, groups)
 
 
 def _recorded(x: Tensor, weights: EmaWeights) -> bool:
@@ -182,30 +173,13 @@ _closed_form = _register("closed_form", _closed_form_forward, autograd.hand_writ
 _fused = _register("fused", _fused_forward, _fused_backward, gpu_fold.fold)
 
 
-@torch.library.custom_op(
-    "ema_timm::fused_folded",
-    mutates_args=(),
-    schema=f"(Tensor x, {_FOLDED}, SymInt groups) -> Tensor",
-)
-def _fused_folded(x, *rest):
-    *weights, groups = rest
-    return _fused_forward(x, FoldedWeights(*weights), groups, False)[0]
-
-
-@_fused_folded.register_fake
-def _(x, *rest):
-    return torch.empty_like(x)
-
-
 def _flops(x_shape: torch.Size, n: int) -> int:
     batch, channels, height, width = x_shape
     # A multiplication and its addition are two operations to PyTorch's counter.
     return 2 * closed_form_macs(batch * (channels // n), n, height, width)
 
 
-@register_flop_formula(
-    [torch.ops.ema_timm.closed_form, torch.ops.ema_timm.fused, torch.ops.ema_timm.fused_folded]
-)
+@register_flop_formula([torch.ops.ema_timm.closed_form, torch.ops.ema_timm.fused])
 def _count_forward(x_shape, weight_shape, *rest, **_) -> int:
     """For `torch.utils.flop_counter.FlopCounterMode`, which sees operators and not kernels."""
     return _flops(x_shape, weight_shape[0])

@@ -65,7 +65,7 @@ def restored(
         (tiles, n, height + width),
         (tiles, height, width),
         (4, tiles, n),
-        *shapes(weights, n),
+        *shapes(n),
     ):
         raise RuntimeError(
             "A hook on saved tensors must give back the shape that it was given; EMA attention "

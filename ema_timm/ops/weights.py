@@ -35,9 +35,8 @@ class FoldedWeights(NamedTuple):
         mix_weight: The 1×1 convolution, (n, n).
         mix_bias: (n,).
         kernel: Identity b, k of the collapsed 3×3 convolution, (9, n).
-        vote_weight: Makes the logits of u from the shifted means; (n, 9n), or (n - 1, 9n) where
-            the first channel's row has been subtracted from the others and is left out.
-        vote_bias: (n,) or (n - 1,).
+        vote_weight: Makes the logits of u from the shifted means, (n, 9n).
+        vote_bias: (n,).
         gn_weight: γ, (n,).
         gn_bias: β + v·b₃, (n,); as Σ_c u_c = 1, the constant of identity b rides on β.
     """
@@ -51,24 +50,21 @@ class FoldedWeights(NamedTuple):
     gn_bias: Tensor
 
 
-def shapes(weights: EmaWeights | FoldedWeights, n: int) -> tuple[tuple[int, ...], ...]:
-    """What the shapes of ``weights`` must be in groups of ``n`` channels, in their order."""
-    if isinstance(weights, EmaWeights):
-        return (n, n, 1, 1), (n,), (n, n, 3, 3), (n,), (n,), (n,)
-    votes = n if weights.vote_bias.numel() == n else n - 1
-    return (n, n), (n,), (9, n), (votes, 9 * n), (votes,), (n,), (n,)
+def shapes(n: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of `EmaWeights` for groups of ``n`` channels, in the order of its fields."""
+    return (n, n, 1, 1), (n,), (n, n, 3, 3), (n,), (n,), (n,)
 
 
-def fits(weights: EmaWeights | FoldedWeights, n: int) -> bool:
+def fits(weights: EmaWeights, n: int) -> bool:
     """Whether all ``weights`` are of groups of ``n`` channels."""
-    return tuple([w.shape for w in weights]) == shapes(weights, n)
+    return tuple([w.shape for w in weights]) == shapes(n)
 
 
-def misfit(weights: EmaWeights | FoldedWeights, n: int) -> str:
+def misfit(weights: EmaWeights, n: int) -> str:
     """The error for ``weights`` that are not of groups of ``n`` channels."""
     wrong = [
         f"{name} must be {shape}, got {tuple(w.shape)}"
-        for name, w, shape in zip(weights._fields, weights, shapes(weights, n), strict=True)
+        for name, w, shape in zip(weights._fields, weights, shapes(n), strict=True)
         if w.shape != shape
     ]
     return (

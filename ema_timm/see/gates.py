@@ -1,8 +1,8 @@
 """The gates that a network's EMA attention layers compute for given images.
 
 Every layer multiplies its input by its gate map, whoever computes the product: the definition, the
-closed form in C or in PyTorch operators, Triton kernels, folded weights. So the maps come from what
-all of them have in common, the layer's input and its weights, by the formula of
+closed form in C or in PyTorch operators, Triton kernels. So the maps come from what all of them
+have in common, the layer's input and its weights, by the formula of
 `ema_timm.ops.formula`; never from output / input, which is 0 / 0 where a ReLU was.
 
 B batch, C channels, G groups, n = C / G, H height, W width.
@@ -138,7 +138,7 @@ def _moved(images: Tensor | Sequence[Tensor], like: Tensor) -> Tensor | list[Ten
 
 
 def _gates(layer: EmaAttn, x: Tensor) -> LayerGates:
-    weights = _weights(layer, x)
+    weights = fold(statistics_type(x, layer.weights()))
     dtype = torch.promote_types(x.dtype, torch.float32)
     g = x.reshape(x.shape[0], layer.groups, -1, *x.shape[2:]).to(dtype)  # (B, G, n, H, W)
     along = directional_gates(g, weights)
@@ -147,15 +147,6 @@ def _gates(layer: EmaAttn, x: Tensor) -> LayerGates:
     else:
         logits = _channel_logits(g, *along, statistics_type(x, layer.weights()))
     return LayerGates(logits.sigmoid(), *along)
-
-
-def _weights(layer: EmaAttn, x: Tensor) -> FoldedWeights:
-    """The layer's folded weights in the type of the statistics, whether it was folded or not."""
-    if layer.folded is None:
-        return fold(statistics_type(x, layer.weights()))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    names = FoldedWeights._fields
-    return FoldedWeights(*[getattr(layer.folded, name).to(dtype) for name in names])
 
 
 def directional_gates(g: Tensor, w: FoldedWeights) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,6 @@ from ema_timm.ops.formula import (
     collapsed_kernel,
     constant_channel_weights,
     convolve_to_one_channel,
-    drop_common_vote,
     fold,
     shifted_means,
     statistics_type,
@@ -508,7 +507,6 @@ def test_edge_features_and_arranged_votes_are_the_shifted_means():
     ):
         found = features @ arranged.vote_weight
         torch.testing.assert_close(found, means @ w.vote_weight.t(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(arrange(drop_common_vote(w)).vote_bias[0].item(), 0.0)
 
 
 # The native kernel.

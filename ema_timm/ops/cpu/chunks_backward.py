@@ -174,7 +174,6 @@ def _input_gradient(
     return acc
 
 
-# MERGED: The collapsed 3×3 convolution and its transpose as shifted copies: T tiles, H height, W width.
 def add_convolution(logits: Tensor, g: Tensor, kernel: Tensor) -> None:
     """Add conv(g; k), zero-padded: nine products summed over channels, then shifted adds.
 

@@ -31,7 +31,7 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 class _Shape(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_int64) for name in ("batch", "groups", "n", "height", "width")],
-        *[(name, ctypes.c_int64) for name in ("dtype", "threads", "votes")],
+        *[(name, ctypes.c_int64) for name in ("dtype", "threads")],
         *[(name, ctypes.c_int64 * 4) for name in ("x", "out", "grad")],
     )
 
@@ -127,7 +127,7 @@ def forward(
     out = torch.empty_like(x)
     saved = new_saved(x, groups, torch.float32) if save else None
     weights = FoldedWeights(*[w.contiguous() for w in weights])
-    shape = _shape(x, out, None, groups, weights)
+    shape = _shape(x, out, None, groups)
     _check(
         library().ema_forward(
             ctypes.byref(shape),
@@ -155,7 +155,7 @@ def backward(
     folded = FoldedWeights(*[w.contiguous() for w in fold(weights)])
     dx = torch.empty_like(x) if need_x else None
     sums = _new_sums(x, groups) if need_weights else None
-    shape = _shape(x, dx if need_x else x, grad, groups, folded)
+    shape = _shape(x, dx if need_x else x, grad, groups)
     _check(
         library().ema_backward(
             ctypes.byref(shape),
@@ -196,7 +196,7 @@ def _weight_gradients(found: _Sums, weights: EmaWeights) -> EmaWeights:
     return finish_weights(folded, logits, weights)
 
 
-def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int, w: FoldedWeights) -> _Shape:
+def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int) -> _Shape:
     batch, channels, height, width = x.shape
     strides = ctypes.c_int64 * 4
     return _Shape(
@@ -207,7 +207,6 @@ def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int, w: FoldedWe
         width,
         _dtypes()[x.dtype],
         torch.get_num_threads(),
-        w.vote_bias.shape[0],
         strides(*x.stride()),
         strides(*out.stride()),
         strides(*(x if grad is None else grad).stride()),

@@ -17,7 +17,6 @@ The forward is here, the backward in `whole_map_backward`, what both need in `pa
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ema_timm.ops.gpu.gpu_fold import fold
@@ -87,8 +86,6 @@ def _vote(means: Tensor, w: FoldedWeights) -> Tensor:
     n = means.shape[2]
     taps = w.vote_weight.reshape(-1, n, 9).flip(2)
     logits = convolve(means.view(-1, n, 9), taps, w.vote_bias)[..., 0]
-    if logits.shape[1] < n:  # a row left out votes 0
-        logits = F.pad(logits, (n - logits.shape[1], 0))
     return logits.softmax(1).view(means.shape[:3])
 
 

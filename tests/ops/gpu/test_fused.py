@@ -13,7 +13,7 @@ from ema_timm.bench.counter import Counter
 from ema_timm.bench.layer import AuthorsForm
 from ema_timm.errors import CannotCompileError
 from ema_timm.ops import EmaWeights
-from ema_timm.ops.formula import drop_common_vote, fold
+from ema_timm.ops.formula import fold
 from ema_timm.ops.gpu.gpu_fold import fold as gpu_fold
 
 triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
@@ -242,30 +242,6 @@ def test_awkward_inputs_lose_no_more_than_the_authors_form(name, layout):
     assert error <= 2 * oracle.relative_error(authors(x), truth, scale) + 2**-23
 
 
-@pytest.mark.parametrize("channels", [16, 80])
-def test_folded_weights_give_the_same(poison, channels):
-    case = on_device(oracle.make_case((1, channels, 6, 5), 2))
-    with torch.no_grad():
-        out = run(case.x, case.weights, 2)
-        folded = drop_common_vote(fold(case.weights))
-        found = launch.forward(case.x, folded, 2, save=False)[0]
-    assert oracle.relative_error(found, out.double()) < 1e-6
-
-
-def test_a_folded_layer_keeps_the_implementation():
-    torch.manual_seed(0)
-    layer = EmaAttn(16, 4, device=DEVICE).eval()
-    x = torch.randn(1, 16, 5, 4, device=DEVICE)
-    expected = layer(x)
-    assert set_implementation(layer, "fused") == 1
-    layer.reparameterize()
-    assert layer.folded.impl == "fused"
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
-    x.requires_grad_()
-    layer(x).sum().backward()  # by the closed form: folded weights have no kernels for it
-    assert x.grad.isfinite().all()
-
-
 @pytest.mark.parametrize("frozen", [["x"], list(EmaWeights._fields), ["gn_weight", "conv1x1_bias"]])
 def test_frozen_inputs_get_no_gradient_and_the_others_the_same(frozen):
     case = on_device(oracle.make_case((1, 8, 5, 6), 2))
@@ -339,8 +315,6 @@ def test_passes_pytorchs_own_operator_checks(shape, layout):
     from ema_timm.ops import operators  # registers them  # noqa: F401
 
     torch.library.opcheck(torch.ops.ema_timm.fused, (case.x, *case.weights, 2, True))
-    folded = [t.detach() for t in fold(case.weights)]
-    torch.library.opcheck(torch.ops.ema_timm.fused_folded, (case.x.detach(), *folded, 2))
 
 
 @pytest.mark.filterwarnings("ignore")

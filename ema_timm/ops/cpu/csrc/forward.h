@@ -140,7 +140,7 @@ static inline void forward_share(const ForwardCall *call, Arena arena) {
     for (int64_t first = share.first; first < share.end; first += at_once) {
         const int64_t count = first + at_once < share.end ? at_once : share.end - first;
         for (int64_t i = 0; i < count; i++) open_tile(call, &m, i, first + i);
-        vote(m.means, call->weights, size.n, s->votes, m.u);
+        vote(m.means, call->weights, size.n, m.u);
         for (int64_t i = 0; i < count; i++) close_tile(call, m, i, first + i, first + at_once + i);
     }
 }

@@ -85,12 +85,9 @@ STEP void shifted_means(Maps g, Sizes size, const float *pools, float *means, in
 }
 
 /* u (n, LANES): softmax over channels of the votes for as many tiles as a vector has lanes, from
- * their means (9 n, LANES). Where the first row was folded away its logit is 0. */
-STEP void vote(const float *means, const Weights *k, int64_t n, int64_t votes, float *u) {
-    const int64_t skip = n - votes;
-    store(u, (vec){0});
-    product((Matrix){k->vote_weight, 9 * n, 1, votes, 9 * n}, k->vote_bias, means,
-            u + skip * LANES, LANES);
+ * their means (9 n, LANES). */
+STEP void vote(const float *means, const Weights *k, int64_t n, float *u) {
+    product((Matrix){k->vote_weight, 9 * n, 1, n, 9 * n}, k->vote_bias, means, u, LANES);
     vec top = load(u), sum = {0};
     for (int64_t o = 1; o < n; o++) {
         const vec logit = load(u + o * LANES);

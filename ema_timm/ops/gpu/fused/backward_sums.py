@@ -1,7 +1,8 @@
 """Sums over a tile that the backward of EMA attention begins with.
 
-Letters and bundles are those of `ema_timm.ops.gpu.fused.kernel_args`. dL, which has no channels, lies in
-scratch with a border of zeros, so that its neighbours are read without asking where the map ends.
+Letters and arguments are those of `ema_timm.ops.gpu.fused.kernel_args`. dL has no channels. It is
+stored in scratch memory with a border of zeros, so that its neighbours can be read without a check
+for the end of the map.
 """
 
 import triton

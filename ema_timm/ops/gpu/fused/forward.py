@@ -1,9 +1,10 @@
 """Triton kernel of EMA attention: the forward of one tile by one program.
 
-Letters and bundles are those of `ema_timm.ops.gpu.fused.kernel_args`. The tile is walked four times: sums
-of lines, statistics, gate, output. Only the first walk reads it from memory, the later ones find
-it in cache. What one walk leaves for the next lies in the tile's own part of ``saved``, with a
-barrier between; nothing is shared between programs. Accumulators are float32.
+Letters and arguments are those of `ema_timm.ops.gpu.fused.kernel_args`. The program makes four
+passes over its tile: sums of rows and columns, statistics, gate, output. Only the first pass reads
+the tile from memory; the later ones find it in the cache. A pass hands its results to the next one
+in the tile's own part of ``saved``, and a barrier separates them. Programs share nothing.
+Accumulators are float32.
 """
 
 import triton
@@ -43,10 +44,9 @@ def forward_tile(
     out,
     saved: Saved,  # written; of the gate map that holds where SAVE
     sums,  # scratch for sums of lines, (B·G, n, L), each tile's shifted means, (9n,), behind them
-    weights: FoldedWeights,  # the first DROPPED of the votes' n rows are left out
+    weights: FoldedWeights,
     size: Size,
     n: tl.constexpr,
-    DROPPED: tl.constexpr,
     SAVE: tl.constexpr,
     VECTOR: tl.constexpr,
     EVEN: tl.constexpr,
@@ -73,7 +73,7 @@ def forward_tile(
     mix(x, sums, kept, weights, n, BL, PN)
     store_means(x, sums, kept.mean, means, n)
     tl.debug_barrier()
-    vote(means, kept, weights, n, DROPPED, PN)
+    vote(means, kept, weights, n, PN)
     tl.debug_barrier()
     constant = statistics(x, kept, weights, sums, n, BN, BH, BW)
     tl.debug_barrier()
@@ -110,22 +110,18 @@ def mix(x, sums, kept, weights, n: tl.constexpr, BL: tl.constexpr, PN: tl.conste
 
 
 @triton.jit
-def vote(means, kept, weights, n: tl.constexpr, DROPPED: tl.constexpr, PN: tl.constexpr):
-    """Write u, the softmax weights of the local branch.
-
-    The votes' weight is (n - DROPPED, 9n): with one row dropped, channel 0 votes 0.
-    """
+def vote(means, kept, weights, n: tl.constexpr, PN: tl.constexpr):
+    """Write u, the softmax weights of the local branch."""
     o = tl.arange(0, PN)
-    voter = (o >= DROPPED) & (o < n)
     products = tl.zeros((PN, 32), tl.float32)
     for k0 in range(0, 9 * n, 32):
         k = k0 + tl.arange(0, 32)
-        at = (o - DROPPED)[:, None] * (9 * n) + k[None, :]
-        mask = voter[:, None] & (k < 9 * n)[None, :]
+        at = o[:, None] * (9 * n) + k[None, :]
+        mask = (o < n)[:, None] & (k < 9 * n)[None, :]
         row = tl.load(weights.vote_weight + at, mask=mask, other=0.0)
         products += row * load_vector(means, k, 9 * n)[None, :]
     logits = tl.sum(products, axis=1)
-    logits += tl.load(weights.vote_bias + o - DROPPED, mask=voter, other=0.0)
+    logits += load_vector(weights.vote_bias, o, n)
     logits = tl.where(o < n, logits, float("-inf"))
     votes = tl.exp(logits - tl.max(logits, axis=0))
     store_vector(kept.u, votes / tl.sum(votes, axis=0), o, n)

@@ -53,7 +53,6 @@ def forward(
                 saved.gates.new_empty(walk.tiles, n * (sum(x.shape[2:]) + 9)),
                 weights,
                 walk.size,
-                DROPPED=n - weights.vote_bias.shape[0],
                 SAVE=save,
                 num_warps=walk.warps,
                 num_stages=1,

@@ -1,8 +1,8 @@
 """Steps of the derivation that the forward and the backward of a tile share.
 
-Letters, bundles and loads are those of `ema_timm.ops.gpu.fused.kernel_args`, identities a to d those of
-`ema_timm.ops.formula`; tap (dy, dx) has index t = 3·(dy + 1) + dx + 1. Where a channel
-i and a tap meet, their number is k = 9·i + t.
+Letters, arguments and loads are those of `ema_timm.ops.gpu.fused.kernel_args`, identities a to d
+those of `ema_timm.ops.formula`. Tap (dy, dx) has index t = 3·(dy + 1) + dx + 1; channel i and tap t
+together have index k = 9·i + t.
 """
 
 import triton
