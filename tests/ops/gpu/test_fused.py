@@ -164,9 +164,9 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
     grad = torch.empty_like(case.x).copy_(case.grad)
     launched = []
     for module, name in [
-        (launch.whole_tile, "forward_tile"),
-        (launch.whole_tile_backward, "backward_tile"),
-        (launch.over_tiles, "sum_tiles"),
+        (launch.forward_kernels, "forward_tile"),
+        (launch.backward_kernels, "backward_tile"),
+        (launch.weight_gradients, "sum_tiles"),
     ]:
         monkeypatch.setattr(module, name, Noted(name, launched))
     with torch.no_grad(), Counter() as forward:
@@ -430,7 +430,7 @@ def failing(raised):
 )
 def test_what_triton_cannot_compile_or_store_is_one_line_with_the_remedy(monkeypatch, raised):
     case = on_device(oracle.make_case((1, 8, 3, 5), 2))
-    monkeypatch.setattr(launch.whole_tile, "forward_tile", failing(raised))
+    monkeypatch.setattr(launch.forward_kernels, "forward_tile", failing(raised))
     with pytest.raises(CannotCompileError) as caught:
         run(case.x, case.weights, 2)
     said = str(caught.value)
@@ -488,7 +488,7 @@ def test_maps_too_large_are_refused_with_the_reason(shape, reason):
 )
 def test_a_failed_launch_is_pytorchs_error_with_the_shapes(monkeypatch, raised, kind):
     case = on_device(oracle.make_case((1, 8, 3, 5), 2))
-    monkeypatch.setattr(launch.whole_tile, "forward_tile", failing(raised))
+    monkeypatch.setattr(launch.forward_kernels, "forward_tile", failing(raised))
     said = str(raised)
     with pytest.raises(kind) as caught:
         launch.forward(case.x, fold(case.weights), 2, save=True)
