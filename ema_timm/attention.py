@@ -105,17 +105,11 @@ class EmaAttn(nn.Module):
 
     def weights(self) -> EmaWeights:
         """The parameters as the operator takes them, read anew so that no update is missed."""
-        conv1x1_bias, conv3x3_bias = self.conv1x1.bias, self.conv3x3.bias
+        mix, conv, norm = self.conv1x1, self.conv3x3, self.gn  # each look-up takes a call
+        mix_bias, conv_bias = mix.bias, conv.bias
         # TorchScript types a convolution's bias as optional; ours always have one.
-        assert conv1x1_bias is not None and conv3x3_bias is not None
-        return EmaWeights(
-            self.conv1x1.weight,
-            conv1x1_bias,
-            self.conv3x3.weight,
-            conv3x3_bias,
-            self.gn.weight,
-            self.gn.bias,
-        )
+        assert mix_bias is not None and conv_bias is not None
+        return EmaWeights(mix.weight, mix_bias, conv.weight, conv_bias, norm.weight, norm.bias)
 
     def macs(self, batch: int, height: int, width: int) -> int:
         """Multiply-accumulates of one call, as `ema_timm.ops.macs` counts them.
@@ -148,12 +142,10 @@ def set_implementation(model: nn.Module, impl: str) -> int:
         ValueError: If ``impl`` is unknown, the model holds no such layer, or holds one without
             cross-spatial learning, which has but one implementation.
     """
-    require_implementation(impl)
     layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
+    require_implementation(impl, all(layer.cross_spatial for layer in layers))
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no EMA attention layer.")
-    if impl != "auto" and not all(layer.cross_spatial for layer in layers):
-        raise ValueError("Layers without cross-spatial learning have one implementation, 'auto'.")
     for layer in layers:
         layer.impl = impl
     return len(layers)

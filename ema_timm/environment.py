@@ -8,8 +8,8 @@ import torch
 from ema_timm import __version__
 from ema_timm.errors import UserError, first_line
 from ema_timm.ops.cpu import library
-from ema_timm.ops.dispatch import fused_unavailable
 from ema_timm.ops.gpu import choices
+from ema_timm.ops.gpu.fused.available import fused_unavailable
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
 from ema_timm.bench.parity import PUBLISHED_TOLERANCE, TOLERANCE, layer_errors
 from ema_timm.bench.timing import Timing, machine, peak_extra_bytes, round_robin, saved_bytes
 from ema_timm.ops import IMPLEMENTATIONS
-from ema_timm.ops.dispatch import fused_unavailable
+from ema_timm.ops.gpu.fused.available import fused_unavailable
 
 SHAPES = {
     "resnet50 stage 1": (256, 56, 56),

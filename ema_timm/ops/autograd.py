@@ -1,6 +1,5 @@
 """What autograd sees of the closed form: one node, whose backward is written out by hand."""
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from ema_timm.ops.cpu import chunks, native
 from ema_timm.ops.formula import closed_form, statistics_type
 from ema_timm.ops.gpu import passes
-from ema_timm.ops.saved import Saved, restored
+from ema_timm.ops.saved import Saved, is_recorded, restored
 from ema_timm.ops.weights import EmaWeights
 
 
@@ -29,8 +28,9 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
     """
-    x = _with_memory(x)
-    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+    if x._is_zerotensor():  # autograd's tensor of zeros has no memory
+        x = x.clone()
+    if is_recorded(x, weights):
         return _ClosedForm.apply(x, groups, *weights)
     chosen = kernel(x, weights)
     return chosen.forward(x, chosen.fold(statistics_type(x, weights)), groups, save=False)[0]
@@ -52,23 +52,19 @@ def saved_type(x: Tensor) -> type[Saved] | type[passes.Saved]:
     return passes.Saved if passes.takes(x) else Saved
 
 
-def outside_autocast(backward: Callable) -> Callable:
-    """``backward(grad, x, ...)``, which may be called inside autocast, without it.
+def outside_autocast(function: Callable, x: Tensor, *rest):
+    """Call ``function(x, *rest)`` with autocast switched off on the device of ``x``.
 
-    Products of weights in half precision would reach the kernels as if they were float32.
+    Inside autocast, products of weights in half precision would reach the kernels as if they were
+    float32.
     """
-
-    @functools.wraps(backward)
-    def run(grad, x, *rest):
-        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
-            return backward(grad, x, *rest)
-        with torch.autocast(x.device.type, enabled=False):
-            return backward(grad, x, *rest)
-
-    return run
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(x, *rest)
+    with torch.autocast(device, enabled=False):
+        return function(x, *rest)
 
 
-@outside_autocast
 def hand_written_backward(
     grad: Tensor,
     x: Tensor,
@@ -93,18 +89,14 @@ def hand_written_backward(
         The gradient of ``x`` in its type and layout, and those of the parameters; None where not
         wanted.
     """
-    grad = _with_memory(grad)
+    if grad._is_zerotensor():  # as in the forward
+        grad = grad.clone()
     if passes.takes(x):
         weights = statistics_type(x, weights)
         return passes.backward(grad, x, saved, weights, groups, need_x, need_weights)
     x, saved, weights = restored(grad, x, saved, weights, groups)
     chosen = kernel(x, (*weights, *saved, grad))
     return chosen.backward(grad, x, saved, weights, groups, need_x, need_weights)
-
-
-def _with_memory(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy where it is autograd's tensor of zeros that has no memory."""
-    return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
 def _is_hidden(x: Tensor) -> bool:
@@ -137,9 +129,11 @@ class _ClosedForm(torch.autograd.Function):
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or _is_batched(grad) or _is_hidden(x):
             # create_graph, whose result must be differentiable again; or vmap, or a tracer.
-            dx, dw = differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
+            arguments = grad, x, weights, ctx.groups, need_x, need
+            dx, dw = outside_autocast(differentiable_backward, *arguments)
             return dx, None, *dw
-        dx, dw = hand_written_backward(grad, x, saved, weights, ctx.groups, need_x, any(need))
+        arguments = grad, x, saved, weights, ctx.groups, need_x, any(need)
+        dx, dw = outside_autocast(hand_written_backward, *arguments)
         if dw is None:
             return dx, None, *[None] * 6
         dw = [d.to(w.dtype) if n else None for d, w, n in zip(dw, weights, need, strict=True)]
@@ -154,7 +148,6 @@ class _ClosedForm(torch.autograd.Function):
         )
 
 
-@outside_autocast
 def differentiable_backward(
     grad: Tensor,
     x: Tensor,

@@ -18,7 +18,7 @@ from ema_timm.ops import autograd
 from ema_timm.ops.formula import fold, statistics_type
 from ema_timm.ops.gpu import gpu_fold
 from ema_timm.ops.macs import closed_form_macs
-from ema_timm.ops.saved import Saved, new_saved
+from ema_timm.ops.saved import Saved, is_recorded, new_saved
 from ema_timm.ops.weights import EmaWeights, fits, misfit
 
 # Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
@@ -28,7 +28,7 @@ _PARAMETERS = (
 )
 
 
-def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
+def closed_form_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """`ema_timm.ops.formula.closed_form` as the operator ``ema_timm::closed_form``.
 
     Args:
@@ -39,19 +39,15 @@ def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``.
     """
-    return _closed_form(x, *weights, groups, _recorded(x, weights))[0]
+    return _closed_form(x, *weights, groups, is_recorded(x, weights))[0]
 
 
 def fused_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
-    """`closed_form_opaque` by Triton kernels, as the operator ``ema_timm::fused``.
+    """`closed_form_operator` by Triton kernels, as the operator ``ema_timm::fused``.
 
-    The caller has asked `ema_timm.ops.gpu.fused.tiling.unavailable` first.
+    The caller has checked `ema_timm.ops.gpu.fused.available.require_fused` first.
     """
-    return _fused(x, *weights, groups, _recorded(x, weights))[0]
-
-
-def _recorded(x: Tensor, weights: EmaWeights) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    return _fused(x, *weights, groups, is_recorded(x, weights))[0]
 
 
 def _register(
@@ -115,7 +111,8 @@ def _register_backward(name: str, backward: Callable) -> Callable:
         """The gradient of ``x``, empty where not needed, then those of the parameters."""
         weights, (groups, need_x, need_weights) = rest[:6], rest[6:]
         saved = Saved(gates, gate_map, vectors)
-        dx, dw = backward(grad, x, saved, EmaWeights(*weights), groups, need_x, need_weights)
+        found = x, saved, EmaWeights(*weights), groups, need_x, need_weights
+        dx, dw = autograd.outside_autocast(backward, grad, *found)
         found = [x.new_empty(0) if dx is None else dx]
         if dw is not None:
             found += [d.to(w.dtype) for d, w in zip(dw, weights, strict=True)]
@@ -143,9 +140,8 @@ def _differentiate(gradient: Callable, ctx, grad: Tensor, *_) -> tuple:
     need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:7]
     if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
         x, *rest = ctx.saved_tensors
-        dx, dw = autograd.differentiable_backward(
-            grad, x, EmaWeights(*rest[3:]), ctx.groups, need_x, need
-        )
+        arguments = grad, x, EmaWeights(*rest[3:]), ctx.groups, need_x, need
+        dx, dw = autograd.outside_autocast(autograd.differentiable_backward, *arguments)
         return dx, *dw, None, None
     dx, *dw = gradient(grad, *ctx.saved_tensors, ctx.groups, need_x, any(need))
     dw = [d if n else None for d, n in zip(dw or [None] * 6, need, strict=True)]
@@ -162,7 +158,6 @@ def _fused_forward(*arguments):
     return launch.forward(*arguments)
 
 
-@autograd.outside_autocast
 def _fused_backward(grad, x, saved, weights, *rest):
     from ema_timm.ops.gpu.fused import launch
 

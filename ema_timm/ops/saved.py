@@ -23,6 +23,11 @@ class Saved(NamedTuple):
     vectors: Tensor
 
 
+def is_recorded(x: Tensor, weights: EmaWeights) -> bool:
+    """Whether autograd records a call with these tensors, so that a backward may follow."""
+    return torch.is_grad_enabled() and (x.requires_grad or any([w.requires_grad for w in weights]))
+
+
 def new_saved(x: Tensor, groups: int, dtype: torch.dtype) -> Saved:
     """Memory for what the backward of ``x``, (B, C, H, W), will need.
 

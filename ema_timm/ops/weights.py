@@ -71,3 +71,38 @@ def misfit(weights: EmaWeights, n: int) -> str:
         f"The layer's weights do not fit together; in groups of {n} channels {', '.join(wrong)}. "
         "Give the layer the parameters that it was made with."
     )
+
+
+def require_fit(x: Tensor, weights: EmaWeights, groups: int) -> None:
+    """Check that ``x`` is a map that ``weights`` and ``groups`` fit.
+
+    Raises:
+        ValueError: If the shapes do not fit together, or ``groups`` is below 1.
+        TypeError: If ``x`` is not floating point, or ``groups`` is not an int.
+    """
+    if x.dim() != 4:
+        raise ValueError(
+            f"x must be a feature map of 4 dimensions (B, C, H, W), got {x.dim()} with shape "
+            f"{tuple(x.shape)}. Add the batch dimension with x.unsqueeze(0), or reshape tokens to "
+            "a map first."
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must be floating point, got {x.dtype}. Convert it first, for example with "
+            "x.float()."
+        )
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {groups!r} ({type(groups).__name__}).")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}.")
+    n = weights.gn_weight.numel()
+    if not fits(weights, n):
+        raise ValueError(misfit(weights, x.shape[1] // groups))
+    if x.shape[1] != groups * n:
+        raise ValueError(
+            f"The layer's weights are for {groups * n} channels ({groups} groups of {n}), got "
+            f"input with {x.shape[1]} channels, shape {tuple(x.shape)}. Build the layer as "
+            f"EmaAttn({x.shape[1]}) or give it the feature map it was made for."
+        )
+    if 0 in x.shape[2:]:
+        raise ValueError(f"H and W must be at least 1, got shape {tuple(x.shape)}.")

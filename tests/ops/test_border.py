@@ -48,11 +48,11 @@ def test_weights_on_another_device_end_in_pytorchs_error(grad):
 
 
 def test_the_operator_refuses_weights_on_another_device():
-    from ema_timm.ops.operators import closed_form_opaque
+    from ema_timm.ops.operators import closed_form_operator
 
     weights = EmaAttn(16, 2, device="meta").weights()
     with pytest.raises(RuntimeError, match="on one device"):
-        closed_form_opaque(torch.randn(SHAPE), weights, 2)
+        closed_form_operator(torch.randn(SHAPE), weights, 2)
 
 
 @grad_modes
@@ -246,13 +246,13 @@ def strided(tensor):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_saved_tensors_in_another_form_give_the_same_gradients(unpack, tolerance, dtype, opaque):
-    from ema_timm.ops.operators import closed_form_opaque
+    from ema_timm.ops.operators import closed_form_operator
 
     case = oracle.make_case(SHAPE, 2, dtype)
 
     def function(x, weights, groups):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            return (closed_form_opaque if opaque else ema_attention)(x, weights, groups)
+            return (closed_form_operator if opaque else ema_attention)(x, weights, groups)
 
     oracle.assert_matches(function, case, tolerance)
 

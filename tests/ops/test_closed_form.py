@@ -32,7 +32,7 @@ from ema_timm.ops.formula import (
     statistics_type,
 )
 from ema_timm.ops.gpu import passes
-from ema_timm.ops.operators import closed_form_opaque
+from ema_timm.ops.operators import closed_form_operator
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EPS, EmaWeights
 
@@ -52,7 +52,7 @@ FORMS = {
     "exported": as_exported,
     "operators": closed_form_eager,
     "native": closed_form_eager,
-    "opaque": closed_form_opaque,
+    "opaque": closed_form_operator,
     "whole_map": closed_form_eager,
 }
 

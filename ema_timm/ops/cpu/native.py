@@ -134,7 +134,7 @@ def forward(
             ctypes.byref(_pointers(_Weights, weights)),
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
-            ctypes.byref(_pointers(_Saved, saved or (None,) * 3)),
+            ctypes.byref(_pointers(_Saved, saved) if save else _Saved()),
         )
     )
     return out, saved
@@ -163,7 +163,7 @@ def backward(
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(grad.data_ptr()),
             ctypes.byref(_pointers(_Saved, saved)),
-            ctypes.byref(_pointers(_Grads, (dx, *(sums or (None,) * 3)))),
+            ctypes.byref(_pointers(_Grads, (dx, *(sums or ())))),
         )
     )
     return dx, None if sums is None else _weight_gradients(sums, weights)

@@ -3,7 +3,6 @@
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,9 +179,9 @@ def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(monkeypatc
         except OSError as error:
             raise CannotCompileError("in one line, with the remedy") from error
 
-    kernels = SimpleNamespace(fused_operator=failing)
-    monkeypatch.setattr(dispatch, "_fused", lambda *_: kernels)
+    monkeypatch.setattr(dispatch, "_fused", failing)
     monkeypatch.setattr(dispatch, "fused_unavailable", lambda *_: None)
+    monkeypatch.setattr(dispatch, "require_fused", lambda *_: None)
     x, weights = on_gpu((2, 8, 6, 5))
     choices.remember(GPU, {LAYER: "fused", LAYER._replace(batch=3): "fused"})
     with caplog.at_level(logging.WARNING):

@@ -471,7 +471,7 @@ def test_amd_is_refused_with_the_reason(monkeypatch):
     ("shape", "reason"),
     [
         ((1, 8, 2, 2049), "at most 2048 columns"),
-        ((1, 8, 1 << 20, 1 << 9), "less than 2.31 numbers"),
+        ((1, 8, 1 << 20, 1 << 9), "less than 2.31 elements"),
     ],
 )
 def test_maps_too_large_are_refused_with_the_reason(shape, reason):

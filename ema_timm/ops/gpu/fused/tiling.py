@@ -1,4 +1,4 @@
-"""Where the fused kernels run, and in which blocks they walk the tiles of a shape.
+"""Where the fused kernels run, and in which blocks they pass over the tiles of a shape.
 
 n channels of a group; a tile is one group of one sample, (n, H, W).
 """
@@ -15,11 +15,11 @@ from ema_timm.ops.gpu.fused.kernel_args import Size
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 128
-"""Channels a group the kernels take."""
+"""Most channels of a group."""
 WIDEST_MAP = 2048
-"""Columns of a map the kernels take: a row lies in one block."""
+"""Most columns of a map: a row must fit in one block."""
 LONGEST = 1 << 31
-"""Numbers a sample has less of: offsets within it have 32 bits."""
+"""A sample must have fewer elements: offsets within it have 32 bits."""
 SHARE = 6272
 """Numbers of a tile for each warp: the tiles of 16 warps fill the first-level cache."""
 THREAD = 16
@@ -29,7 +29,7 @@ PADDING = 1.2
 
 
 def unavailable(x: Tensor, n: int) -> str | None:
-    """Why the kernels cannot take ``x`` in groups of ``n`` channels, or None if they can."""
+    """Why the kernels do not support ``x`` in groups of ``n`` channels, or None if they do."""
     if not hasattr(tl, "gather"):
         return f"it needs Triton 3.3 or newer, found {triton.__version__}"
     if x.dtype not in TYPES:
@@ -39,11 +39,11 @@ def unavailable(x: Tensor, n: int) -> str | None:
     if x.shape[3] > WIDEST_MAP:
         return f"it takes maps of at most {WIDEST_MAP} columns, got {x.shape[3]}"
     if x.shape[1] * x.shape[2] * x.shape[3] >= LONGEST:
-        return f"it takes samples of less than 2^31 numbers, got {tuple(x.shape[1:])}"
+        return f"it takes samples of less than 2^31 elements, got {tuple(x.shape[1:])}"
     if interpreted():
         return None
     if torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU, and on AMD's (HIP {torch.version.hip}) nothing is proved"
+        return f"it needs an NVIDIA GPU and has not been tested on AMD's (HIP {torch.version.hip})"
     if x.device.type != "cuda":
         return (
             f"it needs a CUDA GPU and the input is on {x.device} (under Triton's interpreter, "
@@ -57,7 +57,7 @@ def unavailable(x: Tensor, n: int) -> str | None:
 
 @torch.compiler.assume_constant_result
 def compute_capability(index: int) -> tuple[int, int]:
-    """Major and minor of one GPU; a constant for who compiles."""
+    """Major and minor version of one GPU, a constant to `torch.compile`."""
     return torch.cuda.get_device_capability(index)
 
 
