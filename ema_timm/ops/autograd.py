@@ -47,9 +47,9 @@ def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:
     return native if native.takes(x, others) else chunks
 
 
-def saved_type(x: Tensor) -> type[Saved] | type[passes.Saved]:
+def saved_type(x: Tensor) -> type[Saved] | type[passes.PassesSaved]:
     """How what the forward of ``x`` saved is called: the passes on CUDA keep other things."""
-    return passes.Saved if passes.takes(x) else Saved
+    return passes.PassesSaved if passes.takes(x) else Saved
 
 
 def outside_autocast(function: Callable, x: Tensor, *rest):
@@ -68,7 +68,7 @@ def outside_autocast(function: Callable, x: Tensor, *rest):
 def hand_written_backward(
     grad: Tensor,
     x: Tensor,
-    saved: Saved | passes.Saved,
+    saved: Saved | passes.PassesSaved,
     weights: EmaWeights,
     groups: int,
     need_x: bool,

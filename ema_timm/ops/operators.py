@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ema_timm.ops import autograd
 from ema_timm.ops.formula import fold, statistics_type
-from ema_timm.ops.gpu import gpu_fold
+from ema_timm.ops.gpu.steps import fold_in_few_operators
 from ema_timm.ops.macs import closed_form_macs
 from ema_timm.ops.saved import Saved, is_recorded, new_saved
 from ema_timm.ops.weights import EmaWeights, fits, misfit
@@ -165,7 +165,7 @@ def _fused_backward(grad, x, saved, weights, *rest):
 
 
 _closed_form = _register("closed_form", _closed_form_forward, autograd.hand_written_backward)
-_fused = _register("fused", _fused_forward, _fused_backward, gpu_fold.fold)
+_fused = _register("fused", _fused_forward, _fused_backward, fold_in_few_operators)
 
 
 def _flops(x_shape: torch.Size, n: int) -> int:

@@ -238,21 +238,21 @@ def strided(tensor):
     return held[..., 0]
 
 
-@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("operator", [False, True])
 @pytest.mark.parametrize(
     ("unpack", "tolerance"),
     [(strided, 2e-4), (torch.Tensor.double, 2e-4), (torch.Tensor.bfloat16, 5e-2)],
     ids=["strides", "double", "bfloat16"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_saved_tensors_in_another_form_give_the_same_gradients(unpack, tolerance, dtype, opaque):
+def test_saved_tensors_in_another_form_give_the_same_gradients(unpack, tolerance, dtype, operator):
     from ema_timm.ops.operators import closed_form_operator
 
     case = oracle.make_case(SHAPE, 2, dtype)
 
     def function(x, weights, groups):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            return (closed_form_operator if opaque else ema_attention)(x, weights, groups)
+            return (closed_form_operator if operator else ema_attention)(x, weights, groups)
 
     oracle.assert_matches(function, case, tolerance)
 

@@ -52,8 +52,8 @@ FORMS = {
     "exported": as_exported,
     "operators": closed_form_eager,
     "native": closed_form_eager,
-    "opaque": closed_form_operator,
-    "whole_map": closed_form_eager,
+    "custom operator": closed_form_operator,
+    "passes": closed_form_eager,
 }
 
 
@@ -63,12 +63,12 @@ FORMS = {
         "exported",
         "operators",
         pytest.param("native", marks=needs_native),
-        "opaque",
-        "whole_map",
+        "custom operator",
+        "passes",
     ]
 )
 def form(request, monkeypatch):
-    if request.param == "whole_map":  # what runs on CUDA, here on the CPU
+    if request.param == "passes":  # what runs on CUDA, here on the CPU
         monkeypatch.setattr(passes, "takes", lambda x: x.numel() > 0)
     if request.param == "operators":
         monkeypatch.setattr(native, "takes", lambda *_: False)
@@ -96,7 +96,7 @@ def test_output_and_every_gradient_equal_the_definition(form, case):
     names = ("out", *oracle.NAMES)
     if passes.takes(case.x) and case.x.element_size() == 2:
         # Its maps between two passes are in half precision, as those of library layers are: on tiny
-        # maps, where a parameter's gradient may cancel, that shows. test_whole_map.py measures it.
+        # maps, where a parameter's gradient may cancel, that shows. gpu/test_passes.py measures it.
         names = ("out", "x")
     oracle.assert_matches(form, case, names=names)
 
@@ -409,7 +409,7 @@ def test_compiles_whole_with_dynamic_shapes(layout):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-def test_the_opaque_operator_passes_pytorchs_own_checks():
+def test_the_custom_operator_passes_pytorchs_own_checks():
     case = oracle.make_case((2, 8, 5, 6), 2)
     torch.library.opcheck(torch.ops.ema_timm.closed_form, (case.x, *case.weights, 2, True))
 

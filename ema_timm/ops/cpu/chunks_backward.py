@@ -1,6 +1,7 @@
-"""The backward of `eager` on one chunk, step by step in the order of the derivation.
+"""The backward of `chunks` on one chunk, step by step in the order of the derivation.
 
-T tiles of one chunk, n channels of a group, H height, W width; ŷ = (y − mean)·r.
+The collapsed 3×3 convolution of both directions is here too. T tiles of one chunk, n channels of a
+group, H height, W width; ŷ = (y − mean)·r.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ema_timm.ops.formula import shifted_means
-from ema_timm.ops.gradients import spread_taps
 from ema_timm.ops.saved import Saved
 from ema_timm.ops.weights import FoldedWeights
 
@@ -161,7 +161,7 @@ def _input_gradient(
     dtaps = (dm @ w.vote_weight).div_(height * width).view(*dm.shape, 3, 3)
     dpool = torch.matmul(w.mix_weight.t(), dmix)
     drow, dcol = dpool[..., :height] / width, dpool[..., height:] / height
-    spread_taps(dtaps, drow, dcol)
+    _spread_taps(dtaps, drow, dcol)
 
     acc = dy.mul_(c.gate_h[..., None]).mul_(c.gate_w[..., None, :])
     acc.addcmul_(c.grad, c.gate_map[:, None])
@@ -172,6 +172,23 @@ def _input_gradient(
     acc[..., 0, -1] += dtaps[..., 2, 0]
     acc[..., 0, 0] += dtaps[..., 2, 2]
     return acc
+
+
+def _spread_taps(dtaps: Tensor, drow: Tensor, dcol: Tensor) -> None:
+    """Add the gradients of the shifted means, except at the corners, to those of rows and columns.
+
+    A tap reaches every pixel except the border row and column that its shift leaves out.
+
+    Args:
+        dtaps: Gradient of each tap's sum, (T, n, 3, 3).
+        drow: The gradient that every pixel of a row receives, (T, n, H); changed in place.
+        dcol: The same of every pixel of a column, (T, n, W); changed in place.
+    """
+    drow += dtaps.sum((2, 3))[..., None]
+    drow[..., -1] -= dtaps[..., 0, :].sum(-1)
+    drow[..., 0] -= dtaps[..., 2, :].sum(-1)
+    dcol[..., -1] -= dtaps[..., :, 0].sum(-1)
+    dcol[..., 0] -= dtaps[..., :, 2].sum(-1)
 
 
 def add_convolution(logits: Tensor, g: Tensor, kernel: Tensor) -> None:

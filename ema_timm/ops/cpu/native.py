@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ema_timm.ops.cpu.library import has_float16, library
 from ema_timm.ops.formula import fold
-from ema_timm.ops.gradients import finish_weights
-from ema_timm.ops.saved import Saved, new_saved
+from ema_timm.ops.saved import Saved, finish_weights, new_saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))

@@ -13,28 +13,28 @@ range; y is scaled alike.
 
 Small matrix products are convolutions that are told not to round to TF32: what PyTorch's settings
 allow elsewhere changes nothing here. B batch, G groups, n channels of a group, H height, W width.
-The forward is here, the backward in `whole_map_backward`, what both need in `passes`.
+The forward is here, the backward in `passes_backward`, what both need in `steps`.
 """
 
 import torch
 from torch import Tensor
 
-from ema_timm.ops.gpu.gpu_fold import fold
 from ema_timm.ops.gpu.passes_backward import backward
 from ema_timm.ops.gpu.steps import (
+    PassesSaved,
     Rows,
-    Saved,
     convolve,
     gated_rows,
     images,
     pool,
     scale,
-    shifted_means,
+    shifted_means_reversed,
     split,
 )
+from ema_timm.ops.gpu.steps import fold_in_few_operators as fold
 from ema_timm.ops.weights import EPS, FoldedWeights
 
-__all__ = ["Saved", "backward", "fold", "forward", "takes"]
+__all__ = ["PassesSaved", "backward", "fold", "forward", "takes"]
 
 KEPT = 0.45
 """The largest share of the input that gate map and pools may be for the pools to be kept too."""
@@ -47,12 +47,12 @@ def takes(x: Tensor) -> bool:
 
 def forward(
     x: Tensor, weights: FoldedWeights, groups: int, save: bool
-) -> tuple[Tensor, Saved | None]:
+) -> tuple[Tensor, PassesSaved | None]:
     """`ema_timm.ops.cpu.chunks.forward`: (B, C, H, W) in and out."""
     g = split(x, groups)
     rows = gated_rows(g, pool(g, weights.gn_weight.dtype), weights.mix_weight, weights.mix_bias)
     mean, r = _norm(rows)
-    means = shifted_means(g, rows.pooled)
+    means = shifted_means_reversed(g, rows.pooled)
     u = _vote(means, weights)
     coef = (u * weights.gn_weight).mul_(r)
     logits = _normed_branch(rows, mean, u * weights.gn_bias, coef)
@@ -67,7 +67,7 @@ def forward(
     small = rows.pooled.nbytes + gate_map.nbytes <= KEPT * x.nbytes
     pooled = rows.pooled if small else rows.pooled.new_empty(0)
     means = means.view(-1, 9 * g.shape[2]).to(x.dtype)
-    return out, Saved(pooled, gate_map, mean, r, u, coef, means, taps[0, 0])
+    return out, PassesSaved(pooled, gate_map, mean, r, u, coef, means, taps[0, 0])
 
 
 def _norm(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def _norm(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _vote(means: Tensor, w: FoldedWeights) -> Tensor:
-    """u, (B, G, n), from `shifted_means`."""
+    """u, (B, G, n), from `shifted_means_reversed`."""
     n = means.shape[2]
     taps = w.vote_weight.reshape(-1, n, 9).flip(2)
     logits = convolve(means.view(-1, n, 9), taps, w.vote_bias)[..., 0]

@@ -1,4 +1,4 @@
-"""The backward of `whole_map`, step by step in the order of the derivation.
+"""The backward of `passes`, step by step in the order of the derivation.
 
 B batch, G groups, n channels of a group, H height, W width, N = H·W; D is the gradient of the
 output, y = s_h·s_w·g, ŷ = (y − mean)·r and dev = mean − s_h·κ, so that ŷ = −r·(dev + s_h·e).
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ema_timm.ops.gpu.steps import (
+    PassesSaved,
     Rows,
-    Saved,
     convolve,
     ends,
     gated_rows,
@@ -23,7 +23,7 @@ from ema_timm.ops.gpu.steps import (
     scale,
     split,
 )
-from ema_timm.ops.gradients import finish_weights
+from ema_timm.ops.saved import finish_weights
 from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
 
 PIECES = 128
@@ -55,7 +55,7 @@ class _Logits(NamedTuple):
 def backward(
     grad: Tensor,
     x: Tensor,
-    saved: Saved,
+    saved: PassesSaved,
     weights: EmaWeights,
     groups: int,
     need_x: bool = True,
@@ -83,7 +83,7 @@ def backward(
 
 
 def _logits_gradient(
-    g: Tensor, d: Tensor, rows: Rows, saved: Saved, w: EmaWeights, buffer: Tensor
+    g: Tensor, d: Tensor, rows: Rows, saved: PassesSaved, w: EmaWeights, buffer: Tensor
 ) -> _Logits:
     """Through the gate to the votes and to what the norm needs; fills ``buffer``."""
     dtype = w.gn_weight.dtype
@@ -185,7 +185,7 @@ def _add_to_input(
     n, height = dx.shape[2:4]
     mixing = w.conv1x1_weight.reshape(n, n, 1)
     dpool = convolve(dmix.flatten(0, 1), mixing, transposed=True).view_as(dmix)
-    # In the order of `shifted_means`.
+    # In the order of `shifted_means_reversed`.
     taps = w.conv3x3_weight.reshape(n, n, 9).flip(2)
     dtaps = convolve(votes.view(-1, n, 1), taps, transposed=True).view(*votes.shape, 3, 3)
     row, col = dpool[..., :height], dpool[..., height:]  # minus what each pixel receives
@@ -206,7 +206,7 @@ def _meeting(borders: Tensor, seen: Tensor, dim: int) -> Tensor:
 
 
 def _parameters(
-    saved: Saved,
+    saved: PassesSaved,
     pooled: Tensor,
     logits: _Logits,
     dmix: Tensor,

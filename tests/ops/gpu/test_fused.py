@@ -14,7 +14,7 @@ from ema_timm.bench.layer import AuthorsForm
 from ema_timm.errors import CannotCompileError
 from ema_timm.ops import EmaWeights
 from ema_timm.ops.formula import fold
-from ema_timm.ops.gpu.gpu_fold import fold as gpu_fold
+from ema_timm.ops.gpu.steps import fold_in_few_operators
 
 triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
 if not hasattr(triton.language, "gather"):
@@ -170,7 +170,7 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
     ]:
         monkeypatch.setattr(module, name, Noted(name, launched))
     with torch.no_grad(), Counter() as forward:
-        _, saved = launch.forward(case.x, gpu_fold(weights), 2, save=True)
+        _, saved = launch.forward(case.x, fold_in_few_operators(weights), 2, save=True)
     with torch.no_grad(), Counter() as backward:
         launch.backward(grad, case.x, saved, weights, 2)
     assert launched == ["forward_tile", "backward_tile", "sum_tiles"]
@@ -182,7 +182,7 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
 def test_weights_folded_in_few_operators_are_those_of_the_derivation(n):
     weights = oracle.make_weights(n)
     with torch.no_grad(), Counter() as counter:
-        folded = gpu_fold(weights)
+        folded = fold_in_few_operators(weights)
     assert counter.launches <= 4, counter.lines
     for found, expected in zip(folded, fold(weights), strict=True):
         torch.testing.assert_close(found, expected)

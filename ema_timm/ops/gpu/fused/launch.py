@@ -26,7 +26,7 @@ from ema_timm.ops.gpu.fused import forward as forward_kernels
 from ema_timm.ops.gpu.fused import weight_gradients
 from ema_timm.ops.gpu.fused.backward import Scratch
 from ema_timm.ops.gpu.fused.tiling import blocks_over_tiles, plan
-from ema_timm.ops.gpu.gpu_fold import fold_with_votes
+from ema_timm.ops.gpu.steps import fold_with_v
 from ema_timm.ops.saved import Saved, new_saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
@@ -77,7 +77,7 @@ def backward(
     if not x.numel():
         zeros = EmaWeights(*map(torch.zeros_like, weights))
         return dx if need_x else None, zeros if need_weights else None
-    folded, v = fold_with_votes(weights)
+    folded, v = fold_with_v(weights)
     source, last = laid_out(x)
     target = dx if dx.stride() == source.stride() else torch.empty_like(source)
     if grad.stride() != source.stride():
