@@ -1,4 +1,4 @@
-"""What autograd sees of the closed form: one node, whose backward is written out by hand."""
+"""The closed form as one node of autograd, with a hand-written backward."""
 
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
@@ -16,9 +16,9 @@ from ema_timm.ops.weights import EmaWeights
 def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """`ema_timm.ops.formula.closed_form`, computed and differentiated without a graph.
 
-    Keeps for the backward, beyond ``x`` and the parameters, the gates along H and W, the gate map
-    and three numbers a channel. Differentiable any number of times: a backward that is itself
-    recorded goes through the traceable form.
+    Saves for the backward, beyond ``x`` and the parameters, the gates along H and W, the gate map
+    and a few vectors a tile. Differentiable any number of times: a backward that is itself recorded
+    uses the formula.
 
     Args:
         x: Feature map, (B, C, H, W), floating point.
@@ -37,10 +37,10 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
 
 
 def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:
-    """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
+    """The module whose passes run on ``x``, (B, C, H, W).
 
-    `passes` on CUDA, `chunks` elsewhere. All have a ``fold``, a ``forward`` and a ``backward`` of
-    one signature; `native.takes` says what the arguments are.
+    `passes` on CUDA, else `native` if it can run, else `chunks`. All have functions ``fold``,
+    ``forward`` and ``backward`` of the same signatures; `native.takes` explains ``others``.
     """
     if passes.takes(x):
         return passes
@@ -48,7 +48,7 @@ def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:
 
 
 def saved_type(x: Tensor) -> type[Saved] | type[passes.PassesSaved]:
-    """How what the forward of ``x`` saved is called: the passes on CUDA keep other things."""
+    """The class of the tensors that the forward of ``x`` saved, which differ on CUDA."""
     return passes.PassesSaved if passes.takes(x) else Saved
 
 
@@ -82,12 +82,12 @@ def hand_written_backward(
         saved: From the forward.
         weights: Parameters of the layer.
         groups: G.
-        need_x: Whether the gradient of ``x`` is wanted.
-        need_weights: Whether the gradients of the parameters are wanted.
+        need_x: Whether the gradient of ``x`` is needed.
+        need_weights: Whether the gradients of the parameters are needed.
 
     Returns:
         The gradient of ``x`` in its type and layout, and those of the parameters; None where not
-        wanted.
+        needed.
     """
     if grad._is_zerotensor():  # as in the forward
         grad = grad.clone()
@@ -100,7 +100,7 @@ def hand_written_backward(
 
 
 def _is_hidden(x: Tensor) -> bool:
-    """Whether a dispatch mode is on that would not see what computes on ``x``: the C kernel."""
+    """Whether a dispatch mode is on that would not see the passes on ``x``: the C kernel."""
     return native.is_watched() and not passes.takes(x)
 
 
@@ -141,7 +141,7 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        """Refused: a call with dual tensors takes the traceable form."""
+        """An error: dispatch gives calls with dual tensors to the formula."""
         raise RuntimeError(
             "This call of EMA attention was not set up for forward-mode differentiation. Make the "
             "dual tensors before the call, or use impl='reference'."
@@ -163,11 +163,11 @@ def differentiable_backward(
         x: The input, (B, C, H, W).
         weights: Parameters of one layer.
         groups: G.
-        need_x: Whether the gradient of ``x`` is wanted.
-        need: Whether that of each parameter is wanted.
+        need_x: Whether the gradient of ``x`` is needed.
+        need: Whether that of each parameter is needed.
 
     Returns:
-        The gradient of ``x``, (B, C, H, W), and those of the parameters; None where not wanted.
+        The gradient of ``x``, (B, C, H, W), and those of the parameters; None where not needed.
     """
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():

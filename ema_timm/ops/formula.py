@@ -58,8 +58,8 @@ def fold(w: EmaWeights) -> FoldedWeights:
     )
 
 
-def vote(means: Tensor, w: FoldedWeights) -> Tensor:
-    """The softmax weights u of the local branch, (..., n), from shifted means (..., 9n)."""
+def cross_spatial_weights(means: Tensor, w: FoldedWeights) -> Tensor:
+    """The softmax weights u of the local branch, (..., n), from shifted means, (..., 9n)."""
     return (means @ w.vote_weight.t() + w.vote_bias).softmax(-1)
 
 
@@ -117,11 +117,11 @@ def convolve_to_one_channel(g: Tensor, kernel: Tensor) -> Tensor:
 
 
 def convolve_by_sums(g: Tensor, kernel: Tensor) -> Tensor:
-    """`convolve_to_one_channel` for Inductor, which takes the nine sums in one pass over ``g``.
+    """`convolve_to_one_channel` for Inductor, which fuses the nine sums into one pass over ``g``.
 
-    A product of matrices is a kernel of a library, before which Inductor writes ``g`` out in
-    float32; but where nobody fuses, sums are nine passes. Each sum is shifted by a pad of its own:
-    the gradients of nine crops of one padded map are nine such maps, written out and added up.
+    Inductor calls a library for a product of matrices and writes ``g`` out in float32 before it.
+    Without operator fusion, sums are nine passes. Each sum has its own pad, because the gradients
+    of nine crops of one padded map are nine such maps, written out and added up.
     """
     out = (g * kernel[4][:, None, None]).sum(2)
     for t in range(9):
@@ -150,7 +150,7 @@ def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
     y = g * gate_h[..., None] * gate_w[..., None, :]
     centred = y - y.mean((3, 4), keepdim=True)
     r = (centred.square().mean((3, 4)) + eps).rsqrt()  # (B, G, n)
-    u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
+    u = cross_spatial_weights(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
 
     coef = u * w.gn_weight * r
     # A product, also for counters of operations: they see none in a sum.
@@ -161,14 +161,15 @@ def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
 
 
 def gate_logits_by_sums(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
-    """`gate_logits` for Inductor on a GPU: no product with the map, all else in the order it likes.
+    """`gate_logits` for Inductor on a GPU: no product of matrices with the map.
 
-    The votes come before the centred map, because a map that is used again behind a product of
-    matrices is kept in float32 instead of worked out anew. The gates are multiplied first: of
-    g·s_h·s_w from the left, g·s_h is a map to keep and to read three times in the backward.
+    u comes before the centred map, because Inductor keeps a map in float32 that is used again after
+    a product of matrices, instead of computing it again. The gates are multiplied first, because
+    from the left g·s_h·s_w would leave g·s_h, a map to keep and to read three times in the
+    backward.
     """
     row, col, gate_h, gate_w = pools_and_gates(g, w)
-    u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
+    u = cross_spatial_weights(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
     local = convolve_by_sums(g, w.kernel)
 
     y = g * (gate_h[..., None] * gate_w[..., None, :])

@@ -1,10 +1,10 @@
-"""EMA attention as operators of PyTorch's library, which `torch.compile` takes as they are.
+"""EMA attention as custom operators, which `torch.compile` calls without looking inside.
 
-``ema_timm::closed_form`` calls the kernels that eager mode runs on the CPU: Inductor, left to fuse
-the traceable form, spent minutes on the backward of a ResNet and then ran it slower than eager.
-``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.gpu.fused.launch`.
+``ema_timm::closed_form`` calls the kernels that eager mode runs on the CPU. If Inductor fuses the
+formula instead, it takes minutes to compile the backward of a ResNet, and the result is slower than
+eager mode. ``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.gpu.fused.launch`.
 
-Import this module late: registering takes longer than all the rest of this package's import.
+Import this module late: registering takes longer than the rest of this package's import.
 """
 
 from collections.abc import Callable
@@ -75,10 +75,10 @@ def _register_forward(name: str, forward: Callable, folding: Callable) -> Callab
         "-> (Tensor, Tensor, Tensor, Tensor)",
     )
     def operator(x, *rest):
-        """Output and, where asked for, what the backward needs; else empty tensors."""
+        """The output and, if ``save``, the saved tensors; else empty tensors."""
         weights, (groups, save) = EmaWeights(*rest[:6]), rest[6:]
         n = x.shape[1] // groups
-        if not fits(weights, n):  # whoever calls the operator by name has passed no other check
+        if not fits(weights, n):  # a call of the operator by name has passed no other check
             raise ValueError(misfit(weights, n))
         folded = folding(statistics_type(x, weights))
         out, saved = forward(x, folded, groups, save)

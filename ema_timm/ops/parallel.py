@@ -1,8 +1,8 @@
-"""EMA attention without cross-spatial learning: the ablation, an operator of its own.
+"""EMA attention without cross-spatial learning: the ablation, a separate operator.
 
-The paper's module ends with a cross-spatial step, in which the pooled channels of each branch weigh
-the map of the other and all channels of a group share one gate map. Without that step the two
-parallel branches are added as they are, and each channel keeps a gate map of its own:
+The paper's module ends with a cross-spatial step: the pooled channels of each branch weight the map
+of the other branch, and all channels of a group share one gate map. Without that step the two
+parallel branches are added as they are, and each channel keeps its own gate map:
 
     A = σ(x1 + x2),  out = g · A,
 
@@ -10,9 +10,9 @@ with x1 and x2 as in `ema_timm.ops.reference`. The authors released no code for 
 is the reading that takes away the step and changes nothing else: the parameters, the gates along
 height and width, the norm and the 3×3 convolution are the same.
 
-The identities of `ema_timm.ops.formula` all come from the step that is missing here (v
-is constant, so one output channel of the convolution is enough; u needs its means alone), so there
-is no cheap form: the convolution is computed in full.
+The identities of `ema_timm.ops.formula` all come from the step that is missing here (v is constant,
+so one output channel of the convolution is enough; u needs only its means). Nothing makes this
+operator cheaper: the convolution is computed in full.
 
 B batch, C channels, G groups, n = C / G, H height, W width.
 """
@@ -40,7 +40,7 @@ def parallel(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     gated = (g * channel_logits(g, weights).sigmoid()).reshape(x.shape).to(x.dtype)
     if torch.jit.is_tracing():  # a copy into empty memory is more than the ONNX exporter takes
         return gated
-    # A buffer of its own, laid out like x: ResNet adds the shortcut in place.
+    # A new buffer, laid out like x: ResNet adds the shortcut in place.
     return torch.empty_like(x).copy_(gated)
 
 

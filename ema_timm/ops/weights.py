@@ -1,4 +1,4 @@
-"""The parameters of one EMA attention layer, as every implementation takes them."""
+"""The parameters of one EMA attention layer, and the check that a feature map fits them."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class EmaWeights(NamedTuple):
 
 
 class FoldedWeights(NamedTuple):
-    """The parameters of one layer with everything that depends on weights alone worked out.
+    """The parameters of one layer with every product of weights already computed.
 
     Attributes:
         mix_weight: The 1×1 convolution, (n, n).
@@ -38,7 +38,7 @@ class FoldedWeights(NamedTuple):
         vote_weight: Makes the logits of u from the shifted means, (n, 9n).
         vote_bias: (n,).
         gn_weight: γ, (n,).
-        gn_bias: β + v·b₃, (n,); as Σ_c u_c = 1, the constant of identity b rides on β.
+        gn_bias: β + v·b₃, (n,). The constant of identity b is added to β, because Σ_c u_c = 1.
     """
 
     mix_weight: Tensor

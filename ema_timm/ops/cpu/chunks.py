@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ema_timm.ops.cpu.chunks_backward import TileSums, add_convolution, backward_chunk
-from ema_timm.ops.formula import fold, shifted_means, vote
+from ema_timm.ops.formula import cross_spatial_weights, fold, shifted_means
 from ema_timm.ops.saved import Saved, finish_weights, new_saved
 from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
 
@@ -67,7 +67,7 @@ def _forward_chunk(g: Tensor, w: FoldedWeights, out: Tensor) -> Saved:
     # The norm of the centred map: var_mean needs many times as long for the same number.
     var = torch.linalg.vector_norm(y, dim=(2, 3)).square_().div_(height * width)
     r = var.sub_(rest.square()).clamp_(min=0).add_(EPS).rsqrt_()
-    u = vote(shifted_means(g, row, col).flatten(1), w)  # (T, n)
+    u = cross_spatial_weights(shifted_means(g, row, col).flatten(1), w)  # (T, n)
 
     coef = u * w.gn_weight * r
     logits = torch.matmul(coef[:, None], y.flatten(2)).view(-1, height, width)
@@ -99,12 +99,12 @@ def backward(
         saved: From `forward`.
         weights: Parameters in the type of the statistics.
         groups: G.
-        need_x: Whether the gradient of ``x`` is wanted.
-        need_weights: Whether the gradients of the parameters are wanted.
+        need_x: Whether the gradient of ``x`` is needed.
+        need_weights: Whether the gradients of the parameters are needed.
 
     Returns:
         The gradient of ``x`` in its type and layout, and those of the parameters; None where not
-        wanted.
+        needed.
     """
     folded = fold(weights)
     dx = torch.empty_like(x) if need_x else None

@@ -21,7 +21,7 @@ class TileSums:
         self.mix = torch.zeros_like(like.mix_weight)  # (n, n)
         self.mix_bias = torch.zeros_like(like.mix_bias)
         self.kernel = torch.zeros_like(like.kernel)  # (9, n)
-        self.votes = torch.zeros_like(like.vote_weight)  # (n, 9n): Σ dm ⊗ means
+        self.vote_weight = torch.zeros_like(like.vote_weight)  # (n, 9n): Σ dm ⊗ means
         self.vote_bias = torch.zeros_like(like.vote_bias)
         self.gn_weight = torch.zeros_like(like.gn_weight)
         self.gn_bias = torch.zeros_like(like.gn_bias)
@@ -33,7 +33,7 @@ class TileSums:
             self.mix,
             self.mix_bias,
             self.kernel,
-            self.votes,
+            self.vote_weight,
             self.vote_bias,
             self.gn_weight,
             self.gn_bias,
@@ -84,7 +84,7 @@ def backward_chunk(
         grad: The gradient of the output, (T, n, H, W).
         saved: What the forward kept of these T tiles.
         w: Folded parameters in the type of the statistics.
-        dg: Takes the gradient of ``g``, (T, n, H, W); None where it is not wanted.
+        dg: Takes the gradient of ``g``, (T, n, H, W); None where it is not needed.
         total: Takes this chunk's share of the parameters' gradients.
     """
     dtype = w.gn_weight.dtype
@@ -103,8 +103,8 @@ def backward_chunk(
     total.gn_weight += (c.u * y_dot).sum(0)
     total.gn_bias += (c.u * sum_dlogits).sum(0)
 
-    dm = _vote_gradient(c, w, y_dot, sum_dlogits)
-    total.votes += dm.t() @ means.flatten(1)
+    dm = _cross_spatial_gradient(c, w, y_dot, sum_dlogits)
+    total.vote_weight += dm.t() @ means.flatten(1)
     total.vote_bias += dm.sum(0)
 
     dmix = _mix_gradient(c, dy)
@@ -133,7 +133,9 @@ def _norm_gradient(
     return y.sub_((coef * sum_dlogits / area)[..., None, None]), y_dot
 
 
-def _vote_gradient(c: _Chunk, w: FoldedWeights, y_dot: Tensor, sum_dlogits: Tensor) -> Tensor:
+def _cross_spatial_gradient(
+    c: _Chunk, w: FoldedWeights, y_dot: Tensor, sum_dlogits: Tensor
+) -> Tensor:
     """dm, (T, n), the gradient of the logits of u = softmax(means · W₃ + b₃)."""
     du = w.gn_weight * y_dot + w.gn_bias * sum_dlogits
     return c.u * (du - (c.u * du).sum(1, keepdim=True))

@@ -1,8 +1,8 @@
 """The closed form's CPU kernel: calls the library built from ``csrc`` through ctypes.
 
 The library holds no PyTorch symbol, so one build serves every PyTorch. It shares the OpenMP
-threads that PyTorch has started. Where it is absent (no compiler at install time, a platform it
-does not know) `eager` does the same in PyTorch, and `library` logs it once.
+threads that PyTorch has started. If it is missing (no compiler at install time, an unsupported
+platform), `chunks` computes the same in PyTorch, and `library` logs that once.
 
 B batch, C channels, G groups, n = C / G, H height, W width; BG = B·G tiles.
 """
@@ -53,7 +53,7 @@ class _Sums(NamedTuple):
     Attributes:
         sums: One row a thread, (threads, ema_sums_size(n)): they depend on the number of threads,
             never on their timing.
-        dm: Gradient of the votes of each tile, (BG, n).
+        dm: Gradient of the logits of u of each tile, (BG, n).
         means: Shifted means of each tile, (BG, 9n).
     """
 
@@ -72,10 +72,10 @@ def _dtypes() -> dict[torch.dtype, int]:
 
 
 def takes(x: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether the kernel can run; it gets bare pointers, so every tensor is looked at.
+    """Whether the kernel can run. It gets bare pointers, so every tensor is checked.
 
-    It can on plain, strided CPU tensors, where a library was built and no dispatch mode is on,
-    which would not see what the kernel does.
+    The kernel needs plain, strided CPU tensors and a library. It does not run under a dispatch
+    mode, which could not see it.
 
     Args:
         x: (B, C, H, W).
@@ -89,7 +89,7 @@ def takes(x: Tensor, others: Iterable[Tensor]) -> bool:
         return False
     if x.numel() == 0 or torch._C._len_torch_dispatch_stack():
         return False
-    # Every call comes through here, so the loop stands alone and asks the cheapest way.
+    # Every call passes here, so the loop is written out and makes the cheapest checks.
     for tensor in (x, *others):
         if (
             type(tensor) not in _PLAIN

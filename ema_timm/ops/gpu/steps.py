@@ -172,8 +172,8 @@ def pool(g: Tensor, dtype: torch.dtype) -> Tensor:
 def shifted_means_reversed(g: Tensor, pooled: Tensor) -> Tensor:
     """`ema_timm.ops.formula.shifted_means`, from the last tap to the first.
 
-    The first, (dy, dx) = (1, 1), leaves out the first row and the first column: in this order the
-    borders stand as they do in the map.
+    The first, (dy, dx) = (1, 1), leaves out the first row and the first column. In this order the
+    borders have the order of the map.
 
     Returns:
         (B, G, n, 3, 3).

@@ -120,7 +120,7 @@ def test_every_type_and_layout(poison, shape, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_how_a_tile_is_walked_changes_nothing(monkeypatch, layout):
+def test_the_tiling_of_a_map_changes_nothing(monkeypatch, layout):
     case = on_device(oracle.make_case((1, 6, 5, 19), 2, layout=layout))
     expected = oracle.output_and_gradients(run, case)
     monkeypatch.setattr(tiling, "SHARE", 16)

@@ -1,4 +1,4 @@
-/* Pooling and votes: what the gates and u are made of, n channels and few numbers each. */
+/* Pooling and the cross-spatial weights u: few numbers for each of the n channels. */
 #ifndef EMA_POOLING_H
 #define EMA_POOLING_H
 
@@ -84,9 +84,9 @@ STEP void shifted_means(Maps g, Sizes size, const float *pools, float *means, in
     }
 }
 
-/* u (n, LANES): softmax over channels of the votes for as many tiles as a vector has lanes, from
- * their means (9 n, LANES). */
-STEP void vote(const float *means, const Weights *k, int64_t n, float *u) {
+/* u (n, LANES) from the shifted means (9 n, LANES) of as many tiles as a vector has lanes: the
+ * softmax over channels of the mean 3x3 convolution. */
+STEP void cross_spatial_weights(const float *means, const Weights *k, int64_t n, float *u) {
     product((Matrix){k->vote_weight, 9 * n, 1, n, 9 * n}, k->vote_bias, means, u, LANES);
     vec top = load(u), sum = {0};
     for (int64_t o = 1; o < n; o++) {
