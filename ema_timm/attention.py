@@ -1,5 +1,7 @@
 """The layer: parameters, validation and initialisation. Its forward is one call into ops."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +19,11 @@ DEFAULT_GROUPS = 32
 
 
 def largest_group_count(channels: int, at_most: int = DEFAULT_GROUPS) -> int:
-    """The number of groups the models use for a width: its largest divisor that is ``at_most``.
+    """The number of groups that the models use: the largest divisor not above ``at_most``.
 
-    The paper's 32 divides most widths of ResNets and MobileNetV2s and is then the answer. Where it
-    does not (mobilenetv2_075's 432 channels, say, give 27) this rule takes its place; it is
-    the only such rule in the package.
+    The paper's 32 divides most widths of ResNets and MobileNetV2s, and is then the result. Other
+    widths get fewer groups: the 432 channels of mobilenetv2_075 get 27. The package has no other
+    such rule.
 
     Args:
         channels: C, at least 1.
@@ -35,14 +37,17 @@ def largest_group_count(channels: int, at_most: int = DEFAULT_GROUPS) -> int:
 class EmaAttn(nn.Module):
     """Efficient Multi-scale Attention ("EMA attention"; not an exponential moving average).
 
-    The channels are split into G groups of n = C / G. In each group, gates along height and width
-    (a shared 1×1 convolution of pooled rows and columns) and a 3×3 neighbourhood vote on one map
-    A = sigmoid(L) of H × W, and the output is ``x`` times that map. All groups share one set of
-    10 n² + 4 n parameters.
+    The channels are split into G groups of n = C / G. Each group gets one gate map
+    A = sigmoid(L) of H × W, made of two branches: gates along height and width (a shared 1×1
+    convolution of pooled rows and columns) and a 3×3 convolution. The output is ``x`` times that
+    map. All groups share one set of 10 n² + 4 n parameters.
 
     Source: Ouyang et al., "Efficient Multi-Scale Attention Module with Cross-Spatial Learning",
     ICASSP 2023, arXiv:2305.13563. State-dict keys are those of the authors' module, so its
     weights load with ``strict=True``.
+
+    `set_implementation` changes the implementation of a model's layers. Its choice "fused", Triton
+    kernels, is experimental until it has been timed on a GPU.
 
     Args:
         channels: C, the width of the feature map.
@@ -50,7 +55,7 @@ class EmaAttn(nn.Module):
         cross_spatial: False is the paper's ablation, without cross-spatial learning: both
             branches are added and each channel keeps its own gate map. The same parameters;
             `ema_timm.ops.parallel` has the formula.
-        device: Where the parameters are made.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
@@ -63,9 +68,9 @@ class EmaAttn(nn.Module):
         channels: int,
         groups: int = DEFAULT_GROUPS,
         cross_spatial: bool = True,
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _require_positive_int("channels", channels)
         _require_positive_int("groups", groups)
@@ -73,12 +78,12 @@ class EmaAttn(nn.Module):
             raise TypeError(f"cross_spatial must be True or False, got {cross_spatial!r}.")
         if channels % groups:
             raise ValueError(
-                f"groups must divide channels: {channels} channels do not split into {groups} "
-                f"groups. The nearest that works is "
+                f"groups must divide channels: {channels} channels cannot be split into {groups} "
+                f"groups. The nearest choice is "
                 f"EmaAttn({channels}, groups={largest_group_count(channels, groups)})."
             )
         n = channels // groups
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = channels
         self.groups = groups
         self.cross_spatial = cross_spatial
@@ -104,7 +109,7 @@ class EmaAttn(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def weights(self) -> EmaWeights:
-        """The parameters as the operator takes them, read anew so that no update is missed."""
+        """The current parameters, in the form that `ema_attention` expects."""
         mix, conv, norm = self.conv1x1, self.conv3x3, self.gn  # each look-up takes a call
         mix_bias, conv_bias = mix.bias, conv.bias
         # TorchScript types a convolution's bias as optional; ours always have one.
@@ -123,29 +128,33 @@ class EmaAttn(nn.Module):
         return count(batch * self.groups, self.channels // self.groups, height, width)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows beside the class name."""
+        """The arguments that ``print`` shows after the class name."""
         ablation = "" if self.cross_spatial else ", cross_spatial=False"
         return f"channels={self.channels}, groups={self.groups}{ablation}"
 
 
 def set_implementation(model: nn.Module, impl: str) -> int:
-    """Choose who computes every EMA attention layer of ``model``.
+    """Set the implementation used by every EMA attention layer in ``model``.
 
     Args:
-        model: Any module that holds layers, or one layer.
-        impl: "auto", "reference", "closed_form" or "fused".
+        model: Any module that contains layers, or one layer.
+        impl: "auto", "reference", "closed_form" or "fused" (Triton kernels: experimental until
+            they have been timed on a GPU).
 
     Returns:
         The number of layers.
 
     Raises:
-        ValueError: If ``impl`` is unknown, the model holds no such layer, or holds one without
-            cross-spatial learning, which has but one implementation.
+        ValueError: If ``impl`` is unknown, if the model contains no such layer, or if ``impl`` is
+            not "auto" and a layer has no cross-spatial learning.
     """
     layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
     require_implementation(impl, all(layer.cross_spatial for layer in layers))
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no EMA attention layer.")
+        raise ValueError(
+            f"{type(model).__name__} holds no EMA attention layer. Give the model that contains "
+            "the layers."
+        )
     for layer in layers:
         layer.impl = impl
     return len(layers)
@@ -164,8 +173,10 @@ _FOLDED = (
 )
 
 
-def __getattr__(name: str):
-    if name == "FoldedEma":  # a pickle of a folded layer asks for this class
-        # Not an AttributeError, because pickle would replace its message.
-        raise RuntimeError(f"The parameters of FoldedEma are {_FOLDED}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would accept any name
+
+    def __getattr__(name: str):
+        if name == "FoldedEma":  # the class that a pickle of a folded layer needs
+            # Not an AttributeError, because pickle would replace its message.
+            raise RuntimeError(f"The parameters of FoldedEma are {_FOLDED}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,7 +47,8 @@ def ema_attention(
         weights: Parameters of one layer, shared by all groups; n = C / G channels wide.
         groups: G; must divide C.
         impl: "auto" (closed_form, or on CUDA what `ema_timm.tune` chose), "reference",
-            "closed_form" or "fused" (Triton kernels).
+            "closed_form" or "fused" (Triton kernels: experimental until they have been timed on a
+            GPU).
         cross_spatial: False leaves the cross-spatial step out, the paper's ablation as
             `ema_timm.ops.parallel` defines it. It needs impl="auto".
 
