@@ -10,9 +10,9 @@ import torch
 from ema_timm import __version__
 from ema_timm.errors import UserError, first_line
 from ema_timm.ops.cpu import library
-from ema_timm.ops.dispatch import fused_unavailable
 from ema_timm.ops.gpu.choice_file import read_device
 from ema_timm.ops.gpu.choices import gpu_mode
+from ema_timm.ops.gpu.fused.available import fused_unavailable
 
 
 def versions() -> dict[str, str]:

@@ -15,8 +15,8 @@ from ema_timm.bench.timing import Clock, Timing, peak_extra_bytes, round_robin, 
 from ema_timm.environment import machine
 from ema_timm.errors import first_line
 from ema_timm.ops import IMPLEMENTATIONS
-from ema_timm.ops.dispatch import fused_unavailable
 from ema_timm.ops.gpu.choice_file import Layer
+from ema_timm.ops.gpu.fused.available import fused_unavailable
 
 SHAPES = {
     "resnet50 stage 1": (256, 56, 56),

@@ -86,9 +86,8 @@ def test_a_call_under_autocast_measures_backwards_outside_of_it():
         assert all("ms" in entry for entry in choice.candidates.values()), choice
 
 
-def test_folded_layers_and_the_ablation():
+def test_layers_without_cross_spatial_learning_are_left_out():
     net = nn.Sequential(EmaAttn(8, 2), EmaAttn(8, 4, cross_spatial=False))
-    net[0].reparameterize()
     layers, _ = find_layers(net, torch.randn(1, 8, 3, 3), training=False)
     assert [layer.groups for layer in layers] == [2]
 

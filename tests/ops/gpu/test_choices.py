@@ -3,7 +3,6 @@
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from ema_timm.errors import CannotCompileError, UserError
 from ema_timm.ops import dispatch
 from ema_timm.ops.gpu import choice_file, choices
 from ema_timm.ops.gpu.choice_file import Layer, Records, file_of, tuning_key
-from ema_timm.ops.gpu.gpu_fold import fold as gpu_fold
 
 GPU = torch.device("cuda:0")
 LAYER = Layer(2, 8, 2, 6, 5, "float32", "contiguous", False)
@@ -83,18 +81,6 @@ def test_a_named_implementation_is_not_overruled(ran):
     assert ran == ["closed_form"]
 
 
-def test_folded_weights_take_the_choice_for_inference(monkeypatch):
-    with FakeTensorMode():
-        layer = EmaAttn(8, 2, device=GPU)
-        x = torch.randn(2, 8, 6, 5, device=GPU)
-    layer.reparameterize()
-    asked = []
-    monkeypatch.setattr(choices, "look_up", lambda *call: asked.append(call[1:]))
-    with torch.no_grad():
-        layer(x)
-    assert asked == [(2, False)]
-
-
 def test_the_cpu_never_asks(monkeypatch):
     def refuse(*call):
         raise AssertionError("looked up")
@@ -102,7 +88,6 @@ def test_the_cpu_never_asks(monkeypatch):
     monkeypatch.setattr(choices, "look_up", refuse)
     layer = EmaAttn(8, 2)
     layer(torch.randn(2, 8, 6, 5)).sum().backward()
-    layer.reparameterize()
     with torch.no_grad():
         layer(torch.randn(2, 8, 6, 5))
 
@@ -191,10 +176,7 @@ def test_off_and_fused_overrule_what_was_chosen(monkeypatch, ran, caplog):
     assert len(caplog.records) == 1 and "float64" in caplog.text
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(
-    monkeypatch, ran, caplog, folded
-):
+def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(monkeypatch, ran, caplog):
     """Chosen where there was a compiler; who names the kernels is still told."""
     tried = []
 
@@ -205,27 +187,21 @@ def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(
         except OSError as error:
             raise CannotCompileError("in one line, with the remedy") from error
 
-    kernels = SimpleNamespace(fused_operator=failing, fused_folded_operator=failing)
-    monkeypatch.setattr(dispatch, "_fused", lambda *_: kernels)
+    monkeypatch.setattr(dispatch, "_fused", failing)
     monkeypatch.setattr(dispatch, "fused_unavailable", lambda *_: None)
+    monkeypatch.setattr(dispatch, "require_fused", lambda *_: None)
     x, weights = on_gpu((2, 8, 6, 5))
-    call = ema_attention
-    if folded:
-        monkeypatch.setattr(
-            dispatch, "closed_form_folded_eager", lambda x, *_: ran.append("closed_form") or x
-        )
-        call, weights = dispatch.folded_ema_attention, gpu_fold(weights)
     choices.remember(GPU, {LAYER: "fused", LAYER._replace(batch=3): "fused"})
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert call(x, weights, 2).shape == x.shape
+            assert ema_attention(x, weights, 2).shape == x.shape
     assert len(tried) == 1 and ran == ["closed_form"] * 3
     (record,) = caplog.records
     assert "could not compile" in record.message and "Read-only" in record.message
     assert "\n" not in record.message
     assert choices.look_up(on_gpu((3, 8, 6, 5))[0], 2, False) is None
     with pytest.raises(CannotCompileError, match="with the remedy"):
-        call(x, weights, 2, impl="fused")
+        ema_attention(x, weights, 2, impl="fused")
 
 
 def test_a_choice_can_be_taken_back():

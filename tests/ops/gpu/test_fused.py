@@ -13,8 +13,8 @@ from ema_timm.bench.counter import Counter
 from ema_timm.bench.layer import AuthorsEmaAttn
 from ema_timm.errors import CannotCompileError
 from ema_timm.ops import EmaWeights
-from ema_timm.ops.formula import drop_common_vote, fold
-from ema_timm.ops.gpu.gpu_fold import fold as gpu_fold
+from ema_timm.ops.formula import fold
+from ema_timm.ops.gpu.steps import fold_in_few_operators
 
 triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
 if not hasattr(triton.language, "gather"):
@@ -120,7 +120,7 @@ def test_every_type_and_layout(poison, shape, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_how_a_tile_is_walked_changes_nothing(monkeypatch, layout):
+def test_the_tiling_of_a_map_changes_nothing(monkeypatch, layout):
     case = on_device(oracle.make_case((1, 6, 5, 19), 2, layout=layout))
     expected = oracle.output_and_gradients(run, case)
     monkeypatch.setattr(tiling, "SHARE", 16)
@@ -164,13 +164,13 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
     grad = torch.empty_like(case.x).copy_(case.grad)
     launched = []
     for module, name in [
-        (launch.whole_tile, "forward_tile"),
-        (launch.whole_tile_backward, "backward_tile"),
-        (launch.over_tiles, "sum_tiles"),
+        (launch.forward_kernels, "forward_tile"),
+        (launch.backward_kernels, "backward_tile"),
+        (launch.weight_gradients, "sum_tiles"),
     ]:
         monkeypatch.setattr(module, name, Noted(name, launched))
     with torch.no_grad(), Counter() as forward:
-        _, saved = launch.forward(case.x, gpu_fold(weights), 2, save=True)
+        _, saved = launch.forward(case.x, fold_in_few_operators(weights), 2, save=True)
     with torch.no_grad(), Counter() as backward:
         launch.backward(grad, case.x, saved, weights, 2)
     assert launched == ["forward_tile", "backward_tile", "sum_tiles"]
@@ -182,7 +182,7 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
 def test_weights_folded_in_few_operators_are_those_of_the_derivation(n):
     weights = oracle.make_weights(n)
     with torch.no_grad(), Counter() as counter:
-        folded = gpu_fold(weights)
+        folded = fold_in_few_operators(weights)
     assert counter.launches <= 4, counter.lines
     for found, expected in zip(folded, fold(weights), strict=True):
         torch.testing.assert_close(found, expected)
@@ -240,30 +240,6 @@ def test_awkward_inputs_lose_no_more_than_the_authors_form(name, layout):
     scale = truth.abs().max().item()
     error = oracle.relative_error(found, truth, scale)
     assert error <= 2 * oracle.relative_error(authors(x), truth, scale) + 2**-23
-
-
-@pytest.mark.parametrize("channels", [16, 80])
-def test_folded_weights_give_the_same(poison, channels):
-    case = on_device(oracle.make_case((1, channels, 6, 5), 2))
-    with torch.no_grad():
-        out = run(case.x, case.weights, 2)
-        folded = drop_common_vote(fold(case.weights))
-        found = launch.forward(case.x, folded, 2, save=False)[0]
-    assert oracle.relative_error(found, out.double()) < 1e-6
-
-
-def test_a_folded_layer_keeps_the_implementation():
-    torch.manual_seed(0)
-    layer = EmaAttn(16, 4, device=DEVICE).eval()
-    x = torch.randn(1, 16, 5, 4, device=DEVICE)
-    expected = layer(x)
-    assert set_implementation(layer, "fused") == 1
-    layer.reparameterize()
-    assert layer.folded.impl == "fused"
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
-    x.requires_grad_()
-    layer(x).sum().backward()  # by the closed form: folded weights have no kernels for it
-    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("frozen", [["x"], list(EmaWeights._fields), ["gn_weight", "conv1x1_bias"]])
@@ -339,8 +315,6 @@ def test_passes_pytorchs_own_operator_checks(shape, layout):
     from ema_timm.ops import operators  # registers them  # noqa: F401
 
     torch.library.opcheck(torch.ops.ema_timm.fused, (case.x, *case.weights, 2, True))
-    folded = [t.detach() for t in fold(case.weights)]
-    torch.library.opcheck(torch.ops.ema_timm.fused_folded, (case.x.detach(), *folded, 2))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -456,7 +430,7 @@ def failing(raised):
 )
 def test_what_triton_cannot_compile_or_store_is_one_line_with_the_remedy(monkeypatch, raised):
     case = on_device(oracle.make_case((1, 8, 3, 5), 2))
-    monkeypatch.setattr(launch.whole_tile, "forward_tile", failing(raised))
+    monkeypatch.setattr(launch.forward_kernels, "forward_tile", failing(raised))
     with pytest.raises(CannotCompileError) as caught:
         run(case.x, case.weights, 2)
     said = str(caught.value)
@@ -497,7 +471,7 @@ def test_amd_is_refused_with_the_reason(monkeypatch):
     ("shape", "reason"),
     [
         ((1, 8, 2, 2049), "at most 2048 columns"),
-        ((1, 8, 1 << 20, 1 << 9), "less than 2.31 numbers"),
+        ((1, 8, 1 << 20, 1 << 9), "less than 2.31 elements"),
     ],
 )
 def test_maps_too_large_are_refused_with_the_reason(shape, reason):
@@ -514,7 +488,7 @@ def test_maps_too_large_are_refused_with_the_reason(shape, reason):
 )
 def test_a_failed_launch_is_pytorchs_error_with_the_shapes(monkeypatch, raised, kind):
     case = on_device(oracle.make_case((1, 8, 3, 5), 2))
-    monkeypatch.setattr(launch.whole_tile, "forward_tile", failing(raised))
+    monkeypatch.setattr(launch.forward_kernels, "forward_tile", failing(raised))
     said = str(raised)
     with pytest.raises(kind) as caught:
         launch.forward(case.x, fold(case.weights), 2, save=True)
