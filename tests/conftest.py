@@ -1,9 +1,11 @@
-"""Shared fixtures: fresh interpreters, a small image folder."""
+"""Shared fixtures: fresh interpreters, a small image folder, a check for leftover processes."""
 
 import json
 import os
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,10 @@ import torch
 # this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# OpenVINO and NNCF send telemetry if they can import this package. It calls the internet from
+# processes that it forks off a thread, and such a fork of the tests can deadlock.
+sys.modules["openvino_telemetry"] = None
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,6 +96,8 @@ def detector(tmp_path_factory):
 class Worker:
     """A process for `ema-timm` commands; see support/hub_worker.py."""
 
+    PATIENCE = 300  # seconds; a task without an answer by then hangs
+
     def __init__(self, env):
         script = Path(__file__).parent / "support" / "hub_worker.py"
         self._process = subprocess.Popen(
@@ -101,7 +109,7 @@ class Worker:
         )
 
     def run(self, *args, **settings):
-        """Exit code, both streams and the seconds of ``ema-timm ARGS``."""
+        """Exit code and both streams of ``ema-timm ARGS``, and how long it slept."""
         return self._do({"args": [str(arg) for arg in args], **settings})
 
     def load(self, name, **settings):
@@ -111,12 +119,15 @@ class Worker:
     def _do(self, task):
         self._process.stdin.write(json.dumps(task) + "\n")
         self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], self.PATIENCE)[0]:
+            self.close()
+            pytest.fail(f"no answer to {task}")
         return json.loads(self._process.stdout.readline())
 
     def close(self):
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(timeout=60)
+        """Kill the process: a closed pipe does not end it if another process holds the pipe."""
+        with self._process:
+            self._process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +159,37 @@ def stage(hub_env):
         yield hub, worker
         worker.close()
         assert not hub.leaks  # the token has gone to the Hub alone, not to where large files are
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_process_is_left():
+    """Fail at the end of the session, in each of xdist's workers, if a process is left."""
+    os.environ[STARTED_BY] = str(os.getpid())
+    yield
+    until = time.monotonic() + 10  # for those that are about to end
+    while (left := started_processes()) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left, f"the tests left processes behind: {left}"
+
+
+STARTED_BY = "EMA_TIMM_TESTS_PROCESS"  # in the environment of whatever the tests start
+# Ends with the process that it serves.
+SERVANTS = ("multiprocessing.resource_tracker",)
+
+
+def started_processes():
+    """Command lines by process id, of children and of what children started; Linux only."""
+    mark, found = f"{STARTED_BY}={os.getpid()}\0".encode(), {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            started = int(parent) == os.getpid() or mark in (folder / "environ").read_bytes()
+            command = (folder / "cmdline").read_text().replace("\0", " ").strip()
+        except OSError:  # it has ended, or is another user's
+            continue
+        if started and state != "Z" and not any(name in command for name in SERVANTS):
+            found[int(folder.name)] = command
+    return found
 
 
 @pytest.fixture(autouse=True, scope="session")
