@@ -9,6 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+
+# Tests that run side by side share the cores: threads that wait for each other's turn cost twice
+# the time. PyTorch looks at this when it is first imported.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    share = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 import torch
 
 # Where no GPU is at hand, Triton's interpreter runs the fused kernels on the CPU. Triton looks at
