@@ -1,8 +1,6 @@
 """Shared fixtures: fresh interpreters, a small image folder, a check for leftover processes."""
 
-import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -100,43 +98,6 @@ def detector(tmp_path_factory):
     return write_detector(tmp_path_factory.mktemp("detector"))
 
 
-class Worker:
-    """A process for `ema-timm` commands; see support/hub_worker.py."""
-
-    PATIENCE = 300  # seconds; a task without an answer by then hangs
-
-    def __init__(self, env):
-        script = Path(__file__).parent / "support" / "hub_worker.py"
-        self._process = subprocess.Popen(
-            [sys.executable, script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **env},
-        )
-
-    def run(self, *args, **settings):
-        """Exit code and both streams of ``ema-timm ARGS``, and how long it slept."""
-        return self._do({"args": [str(arg) for arg in args], **settings})
-
-    def load(self, name, **settings):
-        """``{"outputs": ...}`` of a timm name, or ``{"error": ...}``."""
-        return self._do({"name": name, **settings})
-
-    def _do(self, task):
-        self._process.stdin.write(json.dumps(task) + "\n")
-        self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], self.PATIENCE)[0]:
-            self.close()
-            pytest.fail(f"no answer to {task}")
-        return json.loads(self._process.stdout.readline())
-
-    def close(self):
-        """Kill the process: a closed pipe does not end it if another process holds the pipe."""
-        with self._process:
-            self._process.kill()
-
-
 @pytest.fixture(scope="session")
 def hub_env(tmp_path_factory):
     """Environment variables with which a fresh process talks to a stand-in Hub."""
@@ -159,6 +120,7 @@ def hub_env(tmp_path_factory):
 def stage(hub_env):
     """A stand-in for the Hub and a worker that talks to it; each test takes names of its own."""
     from support.stand_in_hub import StandInHub
+    from support.worker import Worker
 
     with StandInHub() as hub:
         impatient = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
