@@ -386,7 +386,6 @@ def test_half_precision_keeps_statistics_in_float32(form):
 # Everything that traces.
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiles_whole_with_dynamic_shapes(layout):

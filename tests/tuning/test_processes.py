@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,7 @@ def test_of_two_at_once_one_waits_and_nothing_is_lost(start, tmp_path):
     )
     while not (tmp_path / "ready").exists():
         assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.01)
     second = start("run(lambda: None, [LAYER._replace(batch=2), LAYER])")
     assert "waiting" in second.stderr.readline()
     (tmp_path / "go").touch()

@@ -74,11 +74,11 @@ SHAPES = [
     ((1, 10, 8, 1), 2),
     ((2, 8, 1, 1), 2),
     ((1, 9, 2, 2), 3),
-    pytest.param((2, 66, 5, 6), 2, marks=pytest.mark.long),
-    pytest.param((1, 128, 3, 2), 1, marks=pytest.mark.long),
+    pytest.param((2, 66, 5, 6), 2, marks=pytest.mark.slow),
+    pytest.param((1, 128, 3, 2), 1, marks=pytest.mark.slow),
     ((1, 48, 1, 7), 1),
     ((1, 34, 1, 1), 1),
-    pytest.param((1, 33, 3, 66), 1, marks=pytest.mark.long),
+    pytest.param((1, 33, 3, 66), 1, marks=pytest.mark.slow),
 ]
 
 
@@ -110,7 +110,7 @@ def test_sizes_of_one_in_training_and_inference(poison, shape):
         ],
         *[((1, 80, 4, 6), layout) for layout in ("contiguous", "channels_last")],
         *[
-            pytest.param((1, 80, 4, 6), layout, marks=pytest.mark.long)
+            pytest.param((1, 80, 4, 6), layout, marks=pytest.mark.slow)
             for layout in ("sliced", "transposed")
         ],
     ],
@@ -136,7 +136,7 @@ def test_gradients_laid_out_unlike_the_input(poison):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 16, 9, 8), pytest.param((1, 80, 5, 9), marks=pytest.mark.long)]
+    "shape", [(2, 16, 9, 8), pytest.param((1, 80, 5, 9), marks=pytest.mark.slow)]
 )
 def test_the_same_bits_every_time(shape):
     case = on_device(oracle.make_case(shape, 2))
@@ -222,7 +222,7 @@ def awkward_inputs():
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-100) is 0
 @pytest.mark.parametrize(
     "layout",
-    [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.long)],
+    [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("name", awkward_inputs())
 def test_awkward_inputs_lose_no_more_than_the_authors_form(name, layout):
@@ -307,7 +307,7 @@ def test_derivatives_of_derivatives():
     ("shape", "layout"),
     [
         ((1, 8, 3, 4), "contiguous"),
-        pytest.param((1, 70, 2, 2), "channels_last", marks=pytest.mark.long),
+        pytest.param((1, 70, 2, 2), "channels_last", marks=pytest.mark.slow),
     ],
 )
 def test_passes_pytorchs_own_operator_checks(shape, layout):
@@ -318,7 +318,7 @@ def test_passes_pytorchs_own_operator_checks(shape, layout):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(backend):
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -509,7 +509,7 @@ def test_set_implementation_refuses_what_it_cannot_do():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.long), 90])
+@pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
     """Types, layouts and resources, which the interpreter does not look at."""
     code = (
@@ -528,9 +528,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape", [SINGLE[0], *[pytest.param(shape, marks=pytest.mark.long) for shape in SINGLE[1:]]]
-)
+@pytest.mark.parametrize("shape", SINGLE)
 def test_sizes_of_one_compile_for_training_and_inference(python, shape):
     """A size of 1 is a constant for the compiler, while the interpreter takes it for a number."""
     code = OFFLINE + (
