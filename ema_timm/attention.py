@@ -65,9 +65,9 @@ class EmaAttn(nn.Module):
         channels: int,
         groups: int = DEFAULT_GROUPS,
         cross_spatial: bool = True,
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _require_positive_int("channels", channels)
         _require_positive_int("groups", groups)
@@ -200,7 +200,9 @@ class FoldedEma(nn.Module):
 
 
 def set_implementation(model: nn.Module, impl: str) -> int:
-    """Choose who computes every EMA attention layer of ``model``.
+    """Set the implementation used by every EMA attention layer in ``model``.
+
+    "fused" is experimental: it has never run on a GPU.
 
     Args:
         model: Any module that holds layers, or one layer.
