@@ -81,7 +81,6 @@ LATER = (
 )
 
 
-@pytest.mark.slow
 def test_mypy_sees_the_types_of_the_public_names(tmp_path):
     pytest.importorskip("mypy")
     lines = [
