@@ -3,9 +3,9 @@
 import argparse
 import os
 
-from ema_timm.compare.settings import ATTENTION, CompareConfig, make_plan
+from ema_timm.compare.settings import ATTENTION, CompareConfig, make_comparison
 from ema_timm.errors import UserError
-from ema_timm.options import add_options, given_options, read_settings
+from ema_timm.options import add_options, given_options, option_name, read_settings
 from ema_timm.training.settings import FinetuneConfig
 
 
@@ -49,13 +49,9 @@ def _add_config(command) -> None:
 
 
 def _given(args: argparse.Namespace) -> dict:
-    """The settings of finetune that were given, in the file and on the command line."""
-    given = given_options(args, FinetuneConfig)
-    return (
-        {**read_settings(args.config, FinetuneConfig), **given}
-        if hasattr(args, "config")
-        else given
-    )
+    """The settings of finetune that were given in the file or on the command line."""
+    file = read_settings(args.config, FinetuneConfig) if hasattr(args, "config") else {}
+    return {**file, **given_options(args, FinetuneConfig)}
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -66,13 +62,13 @@ def _finetune(args: argparse.Namespace) -> int:
 
     results = continue_run(given) if args.resume else finetune(FinetuneConfig(**given))
     metrics = results["metrics"]
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if os.environ.get("RANK", "0") == "0":  # only one process prints
         print(f"{given['output']}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
     return 0
 
 
 def _check_given(given: dict, required: list[str]) -> None:
-    missing = [f"--{name.replace('_', '-')}" for name in required if not given.get(name)]
+    missing = [option_name(name) for name in required if not given.get(name)]
     if missing:
         raise UserError(f"finetune needs {', '.join(missing)}; see ema-timm finetune --help.")
 
@@ -113,16 +109,16 @@ def _add_compare(commands) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     own = given_options(args, CompareConfig)
-    plan = make_plan(_given(args), args.attention, own.get("seeds"))
+    comparison = make_comparison(_given(args), args.attention, own.get("seeds"))
 
-    from ema_timm.compare.comparison import collect, compare, list_commands
+    from ema_timm.compare.comparison import compare, list_commands
     from ema_timm.compare.report import markdown
 
     if args.list:
-        print(*list_commands(plan), sep="\n")
+        print(*list_commands(comparison), sep="\n")
         return 0
     devices, config = args.devices or [None], CompareConfig(**own)
-    table = collect(plan, devices[0], config) if args.collect else compare(plan, devices, config)
+    table = compare(comparison, devices, config, train=not args.collect)
     print(markdown(table))
     return 1 if any(row["why_not"] for row in table["rows"]) and not args.collect else 0
 

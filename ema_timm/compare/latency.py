@@ -1,4 +1,4 @@
-"""The time of one image in the networks of a comparison, side by side."""
+"""Latency of one image in each network of a comparison, measured in turn."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +18,14 @@ _ROUNDS = 20
 
 
 def latencies(folders: Mapping[str, Path], device: str) -> dict:
-    """Time an inference of one image by PyTorch.
+    """Time the inference of one image in PyTorch.
 
     Args:
-        folders: A checkpoint folder of each variant.
-        device: Where.
+        folders: A checkpoint folder for each variant.
+        device: The device.
 
     Returns:
-        ``machine``, and ``ms``: of each variant the median, lowest and highest of the rounds.
+        ``machine``, and ``ms``: median, lowest and highest time of the rounds for each variant.
     """
     where = torch.device(pick_device(device))
     calls = {}
@@ -37,10 +37,10 @@ def latencies(folders: Mapping[str, Path], device: str) -> dict:
 
 
 def exported_latencies(folders: Mapping[str, Path]) -> dict:
-    """The same of each network as ONNX Runtime runs its exported file, on the CPU.
+    """Time the exported networks in ONNX Runtime on the CPU.
 
     Returns:
-        As `latencies`, and ``why_not`` of the variants that cannot be exported.
+        As `latencies`, and ``why_not`` for variants that cannot be exported.
     """
     calls, why_not = {}, {}
     for name, folder in folders.items():
@@ -58,7 +58,7 @@ def exported_latencies(folders: Mapping[str, Path]) -> dict:
 
 
 def _network(folder: Path) -> tuple[nn.Module, Tensor]:
-    """A network, and an image of its size."""
+    """A network, and an image of its input size."""
     config = check_network(folder)
     network = load_network(folder, config)
     return network, torch.zeros(1, *config["pretrained_cfg"]["input_size"])

@@ -1,16 +1,16 @@
-"""What a fine-tuning run can be told. No torch here, so that ``--help`` is instant."""
+"""Settings of a fine-tuning run. Imports no torch, so that ``--help`` is instant."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ema_timm.errors import UserError
-from ema_timm.options import option
+from ema_timm.options import option, option_name
 
 
 @dataclass
 class FinetuneConfig:
-    """Settings of `ema_timm.training.run`; the command line is made from these fields."""
+    """Settings of `ema_timm.training.finetune`. Each field is an option of the command line."""
 
     model: str = option("", "timm model name; hf-hub:USER/NAME and local-dir:FOLDER too")
     data_dir: str = option("", "image folder with train/CLASS/*.png and val/CLASS/*.png")
@@ -89,28 +89,30 @@ class FinetuneConfig:
         *("data_dir", "dataset", "val_split", "check", "output", "device", "workers"),
         *("record", "patience"),
     )
-    """Fields that may differ when a run resumes; every other one is part of what it computes.
+    """Fields that may change when a run resumes, because they do not change what an epoch computes.
 
-    Which images are taken is compared by their fingerprints. Patience says when a run ends, and
-    nothing of what its epochs come to.
+    A run compares its images by their fingerprints, so their folder may change.
     """
 
 
+_LOWEST = {"epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "patience": 0, "freeze_epochs": 0}
+
+
 def check_settings(config: FinetuneConfig) -> None:
-    """Raise UserError for settings that cannot work together."""
-    if config.epochs < 1 or config.batch_size < 1:
-        raise UserError("--epochs and --batch-size must be at least 1.")
-    if config.grad_accum_steps < 1 or config.patience < 0 or config.freeze_epochs < 0:
-        raise UserError(
-            "--grad-accum-steps must be at least 1, --patience and --freeze-epochs at least 0."
-        )
+    """Raise UserError for a value out of range, or for settings that cannot work together."""
+    for name, least in _LOWEST.items():
+        if getattr(config, name) < least:
+            value = getattr(config, name)
+            raise UserError(f"{option_name(name)} must be at least {least}, got {value}.")
     if not 0 <= config.average_weights < 1:
         raise UserError(
-            f"--average-weights is a decay below 1, such as 0.999, got {config.average_weights}."
+            f"--average-weights must be at least 0 and below 1, such as 0.999, "
+            f"got {config.average_weights}."
         )
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise UserError(
-            "--mixup and --cutmix pair the images of a batch: --batch-size must be even."
+            f"--mixup and --cutmix pair the images of a batch, so --batch-size must be even, "
+            f"got {config.batch_size}."
         )
     if config.weights and not Path(config.weights).is_file():
         raise UserError(f"--weights: there is no file {config.weights}.")

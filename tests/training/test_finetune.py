@@ -28,6 +28,18 @@ from ema_timm.training.resume import RunState
 from ema_timm.training.step import TrainStep
 
 
+def test_the_package_exports_the_function_and_imports_torch_only_for_it(python):
+    code = (
+        "import sys; from ema_timm.training import FinetuneConfig\n"
+        "assert FinetuneConfig().epochs == 20 and 'torch' not in sys.modules\n"
+        "import ema_timm.training.run, ema_timm.training as training\n"
+        "assert training.finetune is training.run.finetune\n"
+        "assert training.continue_run is training.run.continue_run\n"
+        "assert not hasattr(training, 'anything_else')"
+    )
+    python(code)
+
+
 def test_learns_and_writes_a_checkpoint_that_reloads(config, digits, tmp_path):
     results = run(config, epochs=8)
     folder = tmp_path / "run"
@@ -254,16 +266,20 @@ def test_resume_refuses_what_would_change_the_outcome(config, digits, tmp_path, 
         run(config, resume=True)
     run(config, epochs=1)
     resume = ["finetune", "--resume", "--output", config.output]
-    assert_refused([*resume, "--lr", "0.1"], "--lr is 0.1 and the run was started with", capsys)
-    assert_refused(cli(config, "--epochs", "1"), "holds a run already", capsys)
+    assert_refused([*resume, "--lr", "0.1"], "--lr is 0.1, but the run was started with", capsys)
+    assert_refused(cli(config, "--epochs", "1"), "already holds a run", capsys)
     data = shutil.copytree(digits, tmp_path / "data")
     next(data.glob("train/*/*.png")).unlink()
-    assert_refused([*resume, "--data-dir", data], "are not those the run was started on", capsys)
+    assert_refused(
+        [*resume, "--data-dir", data], "the images have changed since the run was started", capsys
+    )
     saved = RunState(config.output)
     content = saved.load()
     content["model"]["fc.weight"] = torch.zeros(7, 96)
     saved.save(content)
-    assert_refused(resume, "cannot resume: the saved weights are of another network (size", capsys)
+    assert_refused(
+        resume, "cannot resume: the saved weights belong to another network (size", capsys
+    )
 
 
 def test_starts_from_a_weights_file_without_network(config, tmp_path):

@@ -212,7 +212,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(config, tmp_path, capsys, d
         saved.file.unlink()
     continued = run(config, resume=True)
     said = capsys.readouterr().err
-    assert "state.pt is " in said and "resume.previous.pt" in said
+    assert "state.pt is " in said and "state.previous.pt" in said
     assert continued["weights_sha256"] == whole["weights_sha256"]
     assert continued["metrics"] == whole["metrics"]
 
@@ -253,5 +253,5 @@ def test_interrupted_is_not_begun(config, monkeypatch):
     monkeypatch.setattr(TrainStep, "__call__", interrupted)
     assert main(cli(config)) == 130
     monkeypatch.undo()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         run(config)

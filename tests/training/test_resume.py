@@ -36,7 +36,7 @@ def test_folders_that_cannot_be_used_are_refused(state, tmp_path):
         state.check(resume=True)
     state.save({})
     state.check(resume=True)
-    with pytest.raises(UserError, match=r"holds a run already.*--resume"):
+    with pytest.raises(UserError, match=r"already holds a run.*--resume"):
         state.check(resume=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
