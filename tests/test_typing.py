@@ -73,9 +73,7 @@ USES = {
 }
 # Packages that do not export these names yet.
 LATER = (
-    "ema_timm.training",
     "ema_timm.measure",
-    "ema_timm.compare",
     "ema_timm.see",
     "ema_timm.publishing",
 )

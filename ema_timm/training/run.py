@@ -98,6 +98,7 @@ class Run:
         self.images = open_images(
             config.data_dir,
             config.dataset,
+            config.split,
             config.val_split,
             config.output,
             process,
