@@ -73,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ema-timm {__version__}")
     subparser = partial(argparse.ArgumentParser, formatter_class=_HelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=subparser)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=subparser
+    )
     for group in (training, recipes, measure, see, checkpoints, publishing, yolo, bench, tune, env):
         group.add_commands(commands)
     return parser
