@@ -13,20 +13,27 @@ from ema_timm.errors import UserError, first_line
 
 
 def option(
-    default: Any, help: str, *, flag: bool = False, choices: tuple[str, ...] | None = None
+    default: Any,
+    help: str,
+    *,
+    flag: bool = False,
+    choices: tuple[str, ...] | None = None,
+    group: str = "",
 ) -> Any:
     """A setting that is also an option of the command line.
 
     Args:
         default: Default value. Its type is the type of the option.
-        help: Text for ``--help``.
+        help: Text for ``--help``, which appends the default unless the text gives it.
         flag: Offer it as ``--name`` and ``--no-name``.
         choices: Allowed values; None allows any.
+        group: Title of the group of options in ``--help`` that starts with this one.
 
     Returns:
         A field of a dataclass.
     """
-    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
+    metadata = {"help": help, "flag": flag, "choices": choices, "group": group}
+    return field(default=default, metadata=metadata)
 
 
 def option_name(setting: str) -> str:
@@ -36,9 +43,12 @@ def option_name(setting: str) -> str:
 
 def add_options(command: argparse.ArgumentParser, config: type) -> None:
     """Add one option for each setting of the dataclass ``config``."""
+    place: argparse._ActionsContainer = command
     for setting in fields(config):
+        if title := setting.metadata.get("group"):
+            place = command.add_argument_group(title)
         if setting.metadata:
-            _add_option(command, setting)
+            _add_option(place, setting)
 
 
 def given_options(args: argparse.Namespace, config: type) -> dict:
@@ -94,23 +104,24 @@ def pair(text: str) -> tuple[str, object]:
         return key, value
 
 
-def _add_option(command: argparse.ArgumentParser, setting: Field) -> None:
+def _add_option(place: argparse._ActionsContainer, setting: Field) -> None:
     """Add one option. An option that is not given stays out of the namespace."""
-    meta, kind = setting.metadata, type(setting.default)
+    meta, kind, default = setting.metadata, type(setting.default), setting.default
     help, choices = meta["help"], meta.get("choices")
     how: dict[str, Any]
     if meta.get("pairs"):
-        how = {"nargs": "+", "type": pair, "metavar": "KEY=VALUE"}
+        how, default = {"nargs": "+", "type": pair, "metavar": "KEY=VALUE"}, None
     elif meta.get("several"):
-        how = {"nargs": "+", "choices": choices}
+        how, default = {"nargs": "+", "choices": choices}, None
     elif meta.get("flag"):
         how = {"action": argparse.BooleanOptionalAction}
+        default = {True: "on", False: "off"}.get(default)
     else:
-        if setting.default or kind is float:
-            help = f"{help} (default: {setting.default})"
         metavar = None if choices else kind.__name__.upper()
         how = {"type": kind, "choices": choices, "metavar": metavar}
-    command.add_argument(option_name(setting.name), help=help, default=argparse.SUPPRESS, **how)
+    if (default or kind is float) and "(default: " not in help:
+        help = f"{help} (default: {default})"
+    place.add_argument(option_name(setting.name), help=help, default=argparse.SUPPRESS, **how)
 
 
 def _arguments(setting: Field, value: Any) -> list[str]:

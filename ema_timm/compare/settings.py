@@ -19,11 +19,9 @@ class CompareConfig:
     """Settings of `ema_timm.compare`, beside those of its runs."""
 
     seeds: int = option(5, "runs of each variant, with the seeds --seed, --seed + 1, ...")
-    latency: bool = option(
-        False, "measure the time of one image in each network, side by side", flag=True
-    )
+    latency: bool = option(False, "measure the time of one image in each network", flag=True)
     exported_latency: bool = option(
-        False, "the same of the network exported to ONNX, in ONNX Runtime on the CPU", flag=True
+        False, "measure that of the ONNX files in ONNX Runtime on the CPU", flag=True
     )
 
 

@@ -41,8 +41,9 @@ class Images:
 
 def open_images(
     data_dir: str,
-    val_split: str,
     dataset: str,
+    split: str,
+    val_split: str,
     output: str,
     process: Process,
     check: bool = True,
@@ -52,8 +53,9 @@ def open_images(
 
     Args:
         data_dir: Image folder, or the root of ``dataset``.
-        val_split: Fraction of the training images to validate on, or the name of a split.
         dataset: Name of one of timm's data sets; empty for an image folder.
+        split: Name of the split to validate on; empty for the usual names.
+        val_split: Fraction of the training images to hold out and validate on instead.
         output: The run's folder, which messages refer to.
         process: This process, which decodes its share of the images.
         check: Decode every image.
@@ -63,9 +65,9 @@ def open_images(
         UserError: If a split or its images are missing, cannot be used to train a classifier, or
             cannot be read.
     """
-    train, val = open_both(data_dir, val_split, dataset)
+    train, val = open_both(data_dir, split, val_split, dataset)
     notes = [*train.notes, *val.notes, *_counts(train, val)]
-    test = find_test_folder(data_dir, val_split, dataset)
+    test = find_test_folder(data_dir, dataset, split)
     if test is not None:
         notes.append(
             f"{test} is not used for training. To evaluate on it afterwards: ema-timm evaluate "
@@ -84,10 +86,10 @@ def open_images(
     return Images(train, val)
 
 
-def find_test_folder(data_dir: str, val_split: str, dataset: str) -> Path | None:
+def find_test_folder(data_dir: str, dataset: str, split: str) -> Path | None:
     """The folder ``test`` of an image folder, unless the run validates on it."""
     test = find_split(data_dir, ("test",))
-    if dataset or test is None or val_split.lower() == test.name.lower():
+    if dataset or test is None or split.lower() == test.name.lower():
         return None
     return test
 

@@ -132,20 +132,22 @@ def test_a_flat_folder_is_divided_and_measured_alike(config, data, tmp_path):
 
 def test_another_folder_can_be_validated_on(config, data):
     (data / "val").rename(data / "dev")
-    assert run(config, val_split="dev", epochs=1)["metrics"]["images"] == 23
+    assert run(config, split="dev", epochs=1)["metrics"]["images"] == 23
 
 
 @pytest.mark.parametrize(
-    ("val_split", "said"),
+    ("options", "said"),
     [
-        ("0.2", "and {data}/val holds some. Leave --val-split out"),
-        ("1.5", "--val-split 1.5: a part is between 0 and 1"),
-        ("nowhere", "has no folder nowhere/"),
+        (["--val-split", "0.2"], "but {data}/val contains some. Leave --val-split out"),
+        (["--val-split", "1.5"], "--val-split must be a fraction between 0 and 1"),
+        (["--val-split", "val"], "got val. To choose a split by its name, use --split"),
+        (["--val-split", "0.2", "--split", "val"], "--split val excludes --val-split 0.2"),
+        (["--split", "nowhere"], "has no folder nowhere/"),
     ],
 )
-def test_val_split_that_cannot_be_gets_one_line(config, data, capsys, val_split, said):
+def test_a_split_that_cannot_be_gets_one_line(config, data, capsys, options, said):
     args = ["finetune", "--model", config.model, "--data-dir", config.data_dir]
-    assert main([*args, "--output", config.output, "--val-split", val_split]) == 2
+    assert main([*args, "--output", config.output, *options]) == 2
     error = capsys.readouterr().err
     assert said.format(data=data) in error and len(error.splitlines()) == 1
     assert not Path(config.output).exists()
