@@ -15,38 +15,51 @@ def add_commands(commands) -> None:
 def _add_publish(commands) -> None:
     command = commands.add_parser(
         "publish",
-        help="put a checkpoint folder on the Hugging Face Hub, verified",
-        description="Put a checkpoint folder on the Hugging Face Hub in one commit: weights "
-        "(never a pickle), config.json, card, results and pictures. It is loaded back before and "
-        "after. Publishing the same folder twice makes no second commit.",
-        epilog="The token is that of hf auth login, or HF_TOKEN. Uploads do not go through xet; "
-        "HF_HUB_DISABLE_XET=0 lets the client use xet, on which --time-limit has no hold.",
+        help="upload a checkpoint folder to the Hugging Face Hub",
+        description="Upload a checkpoint folder to the Hugging Face Hub in one commit: weights "
+        "(never a pickle), config.json, model card, results and figures. The command loads the "
+        "model before and after the upload. Publishing the same folder again makes no new commit.",
+        epilog="example:\n"
+        "  ema-timm publish runs/flowers --repo-id USER/flowers --dry-run\n"
+        "Log in with hf auth login, or set HF_TOKEN. Uploads do not use xet unless you set "
+        "HF_HUB_DISABLE_XET=0; --time-limit cannot interrupt them then.",
     )
     command.add_argument(
-        "folder", metavar="FOLDER", help="a checkpoint folder, or one of ema-timm yolo --folder"
+        "folder",
+        metavar="FOLDER",
+        help="checkpoint folder, or one that ema-timm yolo --folder wrote",
     )
-    command.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the repository")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
-    command.add_argument("--revision", default="main", help="branch (default: %(default)s)")
-    command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     command.add_argument(
-        "--force", action="store_true", help="replace a card on the Hub that was edited by hand"
+        "--repo-id", required=True, metavar="USER/NAME", help="repository to upload to"
+    )
+    command.add_argument(
+        "--private", action="store_true", help="make the repository private if it is new"
+    )
+    command.add_argument(
+        "--revision", default="main", help="branch to commit to (default: %(default)s)"
+    )
+    command.add_argument(
+        "--create-pr", action="store_true", help="open a pull request instead of a commit"
+    )
+    command.add_argument(
+        "--force", action="store_true", help="replace a card that was edited on the Hub"
     )
     command.add_argument(
         "--time-limit",
         type=float,
         default=3600.0,
         metavar="SECONDS",
-        help="for everything on the network (default: %(default).0f)",
+        help="stop all network operations after this time (default: %(default).0f)",
     )
     command.add_argument(
-        "--dry-run", action="store_true", help="check, print what would be sent; no network"
+        "--dry-run", action="store_true", help="check the folder and list the files, offline"
     )
     command.set_defaults(run=_publish)
 
 
 def _publish(args: argparse.Namespace) -> int:
-    # Read when the client is imported. Without xet every step is under the time limit.
+    # The client reads this when it is imported. The time limit can interrupt only uploads
+    # without xet.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from ema_timm.checkpoints.cards.file import EditedCardError
     from ema_timm.hub.commit import Destination

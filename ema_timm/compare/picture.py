@@ -1,7 +1,7 @@
-"""The picture of a comparison: accuracy against cost, and the differences to the plain network.
+"""The figure of a comparison: accuracy against cost, and the differences to the plain network.
 
-The rows of the right panel name the marks of the left one. Colours are Okabe and Ito's, which
-colour-blind readers can tell apart, and each has a mark of its own.
+The right panel is the legend of the left one. Colours are Okabe and Ito's, which colour-blind
+readers can tell apart, and each variant has its own marker.
 """
 
 from itertools import cycle

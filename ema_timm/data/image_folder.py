@@ -201,17 +201,22 @@ def split_folder(
 
 
 def fraction(text: str) -> float | None:
-    """The number in ``--val-split``, or None for the name of a folder.
+    """The number in ``--val-split``, or None if it is empty.
 
     Raises:
-        UserError: If it is not between 0 and 1.
+        UserError: If it is not a number between 0 and 1.
     """
+    if not text:
+        return None
     try:
         part = float(text)
     except ValueError:
-        return None
+        part = 0.0
     if not 0 < part < 1:
-        raise UserError(f"--val-split {text}: a part is between 0 and 1, such as 0.2.")
+        raise UserError(
+            f"--val-split must be a fraction between 0 and 1, such as 0.2, got {text}. To choose a "
+            "split by its name, use --split."
+        )
     return part
 
 

@@ -236,8 +236,17 @@ def test_results_of_other_weights_get_no_card(folder, capsys):
 
 def test_the_command_names_what_nobody_has_told(folder, capsys):
     assert main(["card", str(folder)]) == 0
-    assert "datasets: unknown and left out; tell it with --dataset\n" == capsys.readouterr().err
-    args = ["card", str(folder), "--dataset", "me/a", "--dataset", "me/b", "--repo-id", "me/x"]
+    assert "datasets: not set; use --trained-on\n" == capsys.readouterr().err
+    args = [
+        "card",
+        str(folder),
+        "--trained-on",
+        "me/a",
+        "--trained-on",
+        "me/b",
+        "--repo-id",
+        "me/x",
+    ]
     assert main(args) == 0
     assert capsys.readouterr().err == ""  # the base's licence is known
     data = ModelCard((folder / "README.md").read_text()).data

@@ -14,8 +14,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from ema_timm.training.initial_weights import InitialModel
 from ema_timm.training.network import create_model
-from ema_timm.training.settings import FinetuneConfig
 
 TIMM_REPO = os.environ.get("TIMM_REPO")
 NEW = (5, 6, 7)  # digits that the published model has never seen
@@ -132,10 +132,8 @@ def test_given_weights_replace_those_of_the_folder(trained, tmp_path):
         name: tensor + 1 for name, tensor in load_file(trained / "model.safetensors").items()
     }
     save_file(weights, tmp_path / "other.safetensors")
-    config = FinetuneConfig(
-        model=f"local-dir:{trained}", weights=str(tmp_path / "other.safetensors")
-    )
-    model, _ = create_model(config, 4)
+    file = str(tmp_path / "other.safetensors")
+    model, _ = create_model(InitialModel(f"local-dir:{trained}", {}, weights=file), 4)
     assert torch.equal(model.conv1[0].weight, weights["conv1.0.weight"])
 
 

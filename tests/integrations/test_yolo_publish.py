@@ -150,7 +150,7 @@ def test_the_command_makes_measures_and_describes_a_folder(detector, tmp_path, c
     assert main(["yolo", str(source), "--folder", str(made)]) == 0
     assert "not measured" in capsys.readouterr().out
     assert {file.name for file in made.iterdir()} == PUBLISHED
-    data = ["--data", str(detector.parent / "set" / "digits.yaml"), "--imgsz", "64"]
+    data = ["--data", str(detector.parent / "set" / "digits.yaml"), "--img-size", "64"]
     assert main(["yolo", str(made), *data, "--device", "cpu"]) == 0
     assert "images: 6" in capsys.readouterr().out
     assert main(["card", str(made), "--repo-id", "ada/digits"]) == 0
@@ -164,10 +164,10 @@ def test_the_command_makes_measures_and_describes_a_folder(detector, tmp_path, c
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["yolo", "{pt}"], "say what to do with it"),
-        (["yolo", "{pt}", "--folder", "{new}", "--after", "all"], "--after goes with --output"),
-        (["yolo", "{pt}", "--folder", "{new}", "--imgsz", "64"], "--imgsz goes with --data"),
-        (["yolo", "{pt}", "--folder", "{new}", "--output", "x.pt"], "goes without --folder"),
+        (["yolo", "{pt}"], "yolo needs --output FILE"),
+        (["yolo", "{pt}", "--folder", "{new}", "--after", "all"], "--after needs --output"),
+        (["yolo", "{pt}", "--folder", "{new}", "--img-size", "64"], "--img-size needs --data"),
+        (["yolo", "{pt}", "--folder", "{new}", "--output", "x.pt"], "excludes --folder"),
         (["yolo", "{pt}", "--data", "coco8.yaml"], "is not the folder of a detector"),
         (["yolo", "yolov8n.yaml", "--folder", "{new}"], "made of a checkpoint .pt"),
         (["card", "{folder}", "--license", "mit"], "--license is not for detectors"),
