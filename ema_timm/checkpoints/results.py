@@ -116,6 +116,13 @@ def check_format(results: dict, file: Path) -> None:
         )
 
 
+def carried_over(old: dict, digest: str) -> dict:
+    """The entries of an old results.json that stay: all, or of other weights the card's fields."""
+    if old.get("weights_sha256") == digest:
+        return old
+    return {"card": old["card"]} if isinstance(old.get("card"), dict) else {}
+
+
 def read_own_results(path: Path, config: dict) -> dict:
     """Read a folder's results.json, which must be of the folder's weights and network.
 

@@ -50,7 +50,7 @@ def fetch(model_id: str, name: str, cache_dir: str | None = None) -> Path | None
     where = {"repo_id": repo, "filename": name, "revision": revision or None}
     steps = Steps(repo, TimeLimit(TIME_LIMIT), get_token(), writes=False)
     for _ in range(2):
-        file, expected = steps.with_retries(lambda: _download(steps, where, cache_dir))
+        file, expected = steps.with_retries(f"fetching {name}", lambda: _download(where, cache_dir))
         if file is None or _digest(file, expected) == expected:
             return file
         _remove(file)
@@ -61,26 +61,25 @@ def fetch(model_id: str, name: str, cache_dir: str | None = None) -> Path | None
     )
 
 
-def _download(steps: Steps, where: dict, cache_dir: str | None) -> tuple[Path | None, str]:
+def _download(where: dict, cache_dir: str | None) -> tuple[Path | None, str]:
     """The file, and its hash on the Hub."""
-    with steps.step(f"fetching {where['filename']}"):
-        try:
-            if not isinstance(try_to_load_from_cache(**where, cache_dir=cache_dir), str):
-                # Without an answer the client would retry for half a minute without a message. So
-                # this asks once, and `Steps.with_retries` asks again.
-                with contextlib.suppress(OfflineModeIsEnabled):
-                    get_hf_file_metadata(hf_hub_url(**where), token=get_token())
-            file = Path(hf_hub_download(**where, cache_dir=cache_dir))
-        except LocalEntryNotFoundError:  # not in the cache, and the Hub has not answered
-            raise
-        except RemoteEntryNotFoundError:
-            return None, ""
-        if file.is_symlink():  # the cache names its files by their hashes
-            return file, file.readlink().name
-        try:
-            return file, get_hf_file_metadata(hf_hub_url(**where), token=get_token()).etag or ""
-        except OfflineModeIsEnabled:  # a cache without links, offline: not compared
-            return file, ""
+    try:
+        if not isinstance(try_to_load_from_cache(**where, cache_dir=cache_dir), str):
+            # Without an answer the client would retry for half a minute without a message. So
+            # this asks once, and `Steps.with_retries` asks again.
+            with contextlib.suppress(OfflineModeIsEnabled):
+                get_hf_file_metadata(hf_hub_url(**where), token=get_token())
+        file = Path(hf_hub_download(**where, cache_dir=cache_dir))
+    except LocalEntryNotFoundError:  # not in the cache, and the Hub has not answered
+        raise
+    except RemoteEntryNotFoundError:
+        return None, ""
+    if file.is_symlink():  # the cache names its files by their hashes
+        return file, file.readlink().name
+    try:
+        return file, get_hf_file_metadata(hf_hub_url(**where), token=get_token()).etag or ""
+    except OfflineModeIsEnabled:  # a cache without links, offline: not compared
+        return file, ""
 
 
 def _digest(file: Path, expected: str) -> str:

@@ -37,22 +37,21 @@ class Repository:
         Raises:
             UserError: If it must be private but is public.
         """
-        self.head = self._steps.with_retries(self._open)
+        self.head = self._steps.with_retries("reading the repository", self._open, ANSWER_SECONDS)
 
     def _open(self) -> str:
-        with self._steps.step("reading the repository", seconds=ANSWER_SECONDS):
-            try:
-                about = self.api.repo_info(self.to.repo)
-            except RepositoryNotFoundError:
-                self.api.create_repo(self.to.repo, private=self.to.private or None, exist_ok=True)
-                about = self.api.repo_info(self.to.repo)
-            if self.to.private and not about.private:
-                raise UserError(
-                    f"{self.to.repo} exists and is public, and --private is for a new repository. "
-                    f"Make it private at {self.api.endpoint}/{self.to.repo}/settings, or leave "
-                    "out --private."
-                )
-            return self._head_of_branch(about.sha)
+        try:
+            about = self.api.repo_info(self.to.repo)
+        except RepositoryNotFoundError:
+            self.api.create_repo(self.to.repo, private=self.to.private or None, exist_ok=True)
+            about = self.api.repo_info(self.to.repo)
+        if self.to.private and not about.private:
+            raise UserError(
+                f"{self.to.repo} exists and is public, and --private is for a new repository. "
+                f"Make it private at {self.api.endpoint}/{self.to.repo}/settings, or leave "
+                "out --private."
+            )
+        return self._head_of_branch(about.sha)
 
     def _head_of_branch(self, main: str) -> str:
         if self.to.revision == "main":
@@ -65,12 +64,11 @@ class Repository:
 
     def contents(self) -> dict[str, str]:
         """Hash of every file at the head by its name: sha256 of large files, git's of others."""
-        return self._steps.with_retries(self._contents)
+        return self._steps.with_retries("listing its files", self._contents, ANSWER_SECONDS)
 
     def _contents(self) -> dict[str, str]:
-        with self._steps.step("listing its files", seconds=ANSWER_SECONDS):
-            tree = self.api.list_repo_tree(self.to.repo, revision=self.head, recursive=True)
-            files = [entry for entry in tree if hasattr(entry, "blob_id")]
+        tree = self.api.list_repo_tree(self.to.repo, revision=self.head, recursive=True)
+        files = [entry for entry in tree if hasattr(entry, "blob_id")]
         return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
     def push(self, files: list[File], title: str) -> Landed:
@@ -87,10 +85,13 @@ class Repository:
         for file, operation in zip(files, operations, strict=True):
             self._upload(file, operation)
         mark = f"ema-timm {__version__}, files {digest(files)}"
-        commit = functools.partial(self._commit, operations, title, mark)
-        look = functools.partial(self._look_after, files)
-        # A pull request has no parent that would refuse a second one.
-        return self._steps.with_retries(commit, 1 if self.to.create_pr else ATTEMPTS, look)
+        return self._steps.with_retries(
+            "committing",
+            functools.partial(self._commit, operations, title, mark),
+            ANSWER_SECONDS,
+            attempts=1 if self.to.create_pr else ATTEMPTS,  # no parent would refuse a second one
+            done_already=functools.partial(self._look_after, files),
+        )
 
     def _upload(self, file: File, operation: CommitOperationAdd) -> None:
         """Upload a large file; a small one is part of the commit.
@@ -105,15 +106,14 @@ class Repository:
             raise
 
     def _commit(self, operations: list[CommitOperationAdd], title: str, mark: str) -> Landed:
-        with self._steps.step("committing", seconds=ANSWER_SECONDS):
-            made = self.api.create_commit(
-                self.to.repo,
-                operations,
-                commit_message=title,
-                commit_description=mark,
-                parent_commit=None if self.to.create_pr else self.head,
-                **self._branch,
-            )
+        made = self.api.create_commit(
+            self.to.repo,
+            operations,
+            commit_message=title,
+            commit_description=mark,
+            parent_commit=None if self.to.create_pr else self.head,
+            **self._branch,
+        )
         return Landed(made.oid, made.pr_url or made.commit_url, new=True)
 
     def _look_after(self, files: list[File], failure: StepError) -> Landed | None:
@@ -130,18 +130,18 @@ class Repository:
 
     def _find(self, files: list[File]) -> Landed | None:
         """The commit of exactly these files since the head was read, if there is one."""
-        return self._steps.with_retries(functools.partial(self._find_mark, digest(files)))
+        find = functools.partial(self._find_mark, digest(files))
+        return self._steps.with_retries("looking for the commit", find, ANSWER_SECONDS)
 
     def _find_mark(self, mark: str) -> Landed | None:
-        with self._steps.step("looking for the commit", seconds=ANSWER_SECONDS):
-            if not self.to.create_pr:
-                return self._find_on(self.to.revision, mark, url=None)
-            for request in self.api.get_repo_discussions(
-                self.to.repo, discussion_type="pull_request", discussion_status="open"
-            ):
-                found = self._find_on(f"refs/pr/{request.num}", mark, request.url)
-                if found:
-                    return found
+        if not self.to.create_pr:
+            return self._find_on(self.to.revision, mark, url=None)
+        for request in self.api.get_repo_discussions(
+            self.to.repo, discussion_type="pull_request", discussion_status="open"
+        ):
+            found = self._find_on(f"refs/pr/{request.num}", mark, request.url)
+            if found:
+                return found
         return None
 
     def _find_on(self, revision: str, mark: str, url: str | None) -> Landed | None:
@@ -154,17 +154,9 @@ class Repository:
 
     def fetch(self, file: str, commit: str, cache: Path, again: bool = False) -> Path:
         """Download one file of a commit into ``cache``; with ``again`` even if it is there."""
-        return self._steps.with_retries(
-            functools.partial(self._download, file, commit, cache, again)
-        )
-
-    def _download(self, file: str, commit: str, cache: Path, again: bool) -> Path:
-        with self._steps.step(f"fetching {file} back"):
-            return Path(
-                self.api.hf_hub_download(
-                    self.to.repo, file, revision=commit, cache_dir=cache, force_download=again
-                )
-            )
+        options = {"revision": commit, "cache_dir": cache, "force_download": again}
+        download = functools.partial(self.api.hf_hub_download, self.to.repo, file, **options)
+        return Path(self._steps.with_retries(f"fetching {file} back", download))
 
     def url(self, commit: str) -> str:
         """Page of a commit."""

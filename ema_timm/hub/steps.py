@@ -128,21 +128,26 @@ class Steps:
 
     def with_retries(
         self,
+        doing: str,
         call: Callable[[], T],
+        seconds: float | None = None,
         attempts: int = ATTEMPTS,
         done_already: Callable[[StepError], T | None] = lambda failure: None,
     ) -> T:
-        """Call until it succeeds, while a retry may help and within the time limit.
+        """Run a step until it succeeds, while a retry may help and within the time limit.
 
         Args:
-            call: May be called again after it failed.
+            doing: See `step`.
+            call: The step. It may be called again after it failed.
+            seconds: See `step`.
             attempts: Maximum number of calls.
             done_already: Gets the error of ``call`` and returns the result if the call took effect
                 all the same.
         """
         for attempt in itertools.count(1):
             try:
-                return call()
+                with self.step(doing, seconds):
+                    return call()
             except StepError as error:
                 failure = error
             done = done_already(failure) if failure.may_have_landed else None

@@ -18,7 +18,7 @@ from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import check_network, load_network
 from ema_timm.checkpoints.preprocessing import preprocessing
-from ema_timm.checkpoints.results import describe, read_results
+from ema_timm.checkpoints.results import carried_over, describe, read_results
 from ema_timm.data.check import check_readable
 from ema_timm.data.image_folder import LabelledImages
 from ema_timm.data.splits import open_measured
@@ -109,7 +109,8 @@ def _carried(path: Path, digest: str, progress: bool) -> dict:
     if not (path / RESULTS).is_file():
         return {}
     old = read_results(path / RESULTS)
-    if old["weights_sha256"] == digest:
+    results = carried_over(old, digest)
+    if results is old:
         return old
     kept = path / "results.previous.json"
     # A copy: results.json must stay until this call has written the new one.
@@ -118,7 +119,7 @@ def _carried(path: Path, digest: str, progress: bool) -> dict:
     )
     if progress:
         print(f"{RESULTS} was of other weights, and is now {kept}", file=sys.stderr)
-    return {"card": old["card"]} if "card" in old else {}
+    return results
 
 
 def _per_class(counts: Tally, names: list[str]) -> dict:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ema_timm.environment import pick_device
 from ema_timm.errors import UserError, require_packages
@@ -53,7 +53,7 @@ def attend(config: AttendConfig) -> Attended:
     network = open_classifier(config.source, device)
     images, seen = prepare(files, network.data)
     gates = _chosen(layer_gates(network.run, images), network.run, config.layers)
-    probabilities = _probabilities(network, images.to(device))
+    probabilities = network.probabilities(images.to(device))
     rows = top_classes(files, probabilities, network.labels, 1)
     cams = []
     if config.cam:
@@ -97,11 +97,6 @@ def _chosen(gates: dict[str, LayerGates], model: nn.Module, names: str) -> dict[
     return {name: gates[name] for name in wanted}
 
 
-@torch.inference_mode()
-def _probabilities(network: Classifier, images: Tensor) -> Tensor:
-    return network.run(images).float().softmax(-1)
-
-
 def _classes(rows: list[Prediction], network: Classifier, target: str) -> list[int]:
     """Number of the class that Grad-CAM is for, of each image."""
     if not target:
@@ -135,6 +130,6 @@ def _cam(
     images = images.to(device)
     layer = layer or last_stage(network.run)
     maps = grad_cam(network.run, layer, images, classes)
-    probs = _probabilities(network, images).cpu()[range(len(classes)), classes]
+    probs = network.probabilities(images).cpu()[range(len(classes)), classes]
     labels = [network.labels[index] for index in classes]
     return Cam(network.name, layer, seen, maps, classes, labels, probs.tolist())

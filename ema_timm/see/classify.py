@@ -82,7 +82,6 @@ def _sheet(file: str):
     return save_sheet
 
 
-@torch.inference_mode()
 def classify(
     network: Classifier,
     files: Sequence[Path],
@@ -101,7 +100,7 @@ def classify(
             bad = indices < 0
             unreadable += [_why(files[-1 - index], network) for index in indices[bad].tolist()]
             if not bad.all():
-                probabilities = network.run(images).float().softmax(-1)[~bad]
+                probabilities = network.probabilities(images)[~bad]
                 kept = [files[index] for index in indices[~bad].tolist()]
                 rows += top_classes(kept, probabilities, network.labels, config.topk)
             bar.update(len(indices))

@@ -33,6 +33,11 @@ class Classifier:
     labels: list[str]
     one_by_one: bool = False
 
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities of the classes, (B, classes), for prepared images (B, C, H, W)."""
+        return self.run(images).float().softmax(-1)
+
 
 def open_classifier(source: str, device: torch.device) -> Classifier:
     """Load a classifier for inference; takes and raises what `open_network` does.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ema_timm.checkpoints.cards.parts import yaml_block
+from ema_timm.checkpoints.cards.parts import model_index, yaml_block
 
 
 def front_matter(results: dict) -> str:
@@ -58,14 +58,9 @@ def _model_index(results: dict) -> list | None:
         dataset = {"type": card["datasets"][0], "name": card["datasets"][0]}
     if where["split"]:
         dataset["split"] = where["split"]
-    measured = [("accuracy", "Top-1 accuracy", metrics["top1"])]
+    measured = [("accuracy", "Top-1 accuracy", round(metrics["top1"] / 100, 6))]
     if metrics.get("top5") is not None:
-        measured.append(("top_5_accuracy", "Top-5 accuracy", metrics["top5"]))
-    entries = [
-        {"type": kind, "name": name, "value": round(percent / 100, 6)}
-        for kind, name, percent in measured
-    ]
-    entries.append({"type": "loss", "name": "Cross-entropy", "value": round(metrics["loss"], 6)})
-    task = {"type": "image-classification", "name": "Image classification"}
-    name = (card.get("repo_id") or results["architecture"]).split("/")[-1]
-    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": entries}]}]
+        measured.append(("top_5_accuracy", "Top-5 accuracy", round(metrics["top5"] / 100, 6)))
+    measured.append(("loss", "Cross-entropy", round(metrics["loss"], 6)))
+    task = ("image-classification", "Image classification")
+    return model_index(results, task, dataset, measured)

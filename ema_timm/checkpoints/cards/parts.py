@@ -84,6 +84,32 @@ def count_rows(results: dict) -> list[tuple[str, str | None]]:
     ]
 
 
+def versions_text(versions: dict) -> str:
+    """Names and numbers of versions."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def card_name(results: dict) -> str:
+    """The model's name on a card: that of its repository, else its architecture."""
+    return (results.get("card", {}).get("repo_id") or results["architecture"]).split("/")[-1]
+
+
+def model_index(
+    results: dict, task: tuple[str, str], dataset: dict, metrics: list[tuple[str, str, float]]
+) -> list[dict]:
+    """The entry ``model-index`` of the metadata.
+
+    Args:
+        results: Content of results.json.
+        task: The Hub's type of the task, and its name.
+        dataset: The data set by the Hub's keys.
+        metrics: The Hub's type, the name and the value of each metric.
+    """
+    entries = [{"type": kind, "name": name, "value": value} for kind, name, value in metrics]
+    found = {"task": {"type": task[0], "name": task[1]}, "dataset": dataset, "metrics": entries}
+    return [{"name": card_name(results), "results": [found]}]
+
+
 def with_checksum(text: str) -> str:
     """``text`` with its checksum as the last line."""
     digest = hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,15 @@
 
 from ema_timm.checkpoints.cards import parts
 from ema_timm.checkpoints.cards.metadata import front_matter, is_ema, measured_on
-from ema_timm.checkpoints.cards.parts import SHOWN, count_rows, fill, quoted, table, with_checksum
+from ema_timm.checkpoints.cards.parts import (
+    SHOWN,
+    count_rows,
+    fill,
+    quoted,
+    table,
+    versions_text,
+    with_checksum,
+)
 from ema_timm.checkpoints.config import needs_auto_map
 
 _WHAT_EMA = (
@@ -74,7 +82,7 @@ def _measured(results: dict) -> str:
         f"On the {data['images']} images of `{where['name']}/{where['split']}` (fingerprint "
         f"`{data['fingerprint'][:12]}`), {size['interpolation']} interpolation, crop "
         f"{size['crop_pct']:g} ({size['crop_mode']}), {precision}, on {evaluation['device']}, "
-        f"with {_versions(evaluation['versions'])}: `ema-timm evaluate` counts as timm's "
+        f"with {versions_text(evaluation['versions'])}: `ema-timm evaluate` counts as timm's "
         "validation script does, to the last image."
     )
     classes = evaluation["per_class"]
@@ -99,7 +107,7 @@ def _training(results: dict) -> str:
         "`results.json`."
     )
     if results.get("versions"):
-        text += f"\n\nVersions: {_versions(results['versions'])}; device {results['device']}."
+        text += f"\n\nVersions: {versions_text(results['versions'])}; device {results['device']}."
     return "\n\n".join([text, *_plots(results, "curves.png", "loss and accuracy")])
 
 
@@ -174,10 +182,6 @@ def _chosen_on_the_same(results: dict) -> bool:
     chosen = results.get("data", {}).get("val", {}).get("fingerprint")
     measured = results.get("evaluation", {}).get("data", {}).get("fingerprint", chosen)
     return bool(results.get("best_epoch")) and measured == chosen
-
-
-def _versions(versions: dict) -> str:
-    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _cell(name: str) -> str:

@@ -4,7 +4,16 @@ from pathlib import Path
 
 from ema_timm.checkpoints.cards import parts
 from ema_timm.checkpoints.cards.file import WrittenCard, save_card
-from ema_timm.checkpoints.cards.parts import fill, quoted, table, with_checksum, yaml_block
+from ema_timm.checkpoints.cards.parts import (
+    card_name,
+    fill,
+    model_index,
+    quoted,
+    table,
+    versions_text,
+    with_checksum,
+    yaml_block,
+)
 from ema_timm.checkpoints.layout import RESULTS
 from ema_timm.errors import UserError
 from ema_timm.integrations.yolo.contents import DESCRIPTION, read_description
@@ -74,7 +83,7 @@ def detector_card_text(results: dict) -> str:
     about, repository = results["detector"], results.get("card", {}).get("repo_id")
     body = fill(
         "detector.md",
-        name=_name(results),
+        name=card_name(results),
         what=_what(results),
         numbers=_numbers(results),
         measured=_measured(results),
@@ -88,10 +97,6 @@ def detector_card_text(results: dict) -> str:
         citation=parts.CITE_EMA,
     )
     return with_checksum(_front_matter(results) + body)
-
-
-def _name(results: dict) -> str:
-    return (results.get("card", {}).get("repo_id") or results["architecture"]).split("/")[-1]
 
 
 def _what(results: dict) -> str:
@@ -148,13 +153,13 @@ def _measured(results: dict) -> str:
         )
     data = done["data"]
     labels = f" with {data['instances']} labels" if data.get("instances") is not None else ""
-    versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items())
     return (
         "## How it was measured\n\n"
         f"By ultralytics' own validation on the {data['images']} images{labels} of "
         f"`{data['name']}/{data['split']}` (fingerprint `{data['fingerprint'][:12]}`), at "
         f"{_size(done['imgsz'])} pixels, {done['dtype']}, confidence from {done['conf']}, IoU of "
-        f"suppression {done['iou']}, on {done['device']}, with {versions}."
+        f"suppression {done['iou']}, on {done['device']}, with "
+        f"{versions_text(done['versions'])}."
     )
 
 
@@ -193,13 +198,11 @@ def _model_index(results: dict) -> list | None:
     if not results.get("metrics") or not pipeline:
         return None
     data = results["evaluation"]["data"]
-    entries = [
-        {"type": _KINDS[kind][0], "name": _label(name), "value": value}
+    metrics = [
+        (_KINDS[kind][0], _label(name), value)
         for name, value in _scores(results)
         if (kind := name.partition("(")[0]) in _KINDS
     ]
-    dataset = (card.get("datasets") or [data["name"]])[0]
-    where = {"type": dataset, "name": dataset, "split": data["split"]}
-    task = {"type": pipeline[0], "name": pipeline[1]}
-    found = {"task": task, "dataset": where, "metrics": entries}
-    return [{"name": _name(results), "results": [found]}]
+    name = (card.get("datasets") or [data["name"]])[0]
+    dataset = {"type": name, "name": name, "split": data["split"]}
+    return model_index(results, pipeline, dataset, metrics)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ema_timm.errors import UserError, require_packages
 from ema_timm.integrations.yolo.layer import EmaAttnRow
-from ema_timm.integrations.yolo.rows import PLACES, rows_of, sources
+from ema_timm.integrations.yolo.rows import PLACES, listed_from, rows_of, sources
 
 OLDEST = (8, 2)
 NEXT = (9,)
@@ -46,17 +46,13 @@ def network_of(yolo: Any) -> nn.Module:
         )
     rows = rows_of(net.yaml)
     layers = list(net.model)
-    found = [(layer.i, _listed(layer.f)) for layer in layers]
-    if found != [(i, _listed(row[0])) for i, row in enumerate(rows)]:
+    found = [(layer.i, listed_from([layer.f])) for layer in layers]
+    if found != [(i, listed_from(row)) for i, row in enumerate(rows)]:
         raise UserError(
             f"the {len(layers)} layers of this network are not the {len(rows)} rows of its YAML, "
             "so references cannot be moved safely. Start from a network built by its YAML."
         )
     return net
-
-
-def _listed(froms) -> list[int]:
-    return [froms] if isinstance(froms, int) else list(froms)
 
 
 @torch.no_grad()

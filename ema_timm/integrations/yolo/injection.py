@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.attention import DEFAULT_GROUPS
+from ema_timm.backbones.complexity import count_parameters
 from ema_timm.backbones.warm_start import neutral_state
 from ema_timm.errors import UserError, VerificationError
 from ema_timm.integrations.yolo.detector import (
@@ -27,7 +28,14 @@ from ema_timm.integrations.yolo.detector import (
     trace_rows,
 )
 from ema_timm.integrations.yolo.layer import EmaAttnRow
-from ema_timm.integrations.yolo.rows import NAME, Insertion, insert_rows, rows_of, sources
+from ema_timm.integrations.yolo.rows import (
+    NAME,
+    Insertion,
+    insert_rows,
+    listed_from,
+    rows_of,
+    sources,
+)
 from ema_timm.ops.reference import relative_difference
 
 # Multiples of 2⁻¹⁰ up to 2 are exact in float16, and so are their sums in float32.
@@ -138,7 +146,7 @@ def injected(
         carried=len(carried & new.state_dict().keys()),
         tensors=len(carried),
         rebuilt=rebuilt,
-        parameters=(_count(net), _count(new)),
+        parameters=(count_parameters(net), count_parameters(new)),
         difference=difference,
     )
 
@@ -185,8 +193,7 @@ def _assembled(net: nn.Module, insertion: Insertion, added: dict[int, EmaAttnRow
 
 def _kept(index: int, row: list) -> list[int]:
     """Rows whose output row ``index`` needs later: all that it reads except the one before it."""
-    froms = [row[0]] if isinstance(row[0], int) else row[0]
-    return [s for f, s in zip(froms, sources(index, row), strict=True) if f != -1]
+    return [s for f, s in zip(listed_from(row), sources(index, row), strict=True) if f != -1]
 
 
 def _layer(channels: int, groups: int, preserve: bool) -> EmaAttnRow:
@@ -196,7 +203,7 @@ def _layer(channels: int, groups: int, preserve: bool) -> EmaAttnRow:
         layer.half().float()  # rounded now, as a checkpoint rounds
     # The builders set these on each layer for their summaries.
     layer.type = f"{EmaAttnRow.__module__}.{EmaAttnRow.__qualname__}"
-    layer.np = _count(layer)
+    layer.np = count_parameters(layer)
     return layer
 
 
@@ -246,7 +253,3 @@ def _described(
     layer = new.model[number]
     block = f"{rows_of(net.yaml)[row][2]} (row {row})"
     return number, block, layer.channels, layer.groups
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

@@ -17,8 +17,9 @@ One JSON object, with the rules of `ema_timm.checkpoints.results`:
 from pathlib import Path
 from typing import Any
 
+from ema_timm.backbones.complexity import count_parameters
 from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json
-from ema_timm.checkpoints.results import FORMAT, check_format
+from ema_timm.checkpoints.results import FORMAT, carried_over, check_format
 from ema_timm.errors import UserError
 from ema_timm.files import sha256
 from ema_timm.integrations.yolo.layer import EmaAttnRow
@@ -40,7 +41,7 @@ def known_facts(folder: Path, described: dict, yolo: Any) -> dict:
         "architecture": str(described.get("architecture", "yolo")),
         "task": described["task"],
         "weights_sha256": sha256(folder / WEIGHTS),
-        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters": count_parameters(net),
         "classes": [net.names[number] for number in sorted(net.names)],
         "detector": {key: described[key] for key in _DESCRIBED if key in described},
         "layers": [
@@ -59,10 +60,7 @@ def carried(folder: Path, facts: dict) -> dict:
     """
     if not (folder / RESULTS).is_file():
         return {}
-    old = _read(folder)
-    if old.get("weights_sha256") == facts["weights_sha256"]:
-        return old
-    return {"card": old["card"]} if isinstance(old.get("card"), dict) else {}
+    return carried_over(_read(folder), facts["weights_sha256"])
 
 
 def read_own_results(folder: Path, facts: dict) -> dict:

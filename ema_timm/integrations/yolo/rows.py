@@ -52,10 +52,14 @@ def rows_of(config: dict) -> list[list]:
     return [list(row) for row in rows]
 
 
+def listed_from(row: Sequence) -> list[int]:
+    """``from`` of a row as a list."""
+    return [row[0]] if isinstance(row[0], int) else list(row[0])
+
+
 def sources(index: int, row: Sequence) -> list[int]:
     """Indices of the rows that row ``index`` reads; `IMAGE` for the image."""
-    froms = [row[0]] if isinstance(row[0], int) else row[0]
-    found = [f if f >= 0 else index + f for f in froms]
+    found = [f if f >= 0 else index + f for f in listed_from(row)]
     if not all(IMAGE <= f < index for f in found):
         raise UserError(
             f"row {index} reads {row[0]}, but a row can only read earlier rows. Correct the YAML."
@@ -88,10 +92,9 @@ def insert_rows(config: dict, after: Iterable[int], row: Sequence) -> Insertion:
 
 def _moved_from(index: int, row: Sequence, new_index: int, output: dict[int, int]):
     """``from`` of an old row in the new YAML; negative numbers stay negative."""
-    froms = [row[0]] if isinstance(row[0], int) else row[0]
     new = [
         output[source] - new_index * (f < 0)
-        for f, source in zip(froms, sources(index, row), strict=True)
+        for f, source in zip(listed_from(row), sources(index, row), strict=True)
     ]
     return new[0] if isinstance(row[0], int) else new
 
