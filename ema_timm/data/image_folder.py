@@ -4,7 +4,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class LabelledImages(Dataset, ABC):
         split: Name of the split.
         place: What an error calls them.
         class_to_idx: Index of each class by its name.
+        targets: Index of each image's class.
+        paths: The image files; None if the images are not files.
         notes: Sentences on what was skipped.
 
     Attributes:
@@ -36,45 +38,48 @@ class LabelledImages(Dataset, ABC):
     """
 
     def __init__(
-        self, name: str, split: str, place: str, class_to_idx: dict[str, int], notes: list[str]
+        self,
+        name: str,
+        split: str,
+        place: str,
+        class_to_idx: dict[str, int],
+        targets: list[int],
+        paths: list[str] | None,
+        notes: Sequence[str] = (),
     ):
-        self.name, self.split, self.place, self.notes = name, split, place, notes
-        self.class_to_idx = class_to_idx
+        self.name, self.split, self.place, self.notes = name, split, place, list(notes)
+        self.class_to_idx, self.targets, self.paths = class_to_idx, targets, paths
         self.transform: Callable[[Image], Any] | None = None
-        self.remedy = REMEDY
-        self.mode = "RGB"
+        self.remedy, self.mode = REMEDY, "RGB"
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.targets)
 
-    @abstractmethod
-    def sample(self, index: int) -> tuple[str | BytesIO | Image, int]:
-        """An image as `read_image` takes it, and the number of its class."""
-
-    @abstractmethod
-    def targets(self) -> list[int]:
-        """The number of each image's class."""
-
-    @abstractmethod
-    def file_name(self, index: int) -> str:
-        """What an error calls an image."""
-
-    @abstractmethod
-    def stamp(self, index: int) -> str:
-        """Text that changes when the image is changed."""
+    def __getitem__(self, index: int):
+        name = self.file_name(index)
+        image = read_image(self.source(index), self.mode, name, self.remedy)
+        return self.transform(image), self.targets[index]
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Hex sha256 that identifies the images and their classes; looks at every file."""
 
-    def __getitem__(self, index: int):
-        source, target = self.sample(index)
-        image = read_image(source, self.mode, self.file_name(index), self.remedy)
-        return self.transform(image), target
+    def source(self, index: int) -> str | BytesIO | Image:
+        """An image as `read_image` takes it."""
+        return self.paths[index]
+
+    def file_name(self, index: int) -> str:
+        """What an error calls an image."""
+        return self.paths[index] if self.paths else f"image {index} of {self.name}, {self.split}"
+
+    def stamp(self, index: int) -> str:
+        """Text that changes when an image file is changed or replaced."""
+        found = os.stat(self.paths[index])
+        return f"{os.path.abspath(self.paths[index])}\t{found.st_size}\t{found.st_mtime_ns}"
 
     def inspect(self, index: int, decode: bool) -> Inspection | Exception:
         """See `ema_timm.data.images.inspect_image`."""
-        return inspect_image(self.sample(index)[0], decode)
+        return inspect_image(self.source(index), decode)
 
     def read_channels(self, channels: int) -> None:
         """Read greyscale images for a network of one input channel, RGB for one of three.
@@ -91,7 +96,7 @@ class LabelledImages(Dataset, ABC):
 
     def class_counts(self) -> list[int]:
         """Images of each class, in the order of their indices."""
-        counts = Counter(self.targets())
+        counts = Counter(self.targets)
         return [counts[self.class_to_idx[name]] for name in self.class_names]
 
 
@@ -104,43 +109,18 @@ class FolderDataset(LabelledImages):
     """
 
     def __init__(self, listing: Listing, class_to_idx: dict[str, int]):
-        place = str(listing.root)
-        super().__init__(listing.name, listing.split, place, class_to_idx, listing.notes)
-        self.root = listing.root
-        self.samples = [(path, class_to_idx[name]) for path, name in listing.images]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def sample(self, index: int) -> tuple[str, int]:
-        """See `LabelledImages.sample`."""
-        return self.samples[index]
-
-    def targets(self) -> list[int]:
-        """See `LabelledImages.targets`."""
-        return [target for _, target in self.samples]
-
-    def file_name(self, index: int) -> str:
-        """See `LabelledImages.file_name`."""
-        return self.samples[index][0]
-
-    def stamp(self, index: int) -> str:
-        """See `LabelledImages.stamp`."""
-        return file_stamp(self.samples[index][0])
+        paths = [path for path, _ in listing.images]
+        targets = [class_to_idx[name] for _, name in listing.images]
+        where = (listing.name, listing.split, str(listing.root))
+        super().__init__(*where, class_to_idx, targets, paths, listing.notes)
 
     def fingerprint(self) -> str:
         """Sha256 over the relative path and size in bytes of every image, in order."""
         digest = hashlib.sha256()
-        for path, _ in self.samples:
-            relative = Path(path).relative_to(self.root).as_posix()
+        for path in self.paths:
+            relative = Path(path).relative_to(self.place).as_posix()
             digest.update(f"{relative}\t{os.path.getsize(path)}\n".encode())
         return digest.hexdigest()
-
-
-def file_stamp(path: str) -> str:
-    """Text that changes when a file is changed or replaced."""
-    found = os.stat(path)
-    return f"{os.path.abspath(path)}\t{found.st_size}\t{found.st_mtime_ns}"
 
 
 def open_folder(

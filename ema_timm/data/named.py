@@ -10,7 +10,7 @@ from PIL.Image import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
-from ema_timm.data.image_folder import LabelledImages, file_stamp, number
+from ema_timm.data.image_folder import LabelledImages, number
 from ema_timm.errors import UserError, first_line
 
 _KINDS = ("torch", "hfds")
@@ -34,48 +34,37 @@ class NamedDataset(LabelledImages):
         if not own or not (self.hf or hasattr(inner, "targets")):
             raise UserError(f"{place} has no class names. Give another data set.")
         class_to_idx = number(place, sorted(own, key=own.__getitem__), class_map)
-        super().__init__(public_dataset_name(name), split, place, class_to_idx, [])
-        self._index = {index: class_to_idx[of_class] for of_class, index in own.items()}
-        self.paths = None
-        if not self.hf and hasattr(inner, "samples"):
-            self.paths = [path for path, _ in inner.samples]
+        index = {of_class: class_to_idx[name] for name, of_class in own.items()}
+        found = self.hf.dataset[self.hf.label_key] if self.hf else inner.targets
+        self._own_targets = [int(target) for target in found]
+        files = None if self.hf else getattr(inner, "samples", None)
+        super().__init__(
+            public_dataset_name(name),
+            split,
+            place,
+            class_to_idx,
+            [index[target] for target in self._own_targets],
+            [path for path, _ in files] if files else None,
+        )
 
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def sample(self, index: int) -> tuple[str | BytesIO | Image, int]:
-        """See `LabelledImages.sample`."""
+    def source(self, index: int) -> str | BytesIO | Image:
+        """See `LabelledImages.source`."""
         if self.paths:
-            source, target = self.paths[index], self.inner.targets[index]
-        elif self.hf:
-            file, target = self.hf[index]
-            with file:
-                source = BytesIO(file.read())
-        else:
-            source, target = self.inner[index]
-        return source, self._index[int(target)]
-
-    def targets(self) -> list[int]:
-        """See `LabelledImages.targets`."""
-        return [self._index[target] for target in self._own_targets()]
-
-    def _own_targets(self) -> list[int]:
-        targets = self.hf.dataset[self.hf.label_key] if self.hf else self.inner.targets
-        return [int(target) for target in targets]
-
-    def file_name(self, index: int) -> str:
-        """See `LabelledImages.file_name`."""
-        return self.paths[index] if self.paths else f"image {index} of {self.name}, {self.split}"
+            return self.paths[index]
+        if not self.hf:
+            return self.inner[index][0]
+        with self.hf[index][0] as file:
+            return BytesIO(file.read())
 
     def stamp(self, index: int) -> str:
         """See `LabelledImages.stamp`."""
         if self.paths:
-            return file_stamp(self.paths[index])
+            return super().stamp(index)
         return f"{self.hf.dataset._fingerprint}\t{index}" if self.hf else ""
 
     def fingerprint(self) -> str:
         """Sha256 over the class of every image, and its size in bytes or its pixels."""
-        digest = hashlib.sha256(repr(self._own_targets()).encode())
+        digest = hashlib.sha256(repr(self._own_targets).encode())
         if self.paths or self.hf:
             for index in range(len(self)):
                 digest.update(f"\t{self._size(index)}".encode())

@@ -95,7 +95,7 @@ def test_all_other_images_are_read_as_timm_reads_them(tmp_path):
     ours, timms = open_folder(tmp_path, TRAIN), ImageDataset(tmp_path / "train")
     for dataset in (ours, timms):
         dataset.transform = lambda picture: torch.from_numpy(np.array(picture))
-    assert [path for path, _ in ours.samples] == [p for p, _ in timms.reader.samples]
+    assert ours.paths == [p for p, _ in timms.reader.samples]
     for index in range(5):
         assert torch.equal(ours[index][0], _timms(timms, index))
 
