@@ -14,7 +14,7 @@ from typing import Any
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from ema_timm.checkpoints.layout import CONFIG, WEIGHTS, read_json
+from ema_timm.checkpoints.layout import CONFIG, WEIGHTS, read_json, require_kinds
 from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessing
 from ema_timm.errors import UserError
 
@@ -69,19 +69,14 @@ def read_config(path: Path) -> dict:
     file = path / CONFIG
     remedy = "Write the folder again with ema-timm evaluate CHECKPOINT --output FOLDER."
     config = read_json(file, remedy)
-    for key, kind in (("architecture", str), ("num_classes", int), ("pretrained_cfg", dict)):
-        if not isinstance(config.get(key), kind):
-            raise UserError(
-                f"{file} must hold {key!r} ({kind.__name__}), got {config.get(key)!r}. {remedy}"
-            )
-    if not isinstance(config.get("model_args", {}), dict):
-        raise UserError(
-            f"{file} must hold 'model_args' (dict), got {config['model_args']!r}. {remedy}"
-        )
-    check_preprocessing(config["pretrained_cfg"], f"{file}, pretrained_cfg")
+    kinds = {"architecture": str, "num_classes": int, "pretrained_cfg": dict}
     names = config.get("label_names")
-    if names is not None and not isinstance(names, list):
-        raise UserError(f"{file}: label_names must be a list of names, got {names!r}. {remedy}")
+    if "model_args" in config:
+        kinds["model_args"] = dict
+    if names is not None:
+        kinds["label_names"] = list
+    require_kinds(config, kinds, file, remedy)
+    check_preprocessing(config["pretrained_cfg"], f"{file}, pretrained_cfg")
     if names is not None and len(names) != config["num_classes"]:
         raise UserError(
             f"{file} has {len(names)} label_names for num_classes {config['num_classes']}. {remedy}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from ema_timm.errors import UserError
 from ema_timm.files import WEIGHTS
 
-__all__ = ["CARD", "CONFIG", "RESULTS", "WEIGHTS", "read_json"]
+__all__ = ["CARD", "CONFIG", "RESULTS", "WEIGHTS", "read_json", "require_kinds"]
 
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -28,3 +28,11 @@ def read_json(file: Path, remedy: str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object, got {type(content).__name__}. {remedy}")
     return content
+
+
+def require_kinds(content: dict, kinds: dict[str, type], file: Path, remedy: str) -> None:
+    """Raise UserError for the first key of ``content`` that is missing or has another type."""
+    for key, kind in kinds.items():
+        value = content.get(key)
+        if not isinstance(value, kind):
+            raise UserError(f"{file} must hold {key!r} ({kind.__name__}), got {value!r}. {remedy}")

@@ -59,7 +59,7 @@ from torch import nn
 
 from ema_timm.backbones.complexity import count_macs, count_parameters
 from ema_timm.checkpoints.config import without_loading
-from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json
+from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json, require_kinds
 from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessing
 from ema_timm.errors import UserError
 from ema_timm.files import sha256
@@ -96,12 +96,8 @@ def read_results(file: Path) -> dict:
     """
     results = read_json(file, "Measure the weights with: ema-timm evaluate FOLDER --data-dir DIR")
     check_format(results, file)
-    for key, kind in _REQUIRED.items():
-        if not isinstance(results.get(key), kind):
-            raise UserError(
-                f"{file} must hold {key!r} ({kind.__name__}), got {results.get(key)!r}. Measure "
-                f"the weights again: ema-timm evaluate {file.parent} --data-dir DIR"
-            )
+    again = f"Measure the weights again: ema-timm evaluate {file.parent} --data-dir DIR"
+    require_kinds(results, _REQUIRED, file, again)
     check_preprocessing(results["input"], str(file))
     return results
 

@@ -267,7 +267,7 @@ DAMAGE = {
     ),
     "names that are no names": (
         edit("config.json", lambda c: c.update(label_names=3)),
-        "label_names must be a list of names, got 3",
+        r"must hold 'label_names' \(list\), got 3",
     ),
     "names of other classes": (
         edit("config.json", lambda c: c.update(label_names=["cat", "emu", "dog"])),
