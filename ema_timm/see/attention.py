@@ -8,12 +8,11 @@ from torch import nn
 
 from ema_timm.environment import pick_device
 from ema_timm.errors import UserError, require_packages
-from ema_timm.files import make_writable
 from ema_timm.see.gates import LayerGates, last_of_stages, layer_gates
 from ema_timm.see.gradcam import Cam, grad_cam, last_stage
 from ema_timm.see.images import find_images, prepare
 from ema_timm.see.networks import Classifier, open_classifier
-from ema_timm.see.predictions import Prediction, top_classes
+from ema_timm.see.predictions import Prediction, check_png, top_classes
 from ema_timm.see.settings import AttendConfig
 
 MOST_IMAGES = 24
@@ -72,16 +71,13 @@ def attend(config: AttendConfig) -> Attended:
 
 def _check(config: AttendConfig) -> None:
     """Check the settings, before any work."""
-    require_packages(["matplotlib"], "see", "a picture")
+    check_png("--output", config.output)
     if config.cam:
         require_packages(["pytorch_grad_cam"], "see", "Grad-CAM (which --no-cam leaves out)")
     given = [name for name in ("beside", "target", "cam_layer") if getattr(config, name)]
     if given and not config.cam:
         option = "--" + given[0].replace("_", "-")
         raise UserError(f"{option} is about Grad-CAM, which --no-cam leaves out. Drop one of them.")
-    if Path(config.output).suffix != ".png":
-        raise UserError(f"--output is a .png file, got {config.output}. Give such a name.")
-    make_writable(Path(config.output).parent)
 
 
 def _chosen(gates: dict[str, LayerGates], model: nn.Module, names: str) -> dict[str, LayerGates]:

@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 from ema_timm.data.images import mode_of, read_image
 from ema_timm.environment import pick_device
-from ema_timm.errors import UnreadableImageError, UserError, require_packages
-from ema_timm.files import make_writable
+from ema_timm.errors import UnreadableImageError, UserError
 from ema_timm.see.images import find_images, image_loader
 from ema_timm.see.networks import Classifier, open_classifier, open_exported
 from ema_timm.see.predictions import (
     Prediction,
     check_output,
+    check_png,
     top_classes,
     write_predictions,
 )
@@ -54,7 +54,7 @@ def predict(config: PredictConfig, progress: bool = True) -> Predicted:
     if config.output:
         check_output(config.output)
     if config.sheet:
-        save_sheet = _sheet(config.sheet)
+        check_png("--sheet", config.sheet)
     files = find_images(config.images)
     device = torch.device(pick_device(config.device))
     if config.source.endswith(ONNX):
@@ -66,20 +66,11 @@ def predict(config: PredictConfig, progress: bool = True) -> Predicted:
     if config.output:
         write_predictions(done.rows, min(config.topk, len(network.labels)), config.output)
     if config.sheet:
+        from ema_timm.see.sheet import save_sheet  # needs matplotlib
+
         channels = network.data["input_size"][0]
         done = done._replace(omitted=save_sheet(done.rows, channels, Path(config.sheet)))
     return done
-
-
-def _sheet(file: str):
-    """The function that draws the contact sheet, after a check that the file can be written."""
-    require_packages(["matplotlib"], "see", "--sheet")
-    from ema_timm.see.sheet import save_sheet
-
-    if Path(file).suffix != ".png":
-        raise UserError(f"--sheet is a .png file, got {file}. Give such a name.")
-    make_writable(Path(file).parent)
-    return save_sheet
 
 
 def classify(

@@ -58,6 +58,14 @@ def check_output(output: str) -> None:
     make_writable(Path(output).parent)
 
 
+def check_png(option: str, file: str) -> None:
+    """Check, before any work, that matplotlib is installed and a figure can be written."""
+    require_packages(["matplotlib"], "see", option)
+    if Path(file).suffix != ".png":
+        raise UserError(f"{option} is a .png file, got {file}. Give such a name.")
+    make_writable(Path(file).parent)
+
+
 def write_predictions(rows: list[Prediction], topk: int, output: str) -> None:
     """Write a file in the format of its suffix.
 

@@ -5,7 +5,6 @@ numbers, and `ema_timm.integrations.yolo.contents` checks the YAML.
 """
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save
 
+from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.errors import UserError, first_line
-from ema_timm.files import WEIGHTS, make_writable, write_whole
+from ema_timm.files import WEIGHTS
 from ema_timm.hub.fetch import fetch
 from ema_timm.integrations.yolo.contents import (
     DESCRIPTION,
@@ -56,7 +56,8 @@ def save_folder(yolo: Any, folder: str | Path) -> list[Path]:
             "this network's norms are fused into its convolutions, so no YAML describes it. Load "
             "the checkpoint again, before predict() or fuse()."
         )
-    make_writable(folder)
+    writer = CheckpointWriter(folder)
+    writer.make()
     half = is_rounded(net)
     weights = {
         name: (t.half() if half and t.dtype == torch.float32 else t).contiguous().cpu()
@@ -74,12 +75,9 @@ def save_folder(yolo: Any, folder: str | Path) -> list[Path]:
         "ultralytics": __version__,
     }
     content = save(weights, metadata={"format": "pt"})
-    write_whole(folder / WEIGHTS, lambda path: path.write_bytes(content))
-    for name, text in (
-        (MODEL, yaml_text(net.yaml)),
-        (DESCRIPTION, json.dumps(described, indent=2) + "\n"),
-    ):
-        write_whole(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))
+    writer.write(WEIGHTS, lambda path: path.write_bytes(content))
+    writer.write_text(MODEL, yaml_text(net.yaml))
+    writer.write_json(DESCRIPTION, described)
     return [folder / name for name in (WEIGHTS, MODEL, DESCRIPTION)]
 
 
