@@ -58,12 +58,7 @@ class CheckpointWriter:
     ) -> str:
         """Write ``model.safetensors``, ``config.json`` and the stub that the latter names.
 
-        Args:
-            model: A timm classifier.
-            model_args: Arguments that rebuild the network, beside its name and classes.
-            data_config: Preprocessing of the evaluation, as timm resolves it.
-            class_names: Names in the order of the classes, if they are known.
-            descriptions: What the names mean, by name, if that is known.
+        Takes what `ema_timm.checkpoints.config.hub_config` does.
 
         Returns:
             sha256 of the weights file.

@@ -67,11 +67,7 @@ def save_attention(
         rows: The most probable class of each image.
         path: PNG file to write.
     """
-    page = _Page(len(seen), 1 + len(gates) + len(cams), scales=2)
-    page.captions(rows)
-    for row, image in enumerate(seen):
-        _show(page.panel(row, 0), image)
-    page.title(0, "input")
+    page = _page(seen, rows, len(gates) + len(cams), scales=2)
     for column, (name, each) in enumerate(gates.items(), 1):
         _draw_gates(page, column, name, each, seen)
     for column, cam in enumerate(cams, 1 + len(gates)):
@@ -83,11 +79,7 @@ def save_groups(
     seen: Tensor, gates: dict[str, LayerGates], rows: Sequence[Prediction], path: Path
 ) -> None:
     """Draw the maps of all groups of each layer for each image; see `save_attention`."""
-    page = _Page(len(seen), 1 + len(gates), scales=1, panel=2.6)
-    page.captions(rows)
-    for row, image in enumerate(seen):
-        _show(page.panel(row, 0), image)
-    page.title(0, "input")
+    page = _page(seen, rows, len(gates), scales=1, panel=2.6)
     for column, (name, each) in enumerate(gates.items(), 1):
         maps = group_maps(each)
         groups, height, width = maps.shape[1:]
@@ -173,6 +165,16 @@ class _Page:
     def save(self, path: Path) -> None:
         """Write the PNG file."""
         write_whole(path, lambda file: self.figure.savefig(file, format="png", dpi=_DPI))
+
+
+def _page(seen: Tensor, rows: Sequence[Prediction], columns: int, **sizes) -> _Page:
+    """A page with captions and images, and room for ``columns`` of maps."""
+    page = _Page(len(seen), 1 + columns, **sizes)
+    page.captions(rows)
+    for row, image in enumerate(seen):
+        _show(page.panel(row, 0), image)
+    page.title(0, "input")
+    return page
 
 
 def _draw_gates(page: _Page, column: int, name: str, gates: LayerGates, seen: Tensor) -> None:

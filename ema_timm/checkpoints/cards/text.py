@@ -13,11 +13,7 @@ from ema_timm.checkpoints.cards.parts import (
 )
 from ema_timm.checkpoints.config import needs_auto_map
 
-_WHAT_EMA = (
-    "An image classifier whose blocks carry EMA attention: Efficient Multi-scale Attention "
-    "(arXiv:2305.13563), a gate over channel groups. It is not an exponential moving average of "
-    "weights."
-)
+_WHAT_EMA = f"An image classifier whose blocks carry {parts.EMA_ATTENTION}"
 _WHAT_PLAIN = "An image classifier in timm's format."
 _SETTINGS = ("opt", "lr", "weight_decay", "epochs", "batch_size", "sched", "smoothing", "seed")
 

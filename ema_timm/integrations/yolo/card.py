@@ -106,11 +106,7 @@ def _what(results: dict) -> str:
     task = _PIPELINES.get(results["task"], ("", results["task"]))[1].lower()
     if not results["layers"]:
         return f"{made}, for {task}."
-    return (
-        f"{made}, for {task}, with EMA attention: Efficient Multi-scale Attention "
-        "(arXiv:2305.13563), a gate over channel groups. It is not an exponential moving average "
-        "of weights."
-    )
+    return f"{made}, for {task}, with {parts.EMA_ATTENTION}"
 
 
 def _numbers(results: dict) -> str:
