@@ -20,8 +20,8 @@ SHOWN = 20
 _CHECKSUM = re.compile(r"<!-- ema-timm card, sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
 
 EMA_ATTENTION = (
-    "EMA attention: Efficient Multi-scale Attention (arXiv:2305.13563), a gate over channel groups. "
-    "It is not an exponential moving average of weights."
+    "EMA attention: Efficient Multi-scale Attention (arXiv:2305.13563), a gate over channel "
+    "groups. It is not an exponential moving average of weights."
 )
 
 CITE_EMA = """\
