@@ -97,9 +97,9 @@ class Run:
         self.config, self.process, self.progress = config, process, progress
         self.images = open_images(
             config.data_dir,
-            config.dataset,
             config.split,
             config.val_split,
+            config.dataset,
             config.output,
             process,
             check=config.check,
