@@ -149,6 +149,7 @@ def desk(tmp_path_factory, digits, trained, hub_env):
         env = {
             **os.environ,
             **hub_env(hub),
+            "CI": "true",  # OpenVINO sends no telemetry then
             "PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}",
         }
         files = {p.name: p.read_bytes() for p in trained.iterdir() if p.is_file()}
@@ -161,7 +162,7 @@ def _state(name, num_classes):
     return timm.create_model(name, num_classes=num_classes).state_dict()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_blocks_run_in_the_order_in_which_they_stand(document, desk, tmp_path):
     """One after another in one folder, so that a block may build on those above it."""

@@ -128,6 +128,7 @@ print(len(timm.list_models("*_ema")))
     assert int(python(code, "-W", "error::RuntimeWarning")) > 50
 
 
+@pytest.mark.slow
 def test_threads_that_import_either_side_meet_a_whole_package(python):
     """Half of them load timm, half the wing that registers: each waits for the other's locks."""
     code = """

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.bench.model import inference
-from ema_timm.bench.timing import machine, round_robin
+from ema_timm.bench.timing import Clock, round_robin
 from ema_timm.checkpoints.network import check_network, load_network
-from ema_timm.environment import pick_device
+from ema_timm.environment import machine, pick_device
 from ema_timm.errors import UserError, VerificationError, first_line
 from ema_timm.export.formats import open_onnx
 from ema_timm.export.write import export
@@ -32,7 +32,7 @@ def latencies(folders: Mapping[str, Path], device: str) -> dict:
     for name, folder in folders.items():
         network, image = _network(folder)
         calls[name] = inference(network.to(where), image.to(where))
-    times = round_robin(calls, _ROUNDS, where, "latency")
+    times = round_robin(calls, _ROUNDS, Clock(where), "latency")
     return {"machine": machine(where), "ms": {n: t._asdict() for n, t in times.items()}}
 
 
@@ -52,7 +52,7 @@ def exported_latencies(folders: Mapping[str, Path]) -> dict:
         _, image = _network(folder)
         calls[name] = lambda run=run, image=image: run(image)
     where = torch.device("cpu")
-    times = round_robin(calls, _ROUNDS, where, "exported latency") if calls else {}
+    times = round_robin(calls, _ROUNDS, Clock(where), "exported latency") if calls else {}
     ms = {name: timing._asdict() for name, timing in times.items()}
     return {"machine": machine(where), "ms": ms, "why_not": why_not}
 

@@ -118,7 +118,7 @@ def is_trained(results: dict) -> bool:
 def plan_runs(comparison: Comparison, variants: Sequence[Variant]) -> list[PlannedRun]:
     """All runs of a comparison, ordered by seed, so that all variants get equally far."""
     config, given, output = comparison.config, comparison.settings, comparison.output
-    test = find_test_folder(config.data_dir, config.split, config.dataset)
+    test = find_test_folder(config.data_dir, config.dataset, config.split)
     fields = [field.name for field in dataclasses.fields(FinetuneConfig)]
     runs = []
     for seed in comparison.seed_numbers:

@@ -16,7 +16,7 @@ from ema_timm.ops.export.exported import (
 )
 from ema_timm.ops.export.in_place import exported_in_place
 from ema_timm.ops.formula import fold
-from ema_timm.ops.weights import EmaWeights, FoldedWeights
+from ema_timm.ops.weights import EmaWeights
 
 SMALL_PIXELS = {True: 256, False: 64}
 """Largest map, H·W, pooled by one matrix product where its size is fixed: in ONNX or not."""
@@ -111,19 +111,22 @@ def ready_to_export(
     """
     sizes = {} if image is None else _map_sizes(model, image)
     model = copy.deepcopy(model)
-    for name, layer in model.named_modules():
+    for name, layer in list(model.named_modules()):
         if isinstance(layer, EmaAttn) and layer.cross_spatial and _computes_here(layer):
             size = sizes.get(name)
             small = small_map(*size) if size and size[0] * size[1] <= SMALL_PIXELS[onnx] else None
             # ONNX refuses other sizes; a traced network would take them, and be wrong.
             known = size if onnx else None
             weights, groups = _arranged(layer), layer.groups
-            layer.reparameterize()
-            layer.folded = (
+            ready = (
                 DelegatedEma(weights, groups)
                 if delegate
                 else ExportedEma(weights, groups, small, known, pytorch)
             ).eval()
+            if name:
+                model.set_submodule(name, ready)
+            else:
+                model = ready
     return model
 
 
@@ -134,12 +137,8 @@ def _computes_here(layer: EmaAttn) -> bool:
 
 def _arranged(layer: EmaAttn) -> ExportedWeights:
     """Worked out in float64, in the type of the statistics."""
-    if layer.folded is None:
-        weights = layer.weights()
-        folded = fold(EmaWeights(*[w.double() for w in weights]))
-    else:
-        weights = FoldedWeights(*[getattr(layer.folded, name) for name in FoldedWeights._fields])
-        folded = FoldedWeights(*[w.double() for w in weights])
+    weights = layer.weights()
+    folded = fold(EmaWeights(*[w.double() for w in weights]))
     kind = torch.promote_types(weights.gn_weight.dtype, torch.float32)
     return ExportedWeights(*[w.to(kind).contiguous() for w in arrange(folded)])
 

@@ -45,5 +45,5 @@ def reference(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     u = x2.mean((2, 3)).softmax(1)[:, :, None, None]
     logits = (v * x2).sum(1, keepdim=True) + (u * x1).sum(1, keepdim=True)  # (B·G, 1, H, W)
     gated = (g * logits.sigmoid()).reshape(x.shape).to(x.dtype)
-    # A buffer of its own, laid out like x.
+    # A new buffer, laid out like x.
     return torch.empty_like(x).copy_(gated)

@@ -1,8 +1,8 @@
 """The gates that a network's EMA attention layers compute for given images.
 
 Every layer multiplies its input by its gate map, whoever computes the product: the definition, the
-closed form in C or in PyTorch operators, Triton kernels, folded weights. So the maps come from what
-all of them have in common, the layer's input and its weights, by the formula of
+closed form in C or in PyTorch operators, Triton kernels. So the maps come from what all of them
+have in common, the layer's input and its weights, by the formula of
 `ema_timm.ops.formula`; never from output / input, which is 0 / 0 where a ReLU was.
 
 B batch, C channels, G groups, n = C / G, H height, W width.
@@ -14,15 +14,14 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
 from ema_timm.backbones.modes import evaluating
 from ema_timm.backbones.slots import find_slots
 from ema_timm.errors import UserError
-from ema_timm.ops.formula import fold, gate_logits, statistics_type
-from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
+from ema_timm.ops.formula import fold, gate_logits, pools_and_gates, statistics_type
+from ema_timm.ops.parallel import channel_logits
 
 _SHOW_LAYERS = "Give the network that it was made from."
 
@@ -138,39 +137,13 @@ def _moved(images: Tensor | Sequence[Tensor], like: Tensor) -> Tensor | list[Ten
 
 
 def _gates(layer: EmaAttn, x: Tensor) -> LayerGates:
-    weights = _weights(layer, x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    g = x.reshape(x.shape[0], layer.groups, -1, *x.shape[2:]).to(dtype)  # (B, G, n, H, W)
-    along = directional_gates(g, weights)
+    weights = layer.weights()
+    folded = fold(statistics_type(x, weights))
+    g = x.reshape(x.shape[0], layer.groups, -1, *x.shape[2:])  # (B, G, n, H, W)
+    g = g.to(folded.gn_weight.dtype)
+    _, _, along_height, along_width = pools_and_gates(g, folded)
     if layer.cross_spatial:
-        logits = gate_logits(g, weights)
+        logits = gate_logits(g, folded)
     else:
-        logits = _channel_logits(g, *along, statistics_type(x, layer.weights()))
-    return LayerGates(logits.sigmoid(), *along)
-
-
-def _weights(layer: EmaAttn, x: Tensor) -> FoldedWeights:
-    """The layer's folded weights in the type of the statistics, whether it was folded or not."""
-    if layer.folded is None:
-        return fold(statistics_type(x, layer.weights()))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    names = FoldedWeights._fields
-    return FoldedWeights(*[getattr(layer.folded, name).to(dtype) for name in names])
-
-
-def directional_gates(g: Tensor, w: FoldedWeights) -> tuple[Tensor, Tensor]:
-    """The gates along height, (B, G, n, H), and width, (B, G, n, W), of ``g`` (B, G, n, H, W)."""
-    pooled = torch.cat([g.mean(4), g.mean(3)], -1)
-    mixed = torch.matmul(w.mix_weight, pooled) + w.mix_bias[:, None]
-    gate_h, gate_w = mixed.sigmoid().split(list(g.shape[3:]), -1)
-    return gate_h, gate_w
-
-
-def _channel_logits(g: Tensor, gate_h: Tensor, gate_w: Tensor, w: EmaWeights) -> Tensor:
-    """The logits (B, C, H, W) of `ema_timm.ops.parallel`, which has one map a channel."""
-    y = g * gate_h[..., None] * gate_w[..., None, :]
-    centred = y - y.mean((3, 4), keepdim=True)
-    scale = w.gn_weight / (centred.square().mean((3, 4)) + EPS).sqrt()  # (B, G, n)
-    bias = w.conv3x3_bias + w.gn_bias
-    local = F.conv2d(g.flatten(0, 1), w.conv3x3_weight, bias, padding=1).view_as(g)
-    return (centred * scale[..., None, None] + local).flatten(1, 2)
+        logits = channel_logits(g.flatten(0, 1), weights).view(x.shape)
+    return LayerGates(logits.sigmoid(), along_height, along_width)

@@ -41,9 +41,9 @@ class Images:
 
 def open_images(
     data_dir: str,
+    dataset: str,
     split: str,
     val_split: str,
-    dataset: str,
     output: str,
     process: Process,
     check: bool = True,
@@ -53,9 +53,9 @@ def open_images(
 
     Args:
         data_dir: Image folder, or the root of ``dataset``.
+        dataset: Name of one of timm's data sets; empty for an image folder.
         split: Name of the split to validate on; empty for the usual names.
         val_split: Fraction of the training images to hold out and validate on instead.
-        dataset: Name of one of timm's data sets; empty for an image folder.
         output: The run's folder, which messages refer to.
         process: This process, which decodes its share of the images.
         check: Decode every image.
@@ -67,7 +67,7 @@ def open_images(
     """
     train, val = open_both(data_dir, split, val_split, dataset)
     notes = [*train.notes, *val.notes, *_counts(train, val)]
-    test = find_test_folder(data_dir, split, dataset)
+    test = find_test_folder(data_dir, dataset, split)
     if test is not None:
         notes.append(
             f"{test} is not used for training. To evaluate on it afterwards: ema-timm evaluate "
@@ -86,7 +86,7 @@ def open_images(
     return Images(train, val)
 
 
-def find_test_folder(data_dir: str, split: str, dataset: str) -> Path | None:
+def find_test_folder(data_dir: str, dataset: str, split: str) -> Path | None:
     """The folder ``test`` of an image folder, unless the run validates on it."""
     test = find_split(data_dir, ("test",))
     if dataset or test is None or split.lower() == test.name.lower():

@@ -13,7 +13,7 @@ from ema_timm.training.data import create_loaders, open_images, timm_augmentatio
 from ema_timm.training.epoch import EpochLoop, Position
 from ema_timm.training.history import History, epoch_cost
 from ema_timm.training.initial_weights import InitialModel
-from ema_timm.training.lock import claim
+from ema_timm.training.lock import lock_run
 from ema_timm.training.log import Log, Records
 from ema_timm.training.loss import read_class_weights
 from ema_timm.training.network import RunNetwork, build_run_network
@@ -43,7 +43,7 @@ def finetune(config: FinetuneConfig, resume: bool = False, progress: bool = True
         InterruptedRunError: After Ctrl-C or SIGTERM. Continue with ``resume``.
     """
     saved = RunState(config.output)
-    with claim(saved, resume):
+    with lock_run(saved, resume):
         return _train(config, _load(saved) if resume else None, progress)
 
 
@@ -55,7 +55,7 @@ def continue_run(settings: dict, progress: bool = True) -> dict:
         progress: As in `finetune`.
     """
     saved = RunState(settings["output"])
-    with claim(saved, resume=True):
+    with lock_run(saved, resume=True):
         state = _load(saved)
         return _train(FinetuneConfig(**{**state["config"], **settings}), state, progress)
 
@@ -97,9 +97,9 @@ class Run:
         self.config, self.process, self.progress = config, process, progress
         self.images = open_images(
             config.data_dir,
+            config.dataset,
             config.split,
             config.val_split,
-            config.dataset,
             config.output,
             process,
             check=config.check,

@@ -49,7 +49,6 @@ def test_openvino(model, source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_aot_inductor(tmp_path):
     """One layer: some whole networks, plain ones too, come out wrong at odd sizes."""
     if not hasattr(torch._inductor, "aoti_load_package"):

@@ -394,10 +394,9 @@ def test_scrub_knows_the_token_and_what_looks_like_one():
 
 def test_time_limit_ends_a_blocking_call_and_leaves_no_alarm():
     before = signal.getsignal(signal.SIGALRM)
-    started = time.monotonic()
     with pytest.raises(TimeUpError), TimeLimit(60).step(0.1):
-        time.sleep(5)
-    assert time.monotonic() - started < 2
+        time.sleep(60)
+        pytest.fail("the call was waited for")
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     limit = TimeLimit(0.05)

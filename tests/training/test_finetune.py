@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.runs import assert_same_outcome, cli, run
+from support.worker import Worker
 from timm.data import resolve_data_config
 
 from ema_timm.backbones.registry import TIMM
@@ -172,18 +173,11 @@ def test_resume_reads_the_state_once(config, monkeypatch):
     assert read == [file, file]
 
 
-def test_full_disk_leaves_whole_files(config, tmp_path):
+def test_full_disk_leaves_whole_files(stage, config, tmp_path):
     """A file size limit cuts the weights short, as a full disk does."""
-    code = (
-        "import resource, sys; from ema_timm.cli import main;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *cli(config)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    done = stage[1].run(*cli(config), largest_file=300_000)
+    assert done["code"] == 1, done["err"]
+    last = done["err"].strip().splitlines()[-1]
     assert last.startswith("ema-timm: ") and "File too large" in last
     assert [p.name for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
 
@@ -365,7 +359,8 @@ def torchrun(*args, **options):
     )
 
 
-def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_path):
+@pytest.mark.slow
+def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_path, capsys):
     done = torchrun(*cli(config, "--epochs", 2, "--batch-size", 6))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
@@ -378,32 +373,23 @@ def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_pat
     assert done.stdout.count("top-1") == 1
     again = torchrun("finetune", "--resume", "--output", config.output)
     assert again.returncode == 0, again.stderr
-    refused = subprocess.run(
-        [sys.executable, "-m", "ema_timm", "finetune", "--resume", "--output", config.output],
-        capture_output=True,
-        text=True,
-    )
-    assert refused.returncode == 2
-    assert "the run was started on 2" in refused.stderr
+    assert main(["finetune", "--resume", "--output", config.output]) == 2
+    assert "the run was started on 2" in capsys.readouterr().err
 
 
-IMPATIENT = """
-import sys, time
-slept = []
-time.sleep = slept.append
-from ema_timm.cli import main
-code = main(sys.argv[1:])
-print(sum(slept))
-sys.exit(code)
-"""
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A process for commands, where no Hub answers."""
+    home = str(tmp_path_factory.mktemp("hf"))
+    worker = Worker({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": home, "NO_PROXY": "*"})
+    yield worker
+    worker.close()
 
 
 @pytest.mark.parametrize("model", ["hf-hub:ada/none", "test_resnet", "test_vit.r160_in1k"])
-def test_without_network_nothing_is_waited_for_in_vain(config, tmp_path, model):
+def test_without_network_nothing_is_waited_for_in_vain(offline, config, model):
     """The client alone sleeps 23 s between its calls before it gives up, and says nothing."""
-    args = [sys.executable, "-c", IMPATIENT, *cli(config, "--model", model, "--pretrained")]
-    refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
-    done = subprocess.run(args, capture_output=True, text=True, env={**os.environ, **refused})
-    assert done.returncode == 1, done.stderr
-    assert "Check the network" in done.stderr.splitlines()[-1]
-    assert float(done.stdout) <= 3
+    done = offline.run(*cli(config, "--model", model, "--pretrained"))
+    assert done["code"] == 1, done["err"]
+    assert "Check the network" in done["err"].splitlines()[-1]
+    assert done["slept"] <= 3

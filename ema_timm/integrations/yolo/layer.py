@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, FoldedEma, largest_group_count
+from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
 from ema_timm.integrations.yolo.rows import NAME
 
 _ROW = f"Write the row as [-1, 1, {NAME}, [c2]]; c2 is the width of the row before, at every scale"
@@ -118,7 +118,7 @@ def register(module: ModuleType) -> None:
             stacklevel=2,
         )
     # What ULTRALYTICS_SAFE_LOAD=1, and any torch.load(weights_only=True), may rebuild.
-    torch.serialization.add_safe_globals([EmaAttnRow, FoldedEma])
+    torch.serialization.add_safe_globals([EmaAttnRow])
     try:
         thop = importlib.import_module("thop.profile")
     except ImportError:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ema_timm.ops.weights import EPS, FoldedWeights
+from ema_timm.ops.formula import fold, statistics_type
+from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
 
 
 class ExportedWeights(NamedTuple):
@@ -138,6 +139,20 @@ def exported(
         return gated.flatten(1, 2)
     # No view in autograd's books, because ResNet adds the shortcut in place; as in `formula`.
     return torch.ops.aten._unsafe_view(gated, x.shape)
+
+
+def closed_form_exported(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
+    """`exported` from the layer's own weights.
+
+    Args:
+        x: Feature map, (B, C, H, W), floating point.
+        weights: Parameters of one layer.
+        groups: G; divides C.
+
+    Returns:
+        (B, C, H, W), the dtype of ``x``.
+    """
+    return exported(x, arrange(fold(statistics_type(x, weights))), groups)
 
 
 def _for_onnx() -> bool:
