@@ -57,7 +57,7 @@ def subcommands(parser, name=""):
 
 OTHER_NAMES = {"--size": "--img-size", "--imgsz": "--img-size", "--batch": "--batch-size"}
 # Commands whose options are renamed later.
-LATER = ("export", "tune", "bench")
+LATER = ("export",)
 
 
 @pytest.mark.parametrize(
