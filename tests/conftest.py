@@ -130,6 +130,10 @@ def stage(hub_env):
         assert not hub.leaks  # the token has gone to the Hub alone, not to where large files are
 
 
+STARTED_BY = "PYTEST_STARTED_BY"  # an environment variable of whatever the tests start
+ENDS_BY_ITSELF = "multiprocessing.resource_tracker"  # with the process that it serves
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_process_is_left():
     """Fail at the end of the session, in each of xdist's workers, if a process is left."""
@@ -139,11 +143,6 @@ def _no_process_is_left():
     while (left := started_processes()) and time.monotonic() < until:
         time.sleep(0.2)
     assert not left, f"the tests left processes behind: {left}"
-
-
-STARTED_BY = "EMA_TIMM_TESTS_PROCESS"  # in the environment of whatever the tests start
-# Ends with the process that it serves.
-SERVANTS = ("multiprocessing.resource_tracker",)
 
 
 def started_processes():
@@ -156,7 +155,7 @@ def started_processes():
             command = (folder / "cmdline").read_text().replace("\0", " ").strip()
         except OSError:  # it has ended, or is another user's
             continue
-        if started and state != "Z" and not any(name in command for name in SERVANTS):
+        if started and state != "Z" and ENDS_BY_ITSELF not in command:
             found[int(folder.name)] = command
     return found
 
