@@ -1,4 +1,4 @@
-"""The versions that a result depends on, and what can run here."""
+"""What a result depends on: versions, the device, and which implementations can run on it."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import timm
 import torch
 
 from ema_timm import __version__
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 from ema_timm.ops.cpu import library
 from ema_timm.ops.gpu.choice_file import read_device
 from ema_timm.ops.gpu.choices import gpu_mode
@@ -16,7 +16,7 @@ from ema_timm.ops.gpu.fused.available import fused_unavailable
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of the packages that a result depends on."""
     return {
         "ema_timm": __version__,
         "timm": timm.__version__,
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """`versions`, and for each implementation what it runs on here."""
+    """`versions`, and for each implementation whether and where it runs."""
     cuda = torch.cuda.is_available()
     probe = torch.empty(1, 1, 1, 1, device="cuda" if cuda else "cpu")
     reason = fused_unavailable(probe, probe[0, 0, 0])
@@ -85,12 +85,11 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-# MERGED: Where a command runs.
 def pick_device(name: str) -> str:
     """The device that ``auto`` stands for: CUDA, then MPS, then the CPU.
 
     Raises:
-        UserError: If the named device is not at hand.
+        UserError: If the named device is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -100,6 +99,6 @@ def pick_device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device {name} is not usable here: {first_line(error)} Use --device auto or cpu."
+            f"--device {name} is not usable here: {sentence(error)} Use --device auto or cpu."
         ) from error
     return name

@@ -17,6 +17,9 @@ try:
 except ImportError:  # not Unix
     fcntl = None
 
+WEIGHTS = "model.safetensors"
+"""The weights file of every folder that the package writes, and of timm's repositories."""
+
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp|\.(\d+)\.writable")
 """Names of temporary files, with the id of the process that writes them."""
 

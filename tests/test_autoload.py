@@ -325,7 +325,7 @@ print([str(w.message) for w in seen])
 """
     first, second = python(code, env=OFF).splitlines()
     assert first == "Identity True"
-    assert "timm has a model named resnet18_ema of its own" in second
+    assert "timm has its own model resnet18_ema" in second
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Whatever of the package is imported first, timm knows all the names afterwards."""
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,25 @@ for statement in sys.stdin:
         os._exit(0)
     os.waitpid(child, 0)
 """
+
+
+PACKAGES = [name for name in MODULES if name.endswith(".__init__")]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_public_names_are_no_modules_and_can_be_imported(name):
+    """A module of that name would take the function's place once it is imported."""
+    package = importlib.import_module(name.removesuffix(".__init__"))
+    modules = {found.name for found in pkgutil.iter_modules(package.__path__)}
+    public = getattr(package, "__all__", ())
+    assert not modules & set(public)
+    assert all(hasattr(package, each) for each in public)
+
+
+@pytest.mark.parametrize("package", ["data", "measure", "see", "publishing", "integrations.yolo"])
+def test_a_package_lists_its_public_names_without_torch(python, package):
+    code = f"import sys, ema_timm.{package} as p; assert {{*p.__all__}} <= {{*dir(p)}}"
+    python(f"{code}; assert p.__all__ and 'torch' not in sys.modules")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def add_commands(commands) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from ema_timm.measure.evaluation import evaluate
+    from ema_timm.measure import evaluate
 
     config = EvaluateConfig(**given_options(args, EvaluateConfig))
     metrics = evaluate(config)["metrics"]

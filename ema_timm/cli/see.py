@@ -31,7 +31,7 @@ def _add_attend(commands) -> None:
 
 
 def _attend(args: argparse.Namespace) -> int:
-    from ema_timm.see.attention import attend
+    from ema_timm.see import attend
 
     done = attend(AttendConfig(**given_options(args, AttendConfig)))
     for row in done.rows:
@@ -62,7 +62,7 @@ def _add_predict(commands) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ema_timm.see.classify import predict
+    from ema_timm.see import predict
 
     config = PredictConfig(**given_options(args, PredictConfig))
     done = predict(config)
@@ -72,8 +72,8 @@ def _predict(args: argparse.Namespace) -> int:
             print("\t".join([row.filename, *best]))
     else:
         print(f"{config.output}: {len(done.rows)} images")
-    if done.left_off:
-        print(f"{config.sheet}: does not show the last {done.left_off} images", file=sys.stderr)
+    if done.omitted:
+        print(f"{config.sheet}: does not show the last {done.omitted} images", file=sys.stderr)
     for line in done.unreadable:
         print(line, file=sys.stderr)
     return 1 if done.unreadable else 0

@@ -3,8 +3,7 @@
 import argparse
 
 from ema_timm.errors import UserError
-
-PLACES = ("head", "backbone", "neck", "all")
+from ema_timm.integrations.yolo.rows import PLACES
 
 
 def add_commands(commands) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ema_timm.bench.model import inference
 from ema_timm.bench.timing import Clock, round_robin
-from ema_timm.checkpoints.network import check_network, load_network
+from ema_timm.checkpoints.network import open_network
 from ema_timm.environment import machine, pick_device
 from ema_timm.errors import UserError, VerificationError, first_line
 from ema_timm.export.formats import open_onnx
@@ -59,6 +59,5 @@ def exported_latencies(folders: Mapping[str, Path]) -> dict:
 
 def _network(folder: Path) -> tuple[nn.Module, Tensor]:
     """A network, and an image of its input size."""
-    config = check_network(folder)
-    network = load_network(folder, config)
-    return network, torch.zeros(1, *config["pretrained_cfg"]["input_size"])
+    network, _ = open_network(folder)
+    return network, torch.zeros(1, *network.pretrained_cfg["input_size"])

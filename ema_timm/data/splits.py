@@ -1,13 +1,11 @@
-"""The images that settings name: a folder's split, a part of it, or a data set of timm's."""
+"""The images that settings name: a split of a folder, a part of it, or a timm data set."""
 
 from pathlib import Path
 
 from ema_timm.data.folders import TRAIN, VAL, find_split
-from ema_timm.data.image_folder import FolderDataset, fraction, open_folder, split_folder
-from ema_timm.data.named import NamedDataset, open_named
+from ema_timm.data.image_folder import LabelledImages, fraction, open_folder, split_folder
+from ema_timm.data.named import open_named
 from ema_timm.errors import UserError
-
-Dataset = FolderDataset | NamedDataset
 
 
 def open_measured(
@@ -16,7 +14,7 @@ def open_measured(
     val_split: str = "",
     dataset: str = "",
     class_map: dict | None = None,
-) -> Dataset:
+) -> LabelledImages:
     """The images to measure on.
 
     Args:
@@ -61,18 +59,18 @@ def open_both(
 
 
 def class_names(data_dir: str | Path, split: str, val_split: str, dataset: str) -> list[str]:
-    """Names of the classes: of the images to train on, else of those to measure on."""
+    """Class names of the images to train on, else of those to measure on."""
     if not dataset and find_split(data_dir, TRAIN):
         return open_folder(data_dir, TRAIN).class_names
     return open_measured(data_dir, split, val_split, dataset).class_names
 
 
-def check_classes(train: Dataset) -> None:
-    """Raise UserError for less than two classes."""
+def check_classes(train: LabelledImages) -> None:
+    """Raise UserError for fewer than two classes."""
     if len(train.class_to_idx) < 2:
         raise UserError(
-            f"{train.place} has one class ({train.class_names[0]}), and a classifier needs "
-            "at least two. Put each class in a folder of its own."
+            f"{train.place} has one class ({train.class_names[0]}), but a classifier needs at "
+            "least two. Put each class into its own folder."
         )
 
 

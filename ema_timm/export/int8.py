@@ -9,7 +9,7 @@ from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.errors import UserError, require_packages
 from ema_timm.export.formats import FORMATS, Run, open_onnx
 from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, load
-from ema_timm.export.write import relative_difference
+from ema_timm.ops.reference import relative_difference
 
 INT8_IMAGES = 32
 """Random images on which the int8 file is compared."""
@@ -46,7 +46,7 @@ def quantize_int8(folder: str | Path, fixed: InputSize = ALL_FREE) -> Quantized:
     """
     if fixed.batch not in (None, 1):
         raise UserError("--int8 compares image by image: leave the batch free, or --batch 1.")
-    require_packages("onnx", "onnxruntime")
+    require_packages(["onnx", "onnxruntime"], "export")
     run, source = CheckpointWriter(folder), Path(folder) / FORMATS["onnx"].file
     size = check_inputs(load(folder), fixed)[0].shape[1:]
     found = []

@@ -23,6 +23,7 @@ from ema_timm.export.inputs import (
     require_sizes,
 )
 from ema_timm.export.layers import ready_to_export
+from ema_timm.ops.reference import relative_difference
 
 
 class Exported(NamedTuple):
@@ -60,7 +61,7 @@ def export(
         VerificationError: If the file does not compute what the network computes.
     """
     way = FORMATS[format]
-    require_packages(*way.packages, *way.exporters.get(exporter, ()))
+    require_packages([*way.packages, *way.exporters.get(exporter, ())], "export")
     model = load(folder, scriptable=way.scriptable, exportable=way.exportable)
     if reparam:
         model = reparameterize_model(model).eval()
@@ -87,11 +88,6 @@ def export(
 # MERGED: A written file, loaded afresh, against the network it was made from.
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest number of the network's output."""
-
-
-def relative_difference(found: Tensor, want: Tensor) -> float:
-    """Largest difference over the largest magnitude of ``want``."""
-    return ((found - want).abs().max() / want.abs().max()).item()
 
 
 def verify(path: Path, way: Format, model: nn.Module, inputs: list[Tensor]) -> float:

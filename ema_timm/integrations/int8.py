@@ -1,4 +1,4 @@
-"""EMA layers kept in floating point where NNCF quantises a network for OpenVINO."""
+"""Keeps EMA layers in floating point when NNCF quantises a network for OpenVINO."""
 
 import re
 
@@ -11,7 +11,7 @@ def layer_patterns(model: nn.Module) -> list[str]:
     """Patterns of the operators of every EMA layer, as NNCF finds them in an OpenVINO model.
 
     For ``nncf.quantize(..., ignored_scope=nncf.IgnoredScope(patterns=layer_patterns(model)))``.
-    Only OpenVINO's own converter leaves the names of layers on operators.
+    Only OpenVINO's own converter keeps the names of layers in the names of operators.
 
     Args:
         model: The network that ``openvino.convert_model`` was given.

@@ -47,3 +47,8 @@ def reference(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     gated = (g * logits.sigmoid()).reshape(x.shape).to(x.dtype)
     # A new buffer, laid out like x.
     return torch.empty_like(x).copy_(gated)
+
+
+def relative_difference(found: Tensor, want: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest value of ``want``."""
+    return float((found - want).abs().max() / want.abs().max().clamp(min=1e-30))

@@ -1,9 +1,8 @@
-"""The gates that a network's EMA attention layers compute for given images.
+"""The attention maps that a network's EMA attention layers compute for given images.
 
-Every layer multiplies its input by its gate map, whoever computes the product: the definition, the
-closed form in C or in PyTorch operators, Triton kernels. So the maps come from what all of them
-have in common, the layer's input and its weights, by the formula of
-`ema_timm.ops.formula`; never from output / input, which is 0 / 0 where a ReLU was.
+Every layer multiplies its input by its map, whichever implementation runs. The maps are computed
+from the layer's input and its weights by the formula of `ema_timm.ops.formula`, not as output /
+input, which is 0 / 0 after a ReLU.
 
 B batch, C channels, G groups, n = C / G, H height, W width.
 """
@@ -27,11 +26,11 @@ _SHOW_LAYERS = "Give the network that it was made from."
 
 
 class LayerGates(NamedTuple):
-    """What one layer computed for one batch, in float32 (float64 for float64 input).
+    """The gates of one layer for one batch, in float32 (float64 for float64 input).
 
     Attributes:
-        gate_map: A; the layer's output is its input times this. (B, G, H, W), one map a group; of
-            a layer without cross-spatial learning (B, C, H, W), where each channel has its own.
+        gate_map: A; the layer's output is its input times this. (B, G, H, W), one map per group;
+            without cross-spatial learning (B, C, H, W), one map per channel.
         along_height: Gate of each row, (B, G, n, H).
         along_width: Gate of each column, (B, G, n, W).
     """
@@ -50,32 +49,32 @@ def attention_maps(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[
 
     Args:
         model: Any network that holds `EmaAttn` layers: a classifier, timm's ``features_only``, a
-            detector. It runs once, in eval mode and without gradients, and is left as it was.
-        images: What the network takes, prepared as it takes them: (B, C, H, W), or a list of
-            (C, H, W) for torchvision's detectors. Moved to the network's device and type.
+            detector. It runs once, in eval mode and without gradients; its modes are restored.
+        images: Prepared images: (B, C, H, W), or a list of (C, H, W) for torchvision's detectors.
+            They are moved to the network's device and type.
 
     Returns:
-        By the layer's name in ``model``, in the order in which they ran: (B, G, H, W), on the
-        layer's device; (B, C, H, W) of a layer without cross-spatial learning.
+        The map of each layer by its name in ``model``, in the order in which the layers ran:
+        (B, G, H, W), on the layer's device; (B, C, H, W) without cross-spatial learning.
 
     Raises:
-        UserError: If the network does not show its layers, as a compiled one, or none of them ran.
+        UserError: If the layers are hidden, as in a compiled network, or none of them ran.
     """
     return {name: gates.gate_map for name, gates in layer_gates(model, images).items()}
 
 
 def layer_gates(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[str, LayerGates]:
-    """`attention_maps` with the gates along height and width that each map was made with."""
+    """`attention_maps` with the gates along height and width of each map."""
     layers = _layers(model)
     found: dict[str, LayerGates] = {}
 
     def keep(name: str, layer: EmaAttn, inputs: tuple[Tensor, ...]) -> None:
         if name in found:
             raise UserError(
-                f"attention maps are of layers that run once an image, and {name} ran twice. Give "
+                f"attention maps need layers that run once per image, but {name} ran twice. Give "
                 "the part of the network that runs it once."
             )
-        # Now, while nobody has changed the input in place. The layer, too, leaves autocast.
+        # At once: later modules may change the input in place. The layer leaves autocast as well.
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):
             found[name] = _gates(layer, x)
@@ -89,7 +88,7 @@ def layer_gates(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[str
     if not found:
         raise UserError(
             f"none of the {len(layers)} EMA attention layers of {type(model).__name__} ran. Give "
-            "the network that computes with them."
+            "the network that runs them."
         )
     return found
 
@@ -97,8 +96,8 @@ def layer_gates(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[str
 def last_of_stages(model: nn.Module, gates: dict[str, LayerGates]) -> list[str]:
     """The last layer of each stage of ``model``, in the order in which they ran.
 
-    A stage is what the names count (``layer1``, ``blocks.3``); elsewhere, as in a detector's neck,
-    it is all layers on maps of one size.
+    Stages are those of the names (``layer1``, ``blocks.3``). Elsewhere, as in a detector's neck,
+    layers on maps of one size are a stage.
     """
     stages = {f"{slot.path}.se": slot.stage for slot in find_slots(model)}
     last = {stages.get(name, each.gate_map.shape[2:]): name for name, each in gates.items()}
@@ -106,26 +105,25 @@ def last_of_stages(model: nn.Module, gates: dict[str, LayerGates]) -> list[str]:
 
 
 def _layers(model: nn.Module) -> dict[str, EmaAttn]:
-    """The layers by name; refuses networks whose layers cannot be watched."""
+    """The layers by name; UserError for networks whose layers cannot be hooked."""
     for name, module in model.named_modules():
         kind = type(module).__name__
-        # PyTorch keeps a compiled forward apart from the module's own, and does not look at hooks
-        # that come later.
+        # A compiled forward ignores hooks that are registered later.
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise UserError(
-                f"attention maps need the layers to run one by one, and {name or 'the network'} "
+                f"attention maps need the layers to run one by one, but {name or 'the network'} "
                 f"({kind}) is compiled. {_SHOW_LAYERS}"
             )
         if isinstance(module, nn.DataParallel):
             raise UserError(
-                f"attention maps are of one device, and {name or 'the network'} ({kind}) spreads "
-                "a batch over several. Give its .module."
+                f"attention maps are computed on one device, but {name or 'the network'} ({kind}) "
+                "spreads a batch over several. Give its .module."
             )
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, EmaAttn)}
     if not layers:
         raise UserError(
-            f"attention maps are of EMA attention layers, and {type(model).__name__} shows none. "
-            f"A scripted, traced or exported network hides them. {_SHOW_LAYERS}"
+            f"attention maps are of EMA attention layers, but {type(model).__name__} has none, or "
+            f"hides them as scripted, traced and exported networks do. {_SHOW_LAYERS}"
         )
     return layers
 

@@ -8,8 +8,8 @@ from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import CARD, RESULTS, WEIGHTS
 from ema_timm.checkpoints.preprocessing import PREPROCESSING
-from ema_timm.checkpoints.results import FORMAT, hide_places
-from ema_timm.data.named import public_name
+from ema_timm.checkpoints.results import FORMAT, hide_local_paths
+from ema_timm.data.named import public_dataset_name
 from ema_timm.environment import versions
 from ema_timm.files import sha256
 from ema_timm.measure.metrics import Metrics
@@ -106,8 +106,9 @@ class RunCheckpoint:
 
 
 def public_arguments(arguments: dict) -> dict:
-    """All settings of a run as they are published: names of folders, not their places."""
-    return {**hide_places(arguments), "dataset": public_name(arguments["dataset"])}
+    """All settings of a run as they are published: names of folders instead of their paths."""
+    public = hide_local_paths(arguments)
+    return {**public, "dataset": public_dataset_name(arguments["dataset"])}
 
 
 def save_curves(history: list[dict], path: str | Path) -> None:

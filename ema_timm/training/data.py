@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from ema_timm.data.check import check_readable
 from ema_timm.data.folders import find_split
-from ema_timm.data.splits import Dataset, open_both
+from ema_timm.data.image_folder import LabelledImages as Dataset
+from ema_timm.data.splits import open_both
 from ema_timm.errors import UserError, some
 from ema_timm.training.processes import Process
 from ema_timm.training.seeding import RepeatableImages

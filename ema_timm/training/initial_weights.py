@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ema_timm.attention import EmaAttn
 from ema_timm.backbones.slots import slot_layers
 from ema_timm.checkpoints.layout import WEIGHTS
-from ema_timm.checkpoints.results import public_name
+from ema_timm.checkpoints.results import public_model_name
 from ema_timm.checkpoints.weights import check_bounds
 from ema_timm.errors import UserError, some
 from ema_timm.hub.fetch import fetch
@@ -85,7 +85,7 @@ class InitialModel(NamedTuple):
             repository = cfg.get("hf_hub_id")
             weights = repository or cfg.get("url")
         return {
-            "model": public_name(self.name),
+            "model": public_model_name(self.name),
             "weights": weights,
             "hub_repository": repository,
             "license": cfg.get("license") if repository else None,

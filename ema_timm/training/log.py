@@ -9,7 +9,7 @@ import torch
 from timm.utils import update_summary
 from tqdm.auto import tqdm
 
-from ema_timm.errors import UserError
+from ema_timm.errors import require_packages
 from ema_timm.files import write_whole
 from ema_timm.training.checkpoint import DRAWS_CURVES
 from ema_timm.training.data import Images
@@ -152,10 +152,7 @@ class Records:
 
 
 def _summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "--record tensorboard needs TensorBoard: pip install 'ema-timm[tensorboard]'"
-        ) from error
+    require_packages(["tensorboard"], "tensorboard", "--record tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter

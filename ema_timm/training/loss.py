@@ -8,7 +8,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ema_timm.data.splits import Dataset
+from ema_timm.data.image_folder import LabelledImages as Dataset
 from ema_timm.errors import UserError, some
 
 BALANCED = "balanced"

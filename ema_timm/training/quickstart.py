@@ -13,7 +13,7 @@ from torch import nn
 
 from ema_timm.data.folders import VAL
 from ema_timm.data.image_folder import open_folder
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.measure.metrics import measure
 from ema_timm.training.run import finetune
 from ema_timm.training.settings import FinetuneConfig
@@ -95,12 +95,9 @@ def write_digits(folder: Path) -> None:
 
     1,797 greyscale images of 8×8 pixels, ten classes (UCI ML repository, Alpaydin and Kaynak).
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError(
-            "quickstart uses images from scikit-learn: pip install 'ema-timm[train]'"
-        ) from error
+    require_packages(["sklearn"], "train", "quickstart")
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     for index, (image, target) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "val" if index % 5 == 0 else "train"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ema_timm.data.splits import Dataset as Images
+from ema_timm.data.image_folder import LabelledImages as Images
 
 
 class RepeatableImages(Dataset):

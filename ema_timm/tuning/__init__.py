@@ -2,15 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from ema_timm.lazy import lazy_names
+
 if TYPE_CHECKING:
     from ema_timm.tuning.tuner import tune
+else:
+    __getattr__, __dir__ = lazy_names(__name__, {"tune": "tuner"})
 
 __all__ = ["tune"]
-
-
-def __getattr__(name: str):
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ema_timm.tuning import tuner
-
-    return getattr(tuner, name)

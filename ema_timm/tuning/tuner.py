@@ -2,21 +2,17 @@
 
 import logging
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import is_model
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
 from ema_timm.backbones.modes import evaluating
 from ema_timm.bench.parity import PARITY_TOLERANCE, Candidate
 from ema_timm.bench.timing import Clock
-from ema_timm.checkpoints.network import check_network, load_network
+from ema_timm.checkpoints.network import open_network
 from ema_timm.errors import UserError
 from ema_timm.ops import IMPLEMENTATIONS, ema_attention
 from ema_timm.ops.gpu.choice_file import Layer, tuning_key
@@ -112,7 +108,7 @@ def tune_by_name(
         )
     where = torch.device(device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = _build(name).to(where, memory_format=memory_format)
+    model = open_network(name, pretrained=False)[0].to(where, memory_format=memory_format)
     try:
         images = torch.randn(batch_size, _channels(model), img_size, img_size, device=where)
         images = images.contiguous(memory_format=memory_format)
@@ -212,16 +208,6 @@ def _only(devices: set[torch.device]) -> torch.device:
             "run the closed form."
         )
     return device
-
-
-def _build(name: str) -> nn.Module:
-    if Path(name).is_dir():
-        return load_network(Path(name), check_network(Path(name)))
-    if not is_model(name):
-        near = get_close_matches(name, timm.list_models("*_ema"), n=3)
-        hint = f"Did you mean {', '.join(near)}?" if near else 'See timm.list_models("*_ema").'
-        raise UserError(f"{name} is neither a folder nor a timm model. {hint}")
-    return timm.create_model(name)
 
 
 def _channels(model: nn.Module) -> int:

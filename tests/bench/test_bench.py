@@ -250,6 +250,7 @@ def test_an_unknown_runtime_is_refused(capsys):
 
 def test_a_runtime_that_is_missing_is_left_out_and_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    monkeypatch.setattr("ema_timm.errors.find_spec", lambda name: None)
     file = tmp_path / "deploy.json"
     args = ["bench", "deploy", "--networks", "test_resnet", "--img-size", "64", "--rounds", "1"]
     args += ["--batch-size", "1", "--json", str(file), "--threads", str(torch.get_num_threads())]

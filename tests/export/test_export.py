@@ -357,9 +357,12 @@ def test_command(folder, capsys):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: (f / "config.json").unlink(), "no checkpoint in timm's format: config.json"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), "cannot load"),
-        (lambda f: shutil.rmtree(f), "config.json, model.safetensors is missing"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"x" * 40),
+            "model.safetensors is damaged",
+        ),
+        (lambda f: shutil.rmtree(f), "there is no folder"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(folder, damage, said, capsys):

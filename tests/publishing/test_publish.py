@@ -17,7 +17,7 @@ from ema_timm.cli import main
 from ema_timm.errors import HubError, UserError
 from ema_timm.files import sha256
 from ema_timm.hub.commit import Destination
-from ema_timm.publishing.reload import outputs, reload_elsewhere, same
+from ema_timm.publishing.reload import fixed_logits, reload_elsewhere, same
 from ema_timm.publishing.upload import publish
 
 PUBLISHED = {
@@ -192,7 +192,7 @@ def publish_here(folder, repo, hub, token=ADA):
 
         network = build_network(folder, read_config(folder))
         network.load_state_dict(load_file(folder / "model.safetensors"))
-        return outputs(network)
+        return fixed_logits(network)
 
     return publish(folder, Destination(repo), reload=reload, api=HfApi(hub.url, token))
 

@@ -219,14 +219,14 @@ class TestRefusals:
     @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit announces its own end
     def test_scripted(self):
         model = torch.jit.script(timm.create_model("test_resnet_ema", scriptable=True))
-        self.refused(model, "shows none. A scripted")
+        self.refused(model, "hides them as scripted")
 
     def test_spread_over_devices(self):
         model = nn.DataParallel(timm.create_model("test_resnet_ema"))
         self.refused(model, r"Give its \.module")
 
     def test_without_layers(self):
-        self.refused(timm.create_model("test_resnet"), "ResNet shows none")
+        self.refused(timm.create_model("test_resnet"), "ResNet has none")
 
     def test_a_layer_that_runs_twice(self):
         shared = EmaAttn(3, groups=3)

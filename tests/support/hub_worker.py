@@ -27,9 +27,9 @@ from huggingface_hub import constants, utils
 
 from ema_timm.cli import main
 from ema_timm.hub import fetch
-from ema_timm.integrations.yolo.check import answers
+from ema_timm.integrations.yolo.check import fixed_outputs
 from ema_timm.publishing import upload as publish
-from ema_timm.publishing.reload import outputs
+from ema_timm.publishing.reload import fixed_logits
 
 
 class Clock:
@@ -69,8 +69,8 @@ def reload_here(name: str, env: dict[str, str]):
         repo, _, commit = where.partition("@")
         where = f"{env['HF_HUB_CACHE']}/models--{repo.replace('/', '--')}/snapshots/{commit}"
     if source.startswith("yolo"):
-        return answers(where)
-    return outputs(timm.create_model(f"local-dir:{where}", pretrained=True))
+        return fixed_outputs(where)
+    return fixed_logits(timm.create_model(f"local-dir:{where}", pretrained=True))
 
 
 def run(args: list[str], largest_file: int = resource.RLIM_INFINITY) -> dict:
@@ -113,8 +113,8 @@ def load(name: str, symlinks: bool = True, keep_cache: bool = False, offline: bo
     try:
         if name.startswith("yolo-hub:"):
             repo, _, revision = name.removeprefix("yolo-hub:").partition("@")
-            return {"outputs": answers(repo, revision or None)}
-        return {"outputs": outputs(timm.create_model(name, pretrained=True))}
+            return {"outputs": fixed_outputs(repo, revision or None)}
+        return {"outputs": fixed_logits(timm.create_model(name, pretrained=True))}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

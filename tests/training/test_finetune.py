@@ -17,7 +17,7 @@ from support.runs import assert_same_outcome, cli, run
 from support.worker import Worker
 from timm.data import resolve_data_config
 
-from ema_timm.backbones.registry import TIMM
+from ema_timm.backbones.registry import TIMM_VERSION
 from ema_timm.checkpoints import folder
 from ema_timm.checkpoints.config import STUB
 from ema_timm.cli import main
@@ -340,7 +340,7 @@ def test_settings_train(config, changes):
     results = run(config, epochs=1, **changes)
     assert results["metrics"]["images"] == 23
     # timm before 1.0.26 cannot read safetensors from a folder; for our names we see to it.
-    readable = results["architecture"].endswith("_ema") or TIMM >= (1, 0, 26)
+    readable = results["architecture"].endswith("_ema") or TIMM_VERSION >= (1, 0, 26)
     model = timm.create_model(f"local-dir:{config.output}", pretrained=readable)
     size = resolve_data_config(model=model)["input_size"]
     assert tuple(results["input"]["input_size"]) == tuple(size)

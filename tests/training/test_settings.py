@@ -288,7 +288,7 @@ def test_logs_hold_every_epoch_once_whatever_interrupts(config, tmp_path, monkey
 
 
 def test_tensorboard_that_is_missing_is_said_before_training(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("ema_timm.errors.find_spec", lambda name: None)
     assert main(cli(config, "--record", "csv", "tensorboard")) == 2
     assert "pip install 'ema-timm[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

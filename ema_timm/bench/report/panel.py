@@ -2,9 +2,14 @@
 
 from typing import NamedTuple
 
-# Okabe and Ito's blue and vermilion, which colour-blind people can distinguish, and greys. Each bar
-# also has its name next to it and its value at its end.
-COLORS = {"ours": "#0072B2", "authors": "#D55E00", "base": "#555555", "other": "#AAAAAA"}
+from ema_timm.figures import OKABE_ITO
+
+COLORS = {
+    "ours": OKABE_ITO["blue"],
+    "authors": OKABE_ITO["vermilion"],
+    "base": "#555555",
+    "other": "#AAAAAA",
+}
 
 SIZE = 8.5
 """Text size in points: about 11 pixels if a README shows two panels on 800 pixels."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from ema_timm.bench.report.kinds import KINDS, measurement
 from ema_timm.bench.report.markdown import machine_line, settings_line
 from ema_timm.bench.report.panel import Panel, draw
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.files import sha256, write_whole
 
 SOURCE = "Source"
@@ -57,10 +57,9 @@ def picture(files: Sequence[str | Path], output: str | Path) -> None:
 
 def _figure(what: str, width: float, height: float):
     """An empty figure; width and height in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"{what} needs matplotlib: pip install 'ema-timm[train]'") from error
+    require_packages(["matplotlib"], "train", what)
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
