@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ema_timm.integrations.int8 import disable_telemetry
+
 # Where no GPU is at hand, Triton's interpreter runs the fused kernels on the CPU. Triton looks at
 # this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+disable_telemetry()
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,13 @@ from ema_timm.attention import EmaAttn
 from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
 from ema_timm.bench.model import build
 from ema_timm.bench.parity import TOLERANCE, by_definition
-from ema_timm.bench.runtimes import RUNTIMES, Loaded, load, missing_packages, require_runtime
+from ema_timm.bench.runtimes import (
+    RUNTIMES,
+    Loaded,
+    load_runtime,
+    missing_packages,
+    require_runtime,
+)
 from ema_timm.bench.timing import machine, round_robin, unfinished
 from ema_timm.errors import first_line
 
@@ -134,7 +140,7 @@ def _bench(
     with torch.no_grad():
         for name, model in models.items():
             try:
-                found = load(runtime, model, images, fixed)
+                found = load_runtime(runtime, model, images, fixed)
                 errors[name] = _error(found.call(images), wanted[name])
             except Exception as error:  # the runtimes' errors have nothing else in common
                 failed[name] = first_line(error)

@@ -1,10 +1,21 @@
-"""EMA layers kept in floating point where NNCF quantises a network for OpenVINO."""
+"""For NNCF and OpenVINO: EMA layers kept in floating point, and no telemetry."""
 
 import re
+import sys
 
 from torch import nn
 
 from ema_timm.attention import EmaAttn
+
+
+def disable_telemetry() -> None:
+    """Keep OpenVINO and NNCF from sending telemetry in this process.
+
+    Both send it to Google Analytics through the package ``openvino_telemetry``, which forks a process
+    from a thread for each message, and both send none if that package cannot be imported. Call this
+    before the first import of either: it has no effect afterwards.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)
 
 
 def layer_patterns(model: nn.Module) -> list[str]:

@@ -10,13 +10,8 @@ from torch.autograd import forward_ad
 from ema_timm.errors import CannotCompileError, first_line
 from ema_timm.ops.autograd import closed_form_eager, closed_form_folded_eager
 from ema_timm.ops.cpu.native import is_watched
-from ema_timm.ops.export.exported import arrange, exported
-from ema_timm.ops.formula import (
-    closed_form,
-    closed_form_folded,
-    fold,
-    statistics_type,
-)
+from ema_timm.ops.export.dialects import closed_form_exported
+from ema_timm.ops.formula import closed_form, closed_form_folded
 from ema_timm.ops.gpu import choices, passes
 from ema_timm.ops.parallel import parallel
 from ema_timm.ops.reference import reference
@@ -125,8 +120,6 @@ def _run_folded(x: Tensor, weights: FoldedWeights, groups: int, impl: str) -> Te
         form = _closed_form(x)
         if form == "eager" and not recorded:
             return closed_form_folded_eager(x, w, groups)
-        if form == "exported":
-            return exported(x, arrange(w), groups)
         if form == "inductor":
             return closed_form_folded(x, w, groups, True)
     return closed_form_folded(x, w, groups)
@@ -152,7 +145,7 @@ def _run(x: Tensor, weights: EmaWeights, groups: int, impl: str, cross_spatial: 
         if form == "eager":
             return closed_form_eager(x, weights, groups)
         if form == "exported":
-            return exported(x, arrange(fold(statistics_type(x, weights))), groups)
+            return closed_form_exported(x, weights, groups)
         if form == "inductor":
             return closed_form(x, weights, groups, True)
     return closed_form(x, weights, groups)

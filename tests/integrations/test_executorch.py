@@ -18,7 +18,7 @@ def test_xnnpack_takes_the_whole_network(tmp_path):
 
     model = shake(timm.create_model("test_resnet_ema", num_classes=4)).eval()
     x = torch.randn(1, 3, 64, 64)
-    program = torch.export.export(ready_to_export(model, delegate=True), (x,))
+    program = torch.export.export(ready_to_export(model, "delegate"), (x,))
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     nodes = lowered.exported_program().graph_module.graph.nodes
     called = [str(node.target) for node in nodes if node.op == "call_function"]
