@@ -11,9 +11,9 @@ from ema_timm.attention import EmaAttn
 def disable_telemetry() -> None:
     """Keep OpenVINO and NNCF from sending telemetry in this process.
 
-    Both send it to Google Analytics through the package ``openvino_telemetry``, which forks a process
-    from a thread for each message, and both send none if that package cannot be imported. Call this
-    before the first import of either: it has no effect afterwards.
+    Both send it to Google Analytics through the package ``openvino_telemetry``, which forks the
+    process from a thread for each message. Both send none if that package cannot be imported.
+    Call this before the first import of either: it has no effect afterwards.
     """
     sys.modules.setdefault("openvino_telemetry", None)
 

@@ -507,7 +507,7 @@ def test_edge_features_and_arranged_votes_are_the_shifted_means(name):
     w = fold(oracle.make_weights(5))
     g = torch.randn(3, 5, 6, 7, dtype=torch.double)
     means = shifted_means(g, g.mean(3), g.mean(2)).flatten(1)
-    features = DIALECTS[name]().edges(g, g.mean(2, keepdim=True), Shape(1, 5, 6, 7, True))
+    features = DIALECTS[name]()._edges(g, g.mean(2, keepdim=True), Shape(1, 5, 6, 7, True))
     by_matrix = (g.flatten(2) @ small_map(6, 7).pool)[:, :, 13:].flatten(1)
     for found in (features, by_matrix):
         votes = found @ arrange(w).vote_weight

@@ -81,81 +81,77 @@ class Plain(nn.Module):
         shape = Shape(groups, n, height, width, size is not None)
         wide = x if x.dtype == w.gn_weight.dtype else x.to(w.gn_weight.dtype)
         g = wide.reshape(-1, n, height, width)
-        flat = self.flat(g, n, shape)
+        flat = self._flat(g, n, shape)
         if small is None:
-            y, features = self.gated(g, w, shape)
+            y, features = self._gated(g, w, shape)
         else:
-            y, features = self.gated_small(flat, w, small, shape)
-        local = self.convolved(g, flat, w, shape)
-        gate = self.logits(y, features, local, w).sigmoid()  # (T, 1, HW)
-        gated = self.times_gate(wide, g, gate, shape)
-        gated = gated if gated.dtype == x.dtype else gated.to(x.dtype)
-        return self.joined(gated, x, shape)
+            y, features = self._gated_small(flat, w, small, shape)
+        gate = self._gate(y, features, self._convolved(g, flat, w, shape), w)
+        gated = self._times_gate(x, wide, g, gate, shape)
+        return gated if gated.dtype == x.dtype else gated.to(x.dtype)
 
-    def flat(self, maps: Tensor, channels: int, shape: Shape) -> Tensor:
+    def _flat(self, maps: Tensor, channels: int, shape: Shape) -> Tensor:
         """(T, channels, H, W) as (T, channels, HW)."""
         return maps.flatten(2)
 
-    def gated(self, g: Tensor, w: ExportedWeights, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Compute y and the edge features, (T, 9n)."""
+    def _gated(self, g: Tensor, w: ExportedWeights, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The gated tiles and the edge features, (T, 9n)."""
         row, col = g.mean(3), g.mean(2, keepdim=True)  # (T, n, H), (T, n, 1, W)
-        gate_h, gate_w = self.gates(row, w).unsqueeze(3), self.gates(col.squeeze(2), w).unsqueeze(2)
+        gate_h = self._directional_gates(row, w).unsqueeze(3)
+        gate_w = self._directional_gates(col.squeeze(2), w).unsqueeze(2)
         # The outer product first: runtimes are slow if a factor is broadcast over short rows.
-        return (g * (gate_h * gate_w)).flatten(2), self.edges(g, col, shape)
+        return (g * (gate_h * gate_w)).flatten(2), self._edges(g, col, shape)
 
-    def gated_small(
+    def _gated_small(
         self, flat: Tensor, w: ExportedWeights, small: SmallMap, shape: Shape
     ) -> tuple[Tensor, Tensor]:
-        """Compute `gated` by matrix products, from g as (T, n, HW)."""
+        """`_gated` by matrix products, from g as (T, n, HW)."""
         ends = shape.height + shape.width
         pooled = torch.matmul(flat, small.pool)  # (T, n, H + W + 9)
-        gates = self.gates(pooled[:, :, :ends], w)
+        gates = self._directional_gates(pooled[:, :, :ends], w)
         gate_h = torch.matmul(gates[:, :, : shape.height], small.spread_h)
         gate_w = torch.matmul(gates[:, :, shape.height :], small.spread_w)
         return flat * gate_h * gate_w, pooled[:, :, ends:].flatten(1)
 
-    def gates(self, means: Tensor, w: ExportedWeights) -> Tensor:
-        """Compute the gates along an axis from the means over the other, (T, n, ·)."""
+    def _directional_gates(self, means: Tensor, w: ExportedWeights) -> Tensor:
+        """Gates along an axis from the means over the other, (T, n, ·)."""
         mixed = torch.matmul(w.mix_weight.flatten(1), means)
         # A subtraction: NNCF takes what is added to a product for the bias of its last axis.
         return (mixed - w.mix_bias.neg().unsqueeze(1)).sigmoid()
 
-    def edges(self, g: Tensor, col: Tensor, shape: Shape) -> Tensor:
-        """Compute E[a, b], (T, 9n), from g and its means over H, (T, n, 1, W)."""
+    def _edges(self, g: Tensor, col: Tensor, shape: Shape) -> Tensor:
+        """E[a, b], (T, 9n), from g and its means over H, (T, n, 1, W)."""
         over = torch.cat([col, torch.cat([g[:, :, :1], g[:, :, -1:]], 2) / shape.height], 2)
         ends = torch.cat([over[:, :, :, :1], over[:, :, :, -1:]], 3) / shape.width
         return torch.cat([over.mean(3, keepdim=True), ends], 3).flatten(1)
 
-    def convolved(self, g: Tensor, flat: Tensor, w: ExportedWeights, shape: Shape) -> Tensor:
-        """Compute the collapsed 3×3 convolution, (T, 1, HW), as products and shifted sums.
+    def _convolved(self, g: Tensor, flat: Tensor, w: ExportedWeights, shape: Shape) -> Tensor:
+        """The collapsed 3×3 convolution, (T, 1, HW), as products and shifted sums.
 
         Sums along rows come first, so that only three maps are left to shift along columns.
         """
-        kernel = w.kernel.transpose(2, 3).flatten(1).t()  # (9, n), tap (dy, dx) in row 3·dx + dy
+        kernel = w.kernel.transpose(2, 3).flatten(1).t()  # (9, n), columns before rows
         taps = torch.matmul(kernel, flat).view(-1, 9, shape.height, shape.width)
         right, left = F.pad(taps[:, 6:], [1, 0]), F.pad(taps[:, :3], [0, 1])
         rows = taps[:, 3:6] + right[:, :, :, : shape.width] + left[:, :, :, 1:]
         below, above = F.pad(rows[:, 2:], [0, 0, 1, 0]), F.pad(rows[:, :1], [0, 0, 0, 1])
         return (rows[:, 1:2] + below[:, :, : shape.height] + above[:, :, 1:]).flatten(2)
 
-    def logits(self, y: Tensor, features: Tensor, local: Tensor, w: ExportedWeights) -> Tensor:
-        """Compute the logits of the gate, (T, 1, HW)."""
+    def _gate(self, y: Tensor, features: Tensor, local: Tensor, w: ExportedWeights) -> Tensor:
+        """The gate, (T, 1, HW)."""
         # The bias first: pnnx fuses one that follows a product, which ncnn does not load if n is 1.
         u = (w.vote_bias + torch.matmul(features.unsqueeze(1), w.vote_weight)).softmax(2)
         centred = y - y.mean(2, keepdim=True)
         r = (centred.square().mean(2) + self.eps).rsqrt().unsqueeze(1)
         normed = torch.matmul(u * (w.gn_weight * r), centred)
-        return normed + (u * w.gn_bias).sum(2, keepdim=True) + local
+        return (normed + (u * w.gn_bias).sum(2, keepdim=True) + local).sigmoid()
 
-    def times_gate(self, wide: Tensor, g: Tensor, gate: Tensor, shape: Shape) -> Tensor:
-        """Multiply the map, ``wide`` or as tiles ``g``, by its gate, (T, 1, HW)."""
-        # On this view, which is no copy, the product keeps the memory format of the map.
+    def _times_gate(self, x: Tensor, wide: Tensor, g: Tensor, gate: Tensor, shape: Shape) -> Tensor:
+        """``x`` times its gate, (B, C, H, W); ``wide`` and g are ``x`` in the type of the gate."""
+        # Split like this and not as tiles, the product keeps the memory format of x.
         pixels = shape.height * shape.width
         tiles = wide.reshape(-1, shape.groups, shape.n, pixels)
-        return tiles * gate.view(-1, shape.groups, 1, pixels)
-
-    def joined(self, gated: Tensor, x: Tensor, shape: Shape) -> Tensor:
-        """Give the product the shape of ``x``."""
+        gated = tiles * gate.view(-1, shape.groups, 1, pixels)
         if torch.jit.is_tracing():  # the tracer does not know the operator below
             return gated.reshape(x.shape)
         # Autograd must not see a view, because ResNet adds the shortcut in place; as in `formula`.
@@ -171,33 +167,25 @@ class Onnx(Plain):
 
     SMALL_PIXELS = 256
 
-    def flat(self, maps: Tensor, channels: int, shape: Shape) -> Tensor:
-        """(T, channels, H, W) as (T, channels, HW)."""
+    def _flat(self, maps: Tensor, channels: int, shape: Shape) -> Tensor:
         return maps.reshape(-1, channels, shape.height * shape.width)
 
-    def gated(self, g: Tensor, w: ExportedWeights, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Compute y and the edge features, (T, 9n)."""
+    def _gated(self, g: Tensor, w: ExportedWeights, shape: Shape) -> tuple[Tensor, Tensor]:
         row, col = g.mean(3, keepdim=True), g.mean(2, keepdim=True)  # (T, n, H, 1), (T, n, 1, W)
         gate_h = F.conv2d(row, w.mix_weight, w.mix_bias).sigmoid()
         gate_w = F.conv2d(col, w.mix_weight, w.mix_bias).sigmoid()
-        return self.flat(g * (gate_h * gate_w), shape.n, shape), self.edges(g, col, shape)
+        return self._flat(g * (gate_h * gate_w), shape.n, shape), self._edges(g, col, shape)
 
-    def convolved(self, g: Tensor, flat: Tensor, w: ExportedWeights, shape: Shape) -> Tensor:
-        """Compute the collapsed 3×3 convolution, (T, 1, HW)."""
-        return self.flat(F.conv_transpose2d(g, w.kernel, padding=1), 1, shape)
+    def _convolved(self, g: Tensor, flat: Tensor, w: ExportedWeights, shape: Shape) -> Tensor:
+        return self._flat(F.conv_transpose2d(g, w.kernel, padding=1), 1, shape)
 
-    def logits(self, y: Tensor, features: Tensor, local: Tensor, w: ExportedWeights) -> Tensor:
-        """Compute the logits of the gate, (T, 1, HW)."""
+    def _gate(self, y: Tensor, features: Tensor, local: Tensor, w: ExportedWeights) -> Tensor:
         u = (torch.matmul(features, w.vote_weight) + w.vote_bias).softmax(1).unsqueeze(1)
         x1 = torch.instance_norm(y, w.gn_weight, w.gn_bias, None, None, True, 0.0, self.eps, False)
-        return torch.matmul(u, x1) + local
+        return (torch.matmul(u, x1) + local).sigmoid()
 
-    def times_gate(self, wide: Tensor, g: Tensor, gate: Tensor, shape: Shape) -> Tensor:
-        """Multiply the map, ``wide`` or as tiles ``g``, by its gate, (T, 1, HW)."""
-        return g * gate.reshape(-1, 1, shape.height, shape.width)
-
-    def joined(self, gated: Tensor, x: Tensor, shape: Shape) -> Tensor:
-        """Give the product the shape of ``x``."""
+    def _times_gate(self, x: Tensor, wide: Tensor, g: Tensor, gate: Tensor, shape: Shape) -> Tensor:
+        gated = g * gate.reshape(-1, 1, shape.height, shape.width)
         if shape.fixed:
             return gated.view(-1, shape.groups * shape.n, shape.height, shape.width)
         return gated.view_as(x)
@@ -211,40 +199,35 @@ class InPlace(Plain):
     fail on writes into views. No step overwrites what a backward of PyTorch's needs.
     """
 
-    def gated(self, g: Tensor, w: ExportedWeights, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Compute y and the edge features, (T, 9n)."""
+    def _gated(self, g: Tensor, w: ExportedWeights, shape: Shape) -> tuple[Tensor, Tensor]:
         row, col = g.mean(3), g.mean(2, keepdim=True)  # (T, n, H), (T, n, 1, W)
-        gates = self.gates(torch.cat([row, col.squeeze(2)], 2), w)
+        gates = self._directional_gates(torch.cat([row, col.squeeze(2)], 2), w)
         gate_h = gates.narrow(2, 0, shape.height).unsqueeze(3)
         gate_w = gates.narrow(2, shape.height, shape.width).unsqueeze(2)
-        return (gate_h * gate_w).mul_(g).flatten(2), self.edges(g, col, shape)
+        return (gate_h * gate_w).mul_(g).flatten(2), self._edges(g, col, shape)
 
-    def gated_small(
+    def _gated_small(
         self, flat: Tensor, w: ExportedWeights, small: SmallMap, shape: Shape
     ) -> tuple[Tensor, Tensor]:
-        """Compute `gated` by matrix products, from g as (T, n, HW)."""
         height, width = shape.height, shape.width
         pooled = torch.matmul(flat, small.pool)  # (T, n, H + W + 9)
-        gates = self.gates(pooled.narrow(2, 0, height + width), w)
+        gates = self._directional_gates(pooled.narrow(2, 0, height + width), w)
         gate_h = torch.matmul(gates.narrow(2, 0, height), small.spread_h)
         gate_w = torch.matmul(gates.narrow(2, height, width), small.spread_w)
         return (gate_h * flat).mul_(gate_w), pooled.narrow(2, height + width, 9).flatten(1)
 
-    def gates(self, means: Tensor, w: ExportedWeights) -> Tensor:
-        """Compute the gates along an axis from the means over the other, (T, n, ·)."""
+    def _directional_gates(self, means: Tensor, w: ExportedWeights) -> Tensor:
         n = w.mix_bias.shape[0]
         mix = w.mix_weight.view(1, n, n).expand(means.shape[0], n, n)
         return torch.baddbmm(w.mix_bias.unsqueeze(1), mix, means).sigmoid_()
 
-    def edges(self, g: Tensor, col: Tensor, shape: Shape) -> Tensor:
-        """Compute E[a, b], (T, 9n), from g and its means over H, (T, n, 1, W)."""
+    def _edges(self, g: Tensor, col: Tensor, shape: Shape) -> Tensor:
         first, last = g.narrow(2, 0, 1) / shape.height, g.narrow(2, -1, 1) / shape.height
         over = torch.cat([col, first, last], 2)
         first, last = over.narrow(3, 0, 1) / shape.width, over.narrow(3, -1, 1) / shape.width
         return torch.cat([over.mean(3, keepdim=True), first, last], 3).flatten(1)
 
-    def convolved(self, g: Tensor, flat: Tensor, w: ExportedWeights, shape: Shape) -> Tensor:
-        """Compute the collapsed 3×3 convolution, (T, 1, HW), as products and shifted sums."""
+    def _convolved(self, g: Tensor, flat: Tensor, w: ExportedWeights, shape: Shape) -> Tensor:
         kernel = w.kernel.view(1, shape.n, 9).mT.expand(g.shape[0], 9, shape.n)
         taps = torch.bmm(kernel, flat).view(-1, 3, 3, shape.height, shape.width)
         # Padded on one side and cut on the other: a slice of W - 1 would exclude W = 2 from
@@ -254,15 +237,14 @@ class InPlace(Plain):
         local = rows.narrow(1, 1, 1).add_(F.pad(rows.narrow(1, 2, 1), [0, 0, 1, -1]))
         return local.add_(F.pad(rows.narrow(1, 0, 1), [0, 0, -1, 1])).flatten(2)
 
-    def logits(self, y: Tensor, features: Tensor, local: Tensor, w: ExportedWeights) -> Tensor:
-        """Compute the logits of the gate, (T, 1, HW)."""
+    def _gate(self, y: Tensor, features: Tensor, local: Tensor, w: ExportedWeights) -> Tensor:
         y = y.sub_(y.mean(2, keepdim=True))
         norm = torch.norm(y, 2, [2])  # a mean of squares would need one more map
         r = (norm * norm).div_(y.shape[2]).add_(self.eps).rsqrt()
         u = torch.addmm(w.vote_bias, features, w.vote_weight).softmax(1)
         weight = (u * r).mul_(w.gn_weight).unsqueeze(1)
         shift = torch.mv(u, w.gn_bias).unsqueeze(1).unsqueeze(2)
-        return torch.baddbmm(local, weight, y).add_(shift)
+        return torch.baddbmm(local, weight, y).add_(shift).sigmoid_()
 
 
 class Delegate(Plain):
@@ -293,17 +275,9 @@ class Delegate(Plain):
         small: SmallMap | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Compute EMA attention for the size of ``x``.
+        """Compute EMA attention for the size of ``x``, with weights from `arranged`.
 
-        Args:
-            x: Feature map, (B, C, H, W), in the type of ``w``.
-            w: From `arranged`.
-            groups: G; divides C.
-            small: Not used.
-            size: Not used.
-
-        Returns:
-            (B, C, H, W).
+        ``x`` has the type of the weights; ``small`` and ``size`` are not used.
         """
         batch, channels, height, width = x.shape
         tiles, n = batch * groups, channels // groups
@@ -314,7 +288,7 @@ class Delegate(Plain):
         y = g * gates[:, :, :height] * gates[:, :, height:].reshape(tiles, n, 1, width)
         y = y - F.avg_pool2d(y, (height, width))
         r = (F.avg_pool2d(y * y, (height, width)) + self.eps).rsqrt()
-        features = self.edges(g, col, Shape(groups, n, height, width, True))
+        features = self._edges(g, col, Shape(groups, n, height, width, True))
         u = F.linear(features, w.vote_weight, w.vote_bias).softmax(1)
         weight = (u.reshape(tiles, n, 1, 1) * r).reshape(tiles, 1, n) * w.gn_weight
         norm = torch.bmm(weight, y.reshape(tiles, n, height * width))
@@ -323,19 +297,19 @@ class Delegate(Plain):
         gate = (logits + shift.reshape(tiles, 1, 1, 1)).sigmoid()
         return (g * gate).reshape(batch, channels, height, width)
 
-    def edges(self, g: Tensor, col: Tensor, shape: Shape) -> Tensor:
-        """Compute E[a, b], (T, 9n), from g and its means over H, (T, n, 1, W)."""
+    def _edges(self, g: Tensor, col: Tensor, shape: Shape) -> Tensor:
         height, width = shape.height, shape.width
         ends = [g[:, :, :1] * (1 / height), g[:, :, height - 1 :] * (1 / height)]
         over = torch.cat([col, *ends], 2)  # (T, n, 3, W)
         ends = [over[..., :1] * (1 / width), over[..., width - 1 :] * (1 / width)]
-        return torch.cat([F.avg_pool2d(over, (1, width)), *ends], 3).reshape(
-            g.shape[0], 9 * shape.n
-        )
+        features = torch.cat([F.avg_pool2d(over, (1, width)), *ends], 3)
+        return features.reshape(g.shape[0], 9 * shape.n)
 
 
 DIALECTS = {"plain": Plain, "onnx": Onnx, "pytorch": InPlace, "delegate": Delegate}
 """The dialects by name."""
+
+_PLAIN, _ONNX = Plain(), Onnx()
 
 
 class ExportedEma(nn.Module):
@@ -384,10 +358,12 @@ class ExportedEma(nn.Module):
         small: SmallMap | None = None
         if self.fixed:
             small = SmallMap(self.pool, self.spread_h, self.spread_w)
+        if not torch.jit.is_scripting():
+            # PyTorch's ONNX exporter uses Dynamo only after tracing without it has failed. Both
+            # fail on convolutions of one channel whose map may be one pixel wide.
+            if isinstance(self.dialect, Onnx) and torch.compiler.is_dynamo_compiling():
+                return _PLAIN(x, weights, self.groups, small, self.size)
         return self.dialect(x, weights, self.groups, small, self.size)
-
-
-_PLAIN, _ONNX = Plain(), Onnx()
 
 
 def closed_form_exported(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
