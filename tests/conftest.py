@@ -16,10 +16,13 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import torch
 
+from ema_timm.integrations.int8 import disable_telemetry
+
 # Where no GPU is at hand, Triton's interpreter runs the fused kernels on the CPU. Triton looks at
 # this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+disable_telemetry()
 
 # OpenVINO and NNCF send telemetry if they can import this package. It calls the internet from
 # processes that it forks off a thread, and such a fork of the tests can deadlock.
