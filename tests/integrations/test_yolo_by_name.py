@@ -247,7 +247,7 @@ with warnings.catch_warnings(record=True) as seen:
 print(tasks.EmaAttn is EmaAttn, len(seen), str(seen[0].message))
 """
     out = python(code).splitlines()[-1]
-    assert out.startswith("True 1 ultralytics.nn.tasks has an EmaAttn of its own")
+    assert out.startswith("True 1 ultralytics.nn.tasks has its own EmaAttn")
 
 
 def test_printed_gflops_hold_what_the_layer_computes():

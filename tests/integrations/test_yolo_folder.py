@@ -89,21 +89,21 @@ FIRST = "model.0.conv.weight"
 FAULTS = {
     "a function as a row": (
         changed_yaml(lambda c: c["head"][0].__setitem__(2, "torch_safe_load")),
-        "names 'torch_safe_load', which is no layer",
+        "names 'torch_safe_load', which is not a layer",
     ),
     "a module as a row": (
         changed_yaml(lambda c: c["head"][0].__setitem__(2, "contextlib")),
-        "which is no layer",
+        "which is not a layer",
     ),
     "a function of torch.nn": (
         changed_yaml(lambda c: c["head"][0].__setitem__(2, "nn.factory_kwargs")),
-        "which is no layer",
+        "which is not a layer",
     ),
     "a network as a row, which would read another YAML": (
         changed_yaml(
             lambda c: c["head"].__setitem__(0, [-1, 1, "DetectionModel", ["'http://x/y'"]])
         ),
-        "names 'DetectionModel', which is no layer",
+        "names 'DetectionModel', which is not a layer",
     ),
     "a layer a billion times": (
         changed_yaml(lambda c: c["head"][1].__setitem__(1, 10**9)),
@@ -152,7 +152,7 @@ FAULTS = {
         lambda f: (f / "model.yaml").write_text("!!python/object/apply:os.getcwd []"),
         "damaged",
     ),
-    "a YAML that is none": (lambda f: (f / "model.yaml").write_text("- 1"), "no detector"),
+    "a YAML that is none": (lambda f: (f / "model.yaml").write_text("- 1"), "not describe a detector"),
     "cut weights": (cut, "damaged"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "missing"),
     "a tensor less": (changed_weights(lambda w: w.pop(FIRST)), f"first {FIRST}"),
@@ -169,9 +169,9 @@ FAULTS = {
         lambda f: (f / "detector.json").write_text("[" * 10**5),
         "damaged",
     ),
-    "no licence": (changed_description("license", None), "no detector"),
-    "a size that is none": (changed_description("imgsz", -1), "no detector"),
-    "another kind of object": (changed_description("decoder", "os.system"), "no detector"),
+    "no licence": (changed_description("license", None), "not describe a detector"),
+    "a size that is none": (changed_description("imgsz", -1), "not describe a detector"),
+    "another kind of object": (changed_description("decoder", "os.system"), "not describe a detector"),
     "names that are no numbers": (changed_description("names", {"x": "a"}), "damaged"),
 }
 

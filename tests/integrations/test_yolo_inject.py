@@ -326,7 +326,7 @@ def test_a_checkpoint_that_cannot_be_had_gives_one_line(error, monkeypatch, tmp_
     monkeypatch.setattr("ultralytics.YOLO", fail)
     assert main(["yolo", "yolo11n.pt", "--output", str(tmp_path / "x.pt")]) == 2
     said = capsys.readouterr().err
-    assert "there is no yolo11n.pt" in said and "(offline)" in said and said.count("\n") == 1
+    assert "there is no yolo11n.pt" in said and "now: offline." in said and said.count("\n") == 1
 
 
 def test_the_command_never_writes_over_its_source(checkpoint, capsys):
