@@ -56,7 +56,7 @@ def _computes_here(layer: EmaAttn) -> bool:
 
 def _ready(layer: EmaAttn, dialect: str, size: tuple[int, int] | None) -> ExportedEma:
     weights, kind = _arranged(layer), DIALECTS[dialect]
-    if kind is Delegate:  # it pools by operators of its own
+    if kind is Delegate:  # supports one size anyway, and pools without matrices
         return ExportedEma(weights, layer.groups, dialect).eval()
     few = size is not None and size[0] * size[1] <= kind.SMALL_PIXELS
     small = small_map(*size) if few else None
