@@ -1,16 +1,16 @@
-"""Makes ``import timm`` enough: registers the EMA attention models once timm has loaded.
+"""Registers the EMA attention models when timm is imported, so that ``import timm`` is enough.
 
-The same for YOLO: the layer's name goes to the module that builds YOLO models once that has loaded.
+It also adds the layer's name to the module that builds YOLO models, when that is imported.
 
-timm has no plug-in discovery, but it always imports torch, and torch calls every entry point of
-the group ``torch.backends`` at the end of its own import (pytorch RFC, issue 122468). `autoload`
-is such an entry point. It only puts a finder in front of ``sys.meta_path``; the finder lets
-``timm.models``, or a builder of YOLO models, load as always and then registers our names.
+timm has no plug-in discovery, but it always imports torch. At the end of its own import, torch
+calls every entry point of the group ``torch.backends`` (pytorch RFC, issue 122468). `autoload` is
+such an entry point. It only puts a finder in front of ``sys.meta_path``. The finder lets
+``timm.models``, or a builder of YOLO models, load as usual and then registers our names.
 
-This module stands beside the package, not in it, for two reasons. ``EMA_TIMM_AUTOLOAD=0`` must
-leave ``ema_timm`` unimported, or a later ``import ema_timm`` could no longer register. And where
-the package's folder is damaged or gone, torch still finds this file, so that the worst case is
-one warning. Standard library only, because torch is still initialising when it runs.
+This module is outside of the package for two reasons. With ``EMA_TIMM_AUTOLOAD=0`` it must not
+import ``ema_timm``, or a later ``import ema_timm`` could no longer register the models. And if the
+package's folder is damaged or missing, torch still finds this file and prints only one warning.
+It uses only the standard library, because torch is still initialising when it runs.
 """
 
 import os
@@ -18,13 +18,13 @@ import sys
 import threading
 
 _TIMM = "timm.models"
-# ultralytics, the package yolov5, and a clone of YOLOv5, whose modules are top-level.
+# ultralytics, the package yolov5, and a clone of YOLOv5, which has top-level modules.
 _YOLO = ("ultralytics.nn.tasks", "yolov5.models.yolo", "models.yolo")
 _TARGETS = (_TIMM, *_YOLO)
 
 
 class _RegisteringLoader:
-    """Runs the real loader, hides itself from the module, then registers our models."""
+    """Runs the real loader, then registers our models. The module does not see this loader."""
 
     def __init__(self, loader, finder):
         self._loader = loader
@@ -34,13 +34,12 @@ class _RegisteringLoader:
         return getattr(self._loader, name)
 
     def create_module(self, spec):
-        """Leave it to the real loader."""
+        """Call the real loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module):
-        """Run ``timm.models`` as if this loader were not there, then register."""
-        # The module must look as if nothing had been there: inspect, importlib.resources and
-        # reload all read these two.
+        """Load the module with the real loader, then register."""
+        # inspect, importlib.resources and reload read these two attributes.
         module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         name = module.__name__
@@ -53,14 +52,14 @@ class _RegisteringLoader:
 
 
 class _TimmModelsFinder:
-    """Meta path finder that answers for the targets alone, by asking the other finders."""
+    """Meta path finder for the targets only. It asks the other finders for their spec."""
 
     def __init__(self):
         self.loading = set()
         self._asking = threading.local()
 
     def find_spec(self, fullname, path=None, target=None):
-        """The spec that the other finders have for one of the targets, with our loader in it."""
+        """The other finders' spec of a target, with our loader in it."""
         if fullname not in _TARGETS or getattr(self._asking, "now", False):
             return None
         self._asking.now = True
@@ -94,11 +93,10 @@ def autoload():
 
 
 def install():
-    """Register the models as soon as ``timm.models`` is loaded, or now where it already is.
+    """Register the models when ``timm.models`` is imported, or now if it already is.
 
-    The same for the layer's name and the builders of YOLO models.
-
-    Safe to call from several threads and any number of times. Imports neither torch nor timm.
+    This also covers the layer's name in the builders of YOLO models. You can call it from several
+    threads and more than once. It imports neither torch nor timm.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
@@ -112,10 +110,10 @@ def _install(target):
         return
     if getattr(getattr(module, "__spec__", None), "_initializing", False):
         if target in _finder.loading:
-            return  # our loader is at work in some thread and registers when it is done
+            return  # our loader is running in another thread and registers at its end
         from importlib import import_module
 
-        import_module(target)  # another thread loads it without our loader: wait for that
+        import_module(target)  # wait for another thread, which imports it without our loader
     _register(module)
 
 
@@ -129,9 +127,9 @@ def _register(module):
             from ema_timm.integrations.yolo.layer import register
 
             register(module)
-    except Exception as error:  # the target must import as before, whatever is wrong with us
+    except Exception as error:  # an error of ours must not break the import of the target
         if type(error).__name__ == "_DeadlockError":
-            return  # another thread is importing that wing, waits for timm, and registers then
+            return  # another thread imports our package, waits for timm, and then registers
         _warn(error)
 
 
@@ -141,14 +139,14 @@ def _warn(error):
         return
     _warned = True
     remedy = ""
-    if not getattr(error, "has_remedy", False):  # a second one would contradict the first
+    if not getattr(error, "has_remedy", False):  # two remedies would contradict each other
         remedy = (
             "; reinstall or remove the package: pip install --force-reinstall --no-deps ema-timm, "
             "or pip uninstall ema-timm"
         )
     text = (
         f"ema-timm could not register its models ({type(error).__name__}: {error}). "
-        f"torch, timm and YOLO work as before{remedy}."
+        f"torch, timm and YOLO still work{remedy}."
     )
     try:
         import warnings

@@ -1,29 +1,29 @@
 """The layer: parameters, validation and initialisation. Its forward is one call into ops."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
-from ema_timm.ops import EmaWeights, FoldedWeights, ema_attention, folded_ema_attention
+from ema_timm.ops import EmaWeights, ema_attention
 from ema_timm.ops.dispatch import require_implementation
-from ema_timm.ops.formula import drop_common_vote, fold
 from ema_timm.ops.macs import closed_form_macs, parallel_macs
 from ema_timm.ops.weights import EPS
 
 # Symbolic tracers (torch.fx, timm's and torchvision's feature extraction) keep the operator
 # whole: its validation reads shapes, which a proxy does not have.
 torch.fx.wrap("ema_attention")
-torch.fx.wrap("folded_ema_attention")
 
 DEFAULT_GROUPS = 32
 """The paper's `factor`, in every experiment."""
 
 
 def largest_group_count(channels: int, at_most: int = DEFAULT_GROUPS) -> int:
-    """The number of groups the models use for a width: its largest divisor that is ``at_most``.
+    """The number of groups that the models use: the largest divisor not above ``at_most``.
 
-    The paper's 32 divides most widths of ResNets and MobileNetV2s and is then the answer. Where it
-    does not (mobilenetv2_075's 432 channels, say, give 27) this rule takes its place; it is
-    the only such rule in the package.
+    The paper's 32 divides most widths of ResNets and MobileNetV2s, and is then the result. Other
+    widths get fewer groups: the 432 channels of mobilenetv2_075 get 27. The package has no other
+    such rule.
 
     Args:
         channels: C, at least 1.
@@ -37,14 +37,17 @@ def largest_group_count(channels: int, at_most: int = DEFAULT_GROUPS) -> int:
 class EmaAttn(nn.Module):
     """Efficient Multi-scale Attention ("EMA attention"; not an exponential moving average).
 
-    The channels are split into G groups of n = C / G. In each group, gates along height and width
-    (a shared 1×1 convolution of pooled rows and columns) and a 3×3 neighbourhood vote on one map
-    A = sigmoid(L) of H × W, and the output is ``x`` times that map. All groups share one set of
-    10 n² + 4 n parameters.
+    The channels are split into G groups of n = C / G. Each group gets one gate map
+    A = sigmoid(L) of H × W, made of two branches: gates along height and width (a shared 1×1
+    convolution of pooled rows and columns) and a 3×3 convolution. The output is ``x`` times that
+    map. All groups share one set of 10 n² + 4 n parameters.
 
     Source: Ouyang et al., "Efficient Multi-Scale Attention Module with Cross-Spatial Learning",
     ICASSP 2023, arXiv:2305.13563. State-dict keys are those of the authors' module, so its
     weights load with ``strict=True``.
+
+    `set_implementation` changes the implementation of a model's layers. Its choice "fused", Triton
+    kernels, is experimental until it has been timed on a GPU.
 
     Args:
         channels: C, the width of the feature map.
@@ -52,7 +55,7 @@ class EmaAttn(nn.Module):
         cross_spatial: False is the paper's ablation, without cross-spatial learning: both
             branches are added and each channel keeps its own gate map. The same parameters;
             `ema_timm.ops.parallel` has the formula.
-        device: Where the parameters are made.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
@@ -65,9 +68,9 @@ class EmaAttn(nn.Module):
         channels: int,
         groups: int = DEFAULT_GROUPS,
         cross_spatial: bool = True,
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _require_positive_int("channels", channels)
         _require_positive_int("groups", groups)
@@ -75,17 +78,16 @@ class EmaAttn(nn.Module):
             raise TypeError(f"cross_spatial must be True or False, got {cross_spatial!r}.")
         if channels % groups:
             raise ValueError(
-                f"groups must divide channels: {channels} channels do not split into {groups} "
-                f"groups. The nearest that works is "
+                f"groups must divide channels: {channels} channels cannot be split into {groups} "
+                f"groups. The nearest choice is "
                 f"EmaAttn({channels}, groups={largest_group_count(channels, groups)})."
             )
         n = channels // groups
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = channels
         self.groups = groups
         self.cross_spatial = cross_spatial
         self.impl = "auto"
-        self.folded = None
         self.conv1x1 = nn.Conv2d(n, n, kernel_size=1, **dd)
         self.conv3x3 = nn.Conv2d(n, n, kernel_size=3, padding=1, **dd)
         self.gn = nn.GroupNorm(n, n, eps=EPS, **dd)
@@ -99,37 +101,20 @@ class EmaAttn(nn.Module):
         Returns:
             (B, C, H, W), the dtype and memory format of ``x``.
         """
-        if self.folded is not None:
-            return self.folded(x)
         return ema_attention(x, self.weights(), self.groups, self.impl, self.cross_spatial)
 
-    def reparameterize(self) -> None:
-        """Fold all products of weights once, for inference; timm's ``--reparam`` calls this.
-
-        The output stays the same. The parameters make way for those of `FoldedEma`, so the state
-        dict has other keys (listed there) and one number fewer. Folding cannot be undone, and a
-        checkpoint of the layer loads only before it: load first, then fold. A second call does
-        nothing, and neither does the first without cross-spatial learning: no product of weights
-        is left there to fold.
-        """
-        if self.folded is None and self.cross_spatial:
-            self.folded = FoldedEma(self.weights(), self.groups, self.impl)
-            self.folded.train(self.training)
-            del self.conv1x1, self.conv3x3, self.gn
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if any(key.startswith(f"{prefix}folded.") for key in state_dict):
+            raise RuntimeError(f"The weights of {prefix.rstrip('.') or 'this layer'} are {_FOLDED}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def weights(self) -> EmaWeights:
-        """The parameters as the operator takes them, read anew so that no update is missed."""
-        conv1x1_bias, conv3x3_bias = self.conv1x1.bias, self.conv3x3.bias
+        """The current parameters, in the form that `ema_attention` expects."""
+        mix, conv, norm = self.conv1x1, self.conv3x3, self.gn  # each look-up takes a call
+        mix_bias, conv_bias = mix.bias, conv.bias
         # TorchScript types a convolution's bias as optional; ours always have one.
-        assert conv1x1_bias is not None and conv3x3_bias is not None
-        return EmaWeights(
-            self.conv1x1.weight,
-            conv1x1_bias,
-            self.conv3x3.weight,
-            conv3x3_bias,
-            self.gn.weight,
-            self.gn.bias,
-        )
+        assert mix_bias is not None and conv_bias is not None
+        return EmaWeights(mix.weight, mix_bias, conv.weight, conv_bias, norm.weight, norm.bias)
 
     def macs(self, batch: int, height: int, width: int) -> int:
         """Multiply-accumulates of one call, as `ema_timm.ops.macs` counts them.
@@ -143,86 +128,35 @@ class EmaAttn(nn.Module):
         return count(batch * self.groups, self.channels // self.groups, height, width)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows beside the class name."""
+        """The arguments that ``print`` shows after the class name."""
         ablation = "" if self.cross_spatial else ", cross_spatial=False"
         return f"channels={self.channels}, groups={self.groups}{ablation}"
 
 
-class FoldedEma(nn.Module):
-    """The inference form of one `EmaAttn`: what depends on weights alone is worked out.
-
-    State dict, n channels a group, no parameter of which requires gradients:
-
-    - ``mix_weight`` (n, n), ``mix_bias`` (n,): the 1×1 convolution, unchanged.
-    - ``kernel`` (9, n): the 3×3 convolution weighed by v = softmax(β), tap (dy, dx) in row
-      3·(dy + 1) + dx + 1.
-    - ``vote_weight`` (n - 1, 9n), ``vote_bias`` (n - 1,): the 3×3 convolution and its bias less
-      their first output channel; they make u.
-    - ``gn_weight`` (n,): γ. ``gn_bias`` (n,): β plus v·b₃.
-
-    Inside a model the keys begin with the layer's name and ``folded.``.
-
-    Args:
-        weights: Parameters of the layer to fold.
-        groups: G.
-        impl: Who computes, as `ema_timm.ops.ema_attention` takes it.
-    """
-
-    def __init__(self, weights: EmaWeights, groups: int, impl: str = "auto"):
-        super().__init__()
-        self.groups = groups
-        self.impl = impl
-        with torch.no_grad():
-            wide = drop_common_vote(fold(EmaWeights(*[w.double() for w in weights])))
-        for name, value in wide._asdict().items():
-            value = value.to(weights.gn_weight.dtype, copy=True).contiguous()
-            setattr(self, name, nn.Parameter(value, requires_grad=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate ``x``, as `EmaAttn` does.
-
-        Args:
-            x: Feature map, (B, C, H, W), floating point.
-
-        Returns:
-            (B, C, H, W), the dtype and memory format of ``x``.
-        """
-        weights = FoldedWeights(
-            self.mix_weight,
-            self.mix_bias,
-            self.kernel,
-            self.vote_weight,
-            self.vote_bias,
-            self.gn_weight,
-            self.gn_bias,
-        )
-        return folded_ema_attention(x, weights, self.groups, self.impl)
-
-
 def set_implementation(model: nn.Module, impl: str) -> int:
-    """Choose who computes every EMA attention layer of ``model``.
+    """Set the implementation used by every EMA attention layer in ``model``.
 
     Args:
-        model: Any module that holds layers, or one layer.
-        impl: "auto", "reference", "closed_form" or "fused".
+        model: Any module that contains layers, or one layer.
+        impl: "auto", "reference", "closed_form" or "fused" (Triton kernels: experimental until
+            they have been timed on a GPU).
 
     Returns:
         The number of layers.
 
     Raises:
-        ValueError: If ``impl`` is unknown, the model holds no such layer, or holds one without
-            cross-spatial learning, which has but one implementation.
+        ValueError: If ``impl`` is unknown, if the model contains no such layer, or if ``impl`` is
+            not "auto" and a layer has no cross-spatial learning.
     """
-    require_implementation(impl)
     layers = [m for m in model.modules() if isinstance(m, EmaAttn)]
+    require_implementation(impl, all(layer.cross_spatial for layer in layers))
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no EMA attention layer.")
-    if impl != "auto" and not all(layer.cross_spatial for layer in layers):
-        raise ValueError("Layers without cross-spatial learning have one implementation, 'auto'.")
+        raise ValueError(
+            f"{type(model).__name__} holds no EMA attention layer. Give the model that contains "
+            "the layers."
+        )
     for layer in layers:
         layer.impl = impl
-        if layer.folded is not None:
-            layer.folded.impl = impl
     return len(layers)
 
 
@@ -231,3 +165,18 @@ def _require_positive_int(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}).")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+_FOLDED = (
+    "those of a folded EMA layer, which ema-timm 0.2.0 made with reparameterize() and later "
+    "versions do not have. Folding cannot be undone. Load the checkpoint that was saved before it."
+)
+
+
+if not TYPE_CHECKING:  # a type checker would accept any name
+
+    def __getattr__(name: str):
+        if name == "FoldedEma":  # the class that a pickle of a folded layer needs
+            # Not an AttributeError, because pickle would replace its message.
+            raise RuntimeError(f"The parameters of FoldedEma are {_FOLDED}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

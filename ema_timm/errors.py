@@ -1,11 +1,14 @@
-"""Ends of a command that are not bugs: each message is one clear line, each has an exit code."""
+"""Errors that are not bugs. Each has an exit code, and a message of one line with the remedy."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+_PROJECTS = {"pytorch_grad_cam": "grad-cam", "sklearn": "scikit-learn"}
+"""Projects whose packages have other names."""
+
 
 class UserError(Exception):
-    """Bad input (exit code 2). The message is one line: the rule, what came, the remedy."""
+    """Bad input (exit code 2). The message is one line: what is wrong, what to do."""
 
 
 class UnreadableImageError(UserError):
@@ -13,31 +16,36 @@ class UnreadableImageError(UserError):
 
 
 class InterruptedRunError(Exception):
-    """A run was asked to stop (exit code 130). The message says how to continue it."""
+    """A run was stopped (exit code 130). The message says how to continue it."""
 
 
 class HubError(Exception):
-    """The Hub, or the way to it, failed (exit code 1). The message says where, and the remedy."""
+    """A request to the Hub failed (exit code 1). The message says which one, and what to do."""
 
 
 class CannotCompileError(RuntimeError):
-    """Triton has no compiler, or no folder to write to. The message is one line with the remedy."""
+    """Triton has no compiler, or no folder to write to. The message says in one line what to do."""
 
 
 class VerificationError(Exception):
-    """What was made does not do what it must, and was not kept (exit code 1)."""
+    """A result did not pass its check and was not kept (exit code 1)."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its type, where it says nothing.
+    """The first line of another library's error, or its type if it has no message.
 
-    Where a package was missed while another error was handled, that one is what went wrong: with
-    ultralytics in the process, Pillow asks for one more reader before it says what it cannot read.
+    If a package was missing while another error was handled, that error is the one to report:
+    once ultralytics is imported, Pillow asks for one more decoder before it reports a bad file.
     """
     if isinstance(error, ImportError) and error.__context__ is not None:
         error = error.__context__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0]
+
+
+def sentence(error: BaseException) -> str:
+    """`first_line` with one period at its end, to be followed by what to do."""
+    return first_line(error).rstrip(". ") + "."
 
 
 def some(names: Sequence[str], most: int = 4) -> str:
@@ -46,13 +54,18 @@ def some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-# MERGED: What the formats and runtimes need beyond PyTorch.
-def require_packages(*packages: str) -> None:
-    """Name what is missing, before any work.
+def require_packages(names: Sequence[str], extra: str = "", purpose: str = "this") -> None:
+    """Check that optional packages are installed, before any work.
+
+    Args:
+        names: The packages, as they are imported.
+        extra: The extra of ema-timm that installs them, if there is one.
+        purpose: What needs them, for the message.
 
     Raises:
-        UserError: If a package is missing.
+        UserError: If one is not installed.
     """
-    missing = [name for name in packages if find_spec(name) is None]
+    missing = [_PROJECTS.get(name, name) for name in names if find_spec(name) is None]
     if missing:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'ema-timm[export]'")
+        install = f"'ema-timm[{extra}]'" if extra else " ".join(missing)
+        raise UserError(f"{purpose} needs {', '.join(missing)}: pip install {install}")

@@ -1,43 +1,53 @@
-"""Files that are whole or not there at all, and their digests."""
+"""Files that are written atomically, their hashes, and locks between processes."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 from ema_timm.errors import UserError
 
-_PASSING = re.compile(r"\..+\.(\d+)\.tmp|\.(\d+)\.writable")
-"""Names of files that are just being written, with the process that writes them."""
+try:
+    import fcntl
+except ImportError:  # not Unix
+    fcntl = None
+
+WEIGHTS = "model.safetensors"
+"""The weights file of every folder that the package writes, and of timm's repositories."""
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp|\.(\d+)\.writable")
+"""Names of temporary files, with the id of the process that writes them."""
 
 
 def cache_folder() -> Path:
-    """Where the package notes what it found out: EMA_TIMM_CACHE, else ~/.cache/ema-timm.
+    """The folder for what the package remembers: EMA_TIMM_CACHE, else ~/.cache/ema-timm.
 
     Raises:
-        OSError: If there is neither that variable nor a home.
+        OSError: If neither that variable nor a home folder exists.
     """
     if named := os.environ.get("EMA_TIMM_CACHE"):
         return Path(named)
     try:
         return Path.home() / ".cache" / "ema-timm"
     except RuntimeError as error:
-        raise OSError("there is no home folder: set EMA_TIMM_CACHE to one for notes") from error
+        raise OSError("there is no home folder: set EMA_TIMM_CACHE to a folder") from error
 
 
 def write_whole(final: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
-    """Write a file by ``write(temporary_path)``, flush it to disk, then give it its name.
+    """Write a file atomically: ``write(temporary_path)``, flush to disk, rename.
 
     A full disk, a crash or Ctrl-C never leaves half a file under the final name.
 
     Args:
-        final: The name.
-        write: Writes a file of the name that it is given.
-        previous: Name for the file that was there before; None drops it. A process that is
-            killed may leave the file under this name alone.
+        final: The name of the file.
+        write: Writes a file of the name that it receives.
+        previous: New name for the file that was there before; None drops it. If the process is
+            killed, the file may exist only under this name.
     """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
@@ -54,10 +64,10 @@ def write_whole(final: Path, write: Callable[[Path], Any], previous: Path | None
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder, with those above it, and see that it can be written to.
+    """Make a folder and its parents, and check that it is writable.
 
     Raises:
-        UserError: If not.
+        UserError: If it is not.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,28 +82,112 @@ def make_writable(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are gone were just writing in ``folder``, under passing names.
+    """Remove temporary files in ``folder`` whose processes have ended.
 
-    Those of this process's number too: where it is always the same, as in a container, it was
-    another process's.
+    Files with this process's id are removed too: in a container, where ids repeat, an earlier
+    process wrote them.
     """
     for file in folder.glob(".*"):
-        found = _PASSING.fullmatch(file.name)
-        if found and not _lives_elsewhere(int(found[1] or found[2])):
+        found = _TEMPORARY.fullmatch(file.name)
+        if found and not _is_another_running(int(found[1] or found[2])):
             with contextlib.suppress(OSError):
                 file.unlink()
 
 
-def _lives_elsewhere(process: int) -> bool:
-    if process == os.getpid() or os.name != "posix":  # Windows keeps the open files of the living
+def _is_another_running(process: int) -> bool:
+    if process == os.getpid() or os.name != "posix":  # Windows refuses to remove open files
         return False
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # it belongs to another user
         return True
     return True
+
+
+class Owner(NamedTuple):
+    """The process that holds a lock.
+
+    Attributes:
+        host: Its machine; empty if it has not written it yet.
+        process: Its id.
+        alive: The operating system holds the lock for it. Otherwise only the file names it.
+    """
+
+    host: str
+    process: str
+    alive: bool
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}" if self.host else "another process"
+
+
+@contextlib.contextmanager
+def lock(file: Path, on_busy: Callable[[Owner], None]) -> Iterator[None]:
+    """Hold a lock of the operating system while the block runs; ``file`` names its owner.
+
+    The system releases the lock when its process ends, however it ends. Child processes do not
+    inherit it: the lock is one of ``lockf``, not of ``flock``.
+
+    Args:
+        file: Created for the lock, and removed afterwards.
+        on_busy: Called with another owner. If it returns, `lock` waits for an owner that is alive,
+            and takes the place of one that only the file names.
+
+    Raises:
+        OSError: If the file cannot be opened or written.
+    """
+    handle = _take(file, on_busy)
+    try:
+        yield
+    finally:
+        if fcntl is None:
+            handle.close()  # Windows does not remove open files
+        with contextlib.suppress(OSError):
+            file.unlink()
+        handle.close()
+
+
+def _take(file: Path, on_busy: Callable[[Owner], None]) -> TextIO:
+    """The lock file: open, locked, and with this process's name in it."""
+    here = socket.gethostname()
+    while True:
+        with contextlib.ExitStack() as opened:
+            handle = opened.enter_context(file.open("a+", encoding="utf-8"))
+            locked = _try_lock(handle)
+            handle.seek(0)
+            host, _, process = handle.read().strip().partition(" ")
+            # With the lock in our hands, the name of this machine is that of a killed process.
+            if locked is False or (host and not (locked and host == here)):
+                on_busy(Owner(host, process, alive=locked is False))
+            if locked is False:
+                fcntl.lockf(handle, fcntl.LOCK_EX)
+            if _is_open_file(file, handle):
+                handle.truncate(0)
+                handle.write(f"{here} {os.getpid()}\n")
+                handle.flush()
+                opened.pop_all()
+                return handle
+
+
+def _try_lock(handle: TextIO) -> bool | None:
+    """Whether this process got the lock; None if the system has no such locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return True
+
+
+def _is_open_file(file: Path, handle: TextIO) -> bool:
+    """Whether ``file`` is still the file that was opened: an owner removes it at its end."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(handle.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def sha256(path: Path) -> str:

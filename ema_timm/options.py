@@ -1,4 +1,4 @@
-"""Settings of a dataclass as options of a command. Nothing here imports torch."""
+"""Settings of a dataclass, given on the command line or in a YAML file. Imports no torch."""
 
 import argparse
 import ast
@@ -13,27 +13,42 @@ from ema_timm.errors import UserError, first_line
 
 
 def option(
-    default: Any, help: str, *, flag: bool = False, choices: tuple[str, ...] | None = None
+    default: Any,
+    help: str,
+    *,
+    flag: bool = False,
+    choices: tuple[str, ...] | None = None,
+    group: str = "",
 ) -> Any:
-    """A setting that the command line offers.
+    """A setting that is also an option of the command line.
 
     Args:
-        default: Its value where none is given; also says its type.
-        help: What ``--help`` says of it.
+        default: Default value. Its type is the type of the option.
+        help: Text for ``--help``, which appends the default unless the text gives it.
         flag: Offer it as ``--name`` and ``--no-name``.
-        choices: The values that it takes; None takes any.
+        choices: Allowed values; None allows any.
+        group: Title of the group of options in ``--help`` that starts with this one.
 
     Returns:
-        The field of a dataclass.
+        A field of a dataclass.
     """
-    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
+    metadata = {"help": help, "flag": flag, "choices": choices, "group": group}
+    return field(default=default, metadata=metadata)
+
+
+def option_name(setting: str) -> str:
+    """The option of a setting: ``--batch-size`` for ``batch_size``."""
+    return "--" + setting.replace("_", "-")
 
 
 def add_options(command: argparse.ArgumentParser, config: type) -> None:
     """Add one option for each setting of the dataclass ``config``."""
+    place: argparse._ActionsContainer = command
     for setting in fields(config):
+        if title := setting.metadata.get("group"):
+            place = command.add_argument_group(title)
         if setting.metadata:
-            _add_option(command, setting)
+            _add_option(place, setting)
 
 
 def given_options(args: argparse.Namespace, config: type) -> dict:
@@ -42,17 +57,75 @@ def given_options(args: argparse.Namespace, config: type) -> dict:
     return {f.name: dict(value) if f.metadata.get("pairs") else value for f, value in given}
 
 
-def spelled(values: dict, config: type) -> list[str]:
-    """Settings of ``config`` as a command line says them: the inverse of `given_options`."""
+def command_arguments(values: dict, config: type) -> list[str]:
+    """Command-line arguments for settings of ``config``: the inverse of `given_options`."""
     line = []
     for setting in fields(config):
         if setting.metadata and values.get(setting.name) is not None:
-            line += _spell(setting, values[setting.name])
+            line += _arguments(setting, values[setting.name])
     return line
 
 
-def _spell(setting, value) -> list[str]:
-    flag = "--" + setting.name.replace("_", "-")
+def read_settings(file: str | Path, config: type) -> dict:
+    """Read settings from a YAML file.
+
+    Args:
+        file: A mapping of option names, with ``_`` or ``-``, to values. A key without a value is
+            ignored.
+        config: The dataclass whose fields are the allowed keys.
+
+    Returns:
+        The settings by name.
+
+    Raises:
+        UserError: If the file cannot be read, a key is unknown or a value has the wrong type.
+    """
+    known = {setting.name: setting for setting in fields(config)}
+    given = {}
+    for key, value in _read_mapping(Path(file)).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"--config {file}: unknown setting {key}.{hint}")
+        if value is not None:
+            given[name] = _checked(known[name], value, f"--config {file}: {key}")
+    return given
+
+
+def pair(text: str) -> tuple[str, object]:
+    """Parse KEY=VALUE. The value is a Python literal, otherwise text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _add_option(place: argparse._ActionsContainer, setting: Field) -> None:
+    """Add one option. An option that is not given stays out of the namespace."""
+    meta, kind, default = setting.metadata, type(setting.default), setting.default
+    help, choices = meta["help"], meta.get("choices")
+    how: dict[str, Any]
+    if meta.get("pairs"):
+        how, default = {"nargs": "+", "type": pair, "metavar": "KEY=VALUE"}, None
+    elif meta.get("several"):
+        how, default = {"nargs": "+", "choices": choices}, None
+    elif meta.get("flag"):
+        how = {"action": argparse.BooleanOptionalAction}
+        default = {True: "on", False: "off"}.get(default)
+    else:
+        metavar = None if choices else kind.__name__.upper()
+        how = {"type": kind, "choices": choices, "metavar": metavar}
+    if (default or kind is float) and "(default: " not in help:
+        help = f"{help} (default: {default})"
+    place.add_argument(option_name(setting.name), help=help, default=argparse.SUPPRESS, **how)
+
+
+def _arguments(setting: Field, value: Any) -> list[str]:
+    flag = option_name(setting.name)
     if setting.metadata.get("pairs"):
         return [flag, *(f"{key}={_literal(each)}" for key, each in value.items())] if value else []
     if setting.metadata.get("flag"):
@@ -64,108 +137,54 @@ def _spell(setting, value) -> list[str]:
 
 
 def _literal(value: object) -> str:
-    """What `pair` reads as ``value``."""
+    """The text that `pair` reads as ``value``."""
     plain = str(value)
     return plain if isinstance(value, str) and pair(f"k={plain}")[1] == value else repr(value)
 
 
-def _add_option(command: argparse.ArgumentParser, setting) -> None:
-    """One option for one setting; what is not given stays out of the namespace."""
-    flag = "--" + setting.name.replace("_", "-")
-    help = setting.metadata["help"]
-    shown = {"default": argparse.SUPPRESS}
-    if setting.metadata.get("pairs"):
-        command.add_argument(flag, nargs="+", type=pair, metavar="KEY=VALUE", help=help, **shown)
-    elif setting.metadata.get("several"):
-        choices = setting.metadata["choices"]
-        command.add_argument(flag, nargs="+", choices=choices, help=help, **shown)
-    elif setting.metadata.get("flag"):
-        command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help, **shown)
-    else:
-        kind = type(setting.default)
-        if setting.default or kind is float:
-            help = f"{help} (default: {setting.default})"
-        choices = setting.metadata.get("choices")
-        metavar = None if choices else kind.__name__.upper()
-        command.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=help, **shown)
-
-
-def pair(text: str) -> tuple[str, object]:
-    """Read KEY=VALUE; the value as Python reads it, or as text."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-# MERGED: Settings of a run from a YAML file, as timm's ``train.py -c`` has them. No torch here.
-def read_settings(file: str | Path, config: type) -> dict:
-    """The settings that a YAML file gives, by name.
-
-    Args:
-        file: A mapping of names, as on the command line with ``_`` or ``-``, to values. An empty
-            value is none.
-        config: The dataclass whose fields the keys must be.
-
-    Raises:
-        UserError: If the file cannot be read, names what is no setting, or gives one a value of
-            another type.
-    """
-    known = {setting.name: setting for setting in fields(config)}
-    given = {}
-    for key, value in _read(Path(file)).items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"--config {file}: {key} is no setting of finetune.{hint}")
-        if value is not None:
-            given[name] = _typed(known[name], value, f"--config {file}: {key}")
-    return given
-
-
-def _read(file: Path) -> dict:
+def _read_mapping(file: Path) -> dict:
     try:
         content = yaml.safe_load(file.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"--config: {file} cannot be read: {error.strerror}.") from error
+        raise UserError(f"--config: cannot read {file}: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--config: {file} is no YAML: {first_line(error)}.") from error
+        raise UserError(f"--config: {file} is not valid YAML: {first_line(error)}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"--config: {file} must hold lines such as lr: 0.001.")
+        raise UserError(f"--config: {file} must contain lines such as lr: 0.001.")
     return content
 
 
-def _typed(setting: Field, value: Any, where: str) -> Any:
-    """``value`` as the command line would give it; UserError if it is of another type."""
-    told = setting.metadata
-    if told.get("pairs"):
-        good, wanted = isinstance(value, dict), "a mapping"
-    elif told.get("several"):
+def _checked(setting: Field, value: Any, where: str) -> Any:
+    """``value`` as the command line would give it.
+
+    Raises:
+        UserError: If it has another type. The message starts with ``where``.
+    """
+    meta, kind, given = setting.metadata, type(setting.default), value
+    choices = meta.get("choices")
+    if meta.get("pairs"):
+        valid, expected = isinstance(value, dict), "a mapping"
+    elif meta.get("several"):
         value = [value] if isinstance(value, str) else value
-        good = isinstance(value, list) and all(word in told["choices"] for word in value)
-        wanted = f"a list of {', '.join(told['choices'])}"
-    elif told.get("flag"):
-        good, wanted = isinstance(value, bool), "true or false"
-    elif isinstance(setting.default, str):
-        good = isinstance(value, str | int | float) and not isinstance(value, bool)
-        value, wanted = str(value), "text"
-        if told.get("choices"):
-            good, wanted = value in told["choices"], f"one of {', '.join(told['choices'])}"
+        valid = isinstance(value, list) and all(word in choices for word in value)
+        expected = f"a list of {', '.join(choices)}"
+    elif meta.get("flag"):
+        valid, expected = isinstance(value, bool), "true or false"
+    elif kind is str:
+        valid = isinstance(value, str | int | float) and not isinstance(value, bool)
+        value, expected = str(value), "text"
+        if choices:
+            valid, expected = value in choices, f"one of {', '.join(choices)}"
     else:
-        kind = type(setting.default)
         value = _number(kind, value)
-        good, wanted = value is not None, "a whole number" if kind is int else "a number"
-    if not good:
-        raise UserError(f"{where} must be {wanted}.")
+        valid, expected = value is not None, "a whole number" if kind is int else "a number"
+    if not valid:
+        raise UserError(f"{where} must be {expected}, got {given!r}.")
     return value
 
 
 def _number(kind: type, value: Any) -> int | float | None:
-    """A number of type ``kind``; text too, for YAML takes 5e-4 for text. None for anything else."""
+    """A number of type ``kind``, otherwise None. Accepts text too: YAML reads 5e-4 as text."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:

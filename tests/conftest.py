@@ -1,12 +1,19 @@
-"""Shared fixtures: fresh interpreters, a small image folder."""
+"""Shared fixtures: fresh interpreters, a small image folder, a check for leftover processes."""
 
-import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+# Tests that run side by side share the cores: threads that wait for each other's turn cost twice
+# the time. PyTorch looks at this when it is first imported.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    share = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 import torch
 
 from ema_timm.integrations.int8 import disable_telemetry
@@ -16,6 +23,10 @@ from ema_timm.integrations.int8 import disable_telemetry
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 disable_telemetry()
+
+# OpenVINO and NNCF send telemetry if they can import this package. It calls the internet from
+# processes that it forks off a thread, and such a fork of the tests can deadlock.
+sys.modules["openvino_telemetry"] = None
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,38 +101,6 @@ def detector(tmp_path_factory):
     return write_detector(tmp_path_factory.mktemp("detector"))
 
 
-class Worker:
-    """A process for `ema-timm` commands; see support/hub_worker.py."""
-
-    def __init__(self, env):
-        script = Path(__file__).parent / "support" / "hub_worker.py"
-        self._process = subprocess.Popen(
-            [sys.executable, script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **env},
-        )
-
-    def run(self, *args, **settings):
-        """Exit code, both streams and the seconds of ``ema-timm ARGS``."""
-        return self._do({"args": [str(arg) for arg in args], **settings})
-
-    def load(self, name, **settings):
-        """``{"outputs": ...}`` of a timm name, or ``{"error": ...}``."""
-        return self._do({"name": name, **settings})
-
-    def _do(self, task):
-        self._process.stdin.write(json.dumps(task) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(timeout=60)
-
-
 @pytest.fixture(scope="session")
 def hub_env(tmp_path_factory):
     """Environment variables with which a fresh process talks to a stand-in Hub."""
@@ -144,6 +123,7 @@ def hub_env(tmp_path_factory):
 def stage(hub_env):
     """A stand-in for the Hub and a worker that talks to it; each test takes names of its own."""
     from support.stand_in_hub import StandInHub
+    from support.worker import Worker
 
     with StandInHub() as hub:
         impatient = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
@@ -151,6 +131,36 @@ def stage(hub_env):
         yield hub, worker
         worker.close()
         assert not hub.leaks  # the token has gone to the Hub alone, not to where large files are
+
+
+STARTED_BY = "PYTEST_STARTED_BY"  # an environment variable of whatever the tests start
+ENDS_BY_ITSELF = "multiprocessing.resource_tracker"  # with the process that it serves
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_process_is_left():
+    """Fail at the end of the session, in each of xdist's workers, if a process is left."""
+    os.environ[STARTED_BY] = str(os.getpid())
+    yield
+    until = time.monotonic() + 10  # for those that are about to end
+    while (left := started_processes()) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left, f"the tests left processes behind: {left}"
+
+
+def started_processes():
+    """Command lines by process id, of children and of what children started; Linux only."""
+    mark, found = f"{STARTED_BY}={os.getpid()}\0".encode(), {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            started = int(parent) == os.getpid() or mark in (folder / "environ").read_bytes()
+            command = (folder / "cmdline").read_text().replace("\0", " ").strip()
+        except OSError:  # it has ended, or is another user's
+            continue
+        if started and state != "Z" and ENDS_BY_ITSELF not in command:
+            found[int(folder.name)] = command
+    return found
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -68,14 +68,18 @@ def test_both_entry_point_groups_are_declared():
         assert ours.value == "ema_timm_autoload:autoload"
 
 
-@pytest.mark.parametrize("env", [OFF, TORCH_OFF], ids=["ours off", "torch's off"])
+@pytest.mark.parametrize(
+    "env",
+    [OFF, pytest.param(TORCH_OFF, marks=pytest.mark.slow)],
+    ids=["ours off", "torch's off"],
+)
 @pytest.mark.parametrize(
     ("code", "known"),
     [
         (KNOWN, False),
         ("import ema_timm; " + KNOWN, True),
         ("import timm, ema_timm; print(timm.is_model('resnet50_ema'))", True),
-        ("import torch, ema_timm; " + KNOWN, True),
+        pytest.param("import torch, ema_timm; " + KNOWN, True, marks=pytest.mark.slow),
     ],
     ids=["no import", "before timm", "after timm", "after torch"],
 )
@@ -148,6 +152,7 @@ print(timm.is_model("resnet18_ema"))
     assert python(code) == "True\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{}, OFF], ids=["autoload", "by import"])
 def test_six_threads_at_once(python, env):
     code = """
@@ -194,6 +199,7 @@ except ModuleNotFoundError as error:
     assert python(code) == "torch.Size([1, 32, 2, 2])\ntimm\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "models",
     ["", "from timm_gone import nothing_we_need", None],
@@ -263,9 +269,14 @@ print(*[str(w.message) for w in seen if "ema-timm" in str(w.message)], sep="|")
     "damage",
     [
         lambda p: (p / "ema_timm/backbones/__init__.py").write_text("def register(:"),
-        lambda p: (p / "ema_timm/attention.py").write_text(""),
-        lambda p: (p / "ema_timm/__init__.py").write_text("raise SystemError('damaged')"),
-        lambda p: (p / "ema_timm/ops/dispatch.py").write_bytes(b"\0\0\0"),
+        *(
+            pytest.param(damage, marks=pytest.mark.slow)
+            for damage in (
+                lambda p: (p / "ema_timm/attention.py").write_text(""),
+                lambda p: (p / "ema_timm/__init__.py").write_text("raise SystemError('damaged')"),
+                lambda p: (p / "ema_timm/ops/dispatch.py").write_bytes(b"\0\0\0"),
+            )
+        ),
     ],
     ids=["syntax error", "emptied file", "raises", "zeroed file"],
 )
@@ -314,9 +325,10 @@ print([str(w.message) for w in seen])
 """
     first, second = python(code, env=OFF).splitlines()
     assert first == "Identity True"
-    assert "timm has a model named resnet18_ema of its own" in second
+    assert "timm has its own model resnet18_ema" in second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_child_processes(tmp_path, method):
     script = tmp_path / "main.py"
@@ -335,6 +347,7 @@ def test_child_processes(tmp_path, method):
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.slow
 def test_data_loader_workers(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(
@@ -353,6 +366,7 @@ def test_data_loader_workers(tmp_path):
     assert done.stdout == "[1, 1]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(

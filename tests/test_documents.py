@@ -1,25 +1,37 @@
 """The README and the guides are true: every block that a reader would copy runs as it stands."""
 
+import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save
 from support.stand_in_hub import StandInHub
 from timm.models import get_pretrained_cfg
 
+from ema_timm.backbones.complexity import count_macs, count_parameters
 from ema_timm.training.quickstart import write_digits
 from ema_timm.training.settings import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "ema_timm").rglob("README.md"))]
+README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+DOCUMENTS = [README, CONTRIBUTING, *sorted((ROOT / "ema_timm").rglob("README.md"))]
+LINKING = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / ".github" / "SECURITY.md"]
+REPOSITORY = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["repository-code"]
+# How a document links to a file of the repository from outside of it.
+RAW = REPOSITORY.replace("github.com", "raw.githubusercontent.com")
+OWN_LINK = re.compile(rf"(?:{REPOSITORY}/blob|{RAW})/main/(.+)")
 
 # Blocks that are run elsewhere, or that nothing here can run; by a part of their text.
 ELSEWHERE = {
@@ -137,6 +149,7 @@ def desk(tmp_path_factory, digits, trained, hub_env):
         env = {
             **os.environ,
             **hub_env(hub),
+            "CI": "true",  # OpenVINO sends no telemetry then
             "PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}",
         }
         files = {p.name: p.read_bytes() for p in trained.iterdir() if p.is_file()}
@@ -149,7 +162,7 @@ def _state(name, num_classes):
     return timm.create_model(name, num_classes=num_classes).state_dict()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_blocks_run_in_the_order_in_which_they_stand(document, desk, tmp_path):
     """One after another in one folder, so that a block may build on those above it."""
@@ -170,8 +183,99 @@ def test_blocks_run_in_the_order_in_which_they_stand(document, desk, tmp_path):
         assert done.returncode == 0, f"{block}\n{text}\n{done.stdout}\n{done.stderr}"
 
 
-def test_links_lead_somewhere():
-    for document in DOCUMENTS:
-        text = document.read_text("utf-8")
-        for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text):
-            assert (document.parent / link).exists(), f"{document.relative_to(ROOT)}: {link}"
+def links(document):
+    """The targets of a document's links and images, without anchors in the document itself."""
+    return re.findall(r"\]\(([^)#\s]+)", document.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("document", LINKING, ids=lambda d: str(d.relative_to(ROOT)))
+def test_links_lead_to_files_of_the_repository(document):
+    for link in links(document):
+        own = OWN_LINK.fullmatch(link)
+        if own or not link.startswith(("http:", "https:", "mailto:")):
+            path = ROOT / own[1] if own else document.parent / link
+            assert path.exists(), link
+
+
+def test_the_readme_can_be_read_outside_of_the_repository():
+    """The package index shows it, and knows no files beside it."""
+    assert all(link.startswith("https://") for link in links(README))
+    assert f'Repository = "{REPOSITORY}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_ruff_has_one_version():
+    """Another one formats differently."""
+    files = [ROOT / "pyproject.toml", ROOT / ".pre-commit-config.yaml"]
+    versions = [v for file in files for v in re.findall(r"ruff==([\d.]+)", file.read_text("utf-8"))]
+    assert len(versions) == 3 and len(set(versions)) == 1
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text("utf-8").splitlines()) <= 180
+
+
+def test_the_readme_gives_the_sizes_of_the_networks_that_it_recommends():
+    row = r"\| `(\w+)` \| ([\d.]+) M \| ([\d.]+) G at (\d+) px \|"
+    rows = re.findall(row, README.read_text("utf-8"))
+    assert len(rows) == 3
+    for name, parameters, macs, size in rows:
+        model = timm.create_model(name, device="meta")
+        assert f"{count_parameters(model) / 1e6:.1f}" == parameters
+        assert f"{count_macs(model, (3, int(size), int(size)))['total'] / 1e9:.2f}" == macs
+
+
+def test_the_readme_says_how_long_its_training_takes():
+    measured = json.loads((ROOT / "ema_timm/bench/results/model-cpu.json").read_text("utf-8"))
+    (row,) = [row for row in measured["rows"] if row["network"] == "resnet50_ema"]
+    minutes = 1000 * FinetuneConfig.epochs / row["training_images_per_s"] / 60
+    text = " ".join(README.read_text("utf-8").split())
+    assert f"1,000 training images take about {round(minutes, -1):.0f} minutes" in text
+    assert (
+        f"trains {FinetuneConfig.epochs} epochs with batches of {FinetuneConfig.batch_size}" in text
+    )
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=str)
+def test_python_names_can_be_imported_as_they_are_written(document):
+    """But for those that a changelog has under "Removed" or "Moved"."""
+    text = re.sub(
+        r"^### (Removed|Moved)\n.*?(?=^##|\Z)", "", document.read_text("utf-8"), flags=re.M | re.S
+    )
+    names = set(re.findall(r"(?<![\w/.-])ema_timm(?:\.[A-Za-z]\w*)+(?![\w/])", text))
+    for module, imported in re.findall(r"from (ema_timm[\w.]*) import ([\w, ]+)", text):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    for name in names:
+        if not name.endswith(".py"):
+            resolve_name(name)
+
+
+def environment_variables():
+    """Variables that the package, its installation and its tests read."""
+    files = [ROOT / "setup.py", ROOT / "ema_timm_autoload.py"]
+    files += [*(ROOT / "ema_timm").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    for file in files:
+        own = not file.is_relative_to(ROOT / "tests")
+        for name in variables_read(ast.parse(file.read_text("utf-8"))):
+            if own or re.match("EMA_TIMM_|TIMM_", name):
+                yield name
+
+
+def variables_read(tree):
+    """Names in ``os.environ["NAME"]``, ``"NAME" in os.environ``, ``os.getenv("NAME")``, ..."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            place, names = node.value, [node.slice]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            call = node.func
+            place, names = call if call.attr == "getenv" else call.value, node.args[:1]
+        elif isinstance(node, ast.Compare):
+            place, names = node.comparators[0], [node.left]
+        if names and re.search(r"\b(environ|getenv)$", ast.unparse(place)):
+            yield from (name.value for name in names if isinstance(name, ast.Constant))
+
+
+def test_the_table_of_environment_variables_is_complete():
+    text = (ROOT / "ema_timm" / "cli" / "README.md").read_text("utf-8")
+    listed = re.findall(r"^\| `([A-Z_]+)` \|", text, re.M)
+    assert sorted(listed) == sorted(set(environment_variables()))

@@ -1,7 +1,9 @@
 """Whatever of the package is imported first, timm knows all the names afterwards."""
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,25 @@ for statement in sys.stdin:
         os._exit(0)
     os.waitpid(child, 0)
 """
+
+
+PACKAGES = [name for name in MODULES if name.endswith(".__init__")]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_public_names_are_no_modules_and_can_be_imported(name):
+    """A module of that name would take the function's place once it is imported."""
+    package = importlib.import_module(name.removesuffix(".__init__"))
+    modules = {found.name for found in pkgutil.iter_modules(package.__path__)}
+    public = getattr(package, "__all__", ())
+    assert not modules & set(public)
+    assert all(hasattr(package, each) for each in public)
+
+
+@pytest.mark.parametrize("package", ["data", "measure", "see", "publishing", "integrations.yolo"])
+def test_a_package_lists_its_public_names_without_torch(python, package):
+    code = f"import sys, ema_timm.{package} as p; assert {{*p.__all__}} <= {{*dir(p)}}"
+    python(f"{code}; assert p.__all__ and 'torch' not in sys.modules")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +149,7 @@ print(len(timm.list_models("*_ema")))
     assert int(python(code, "-W", "error::RuntimeWarning")) > 50
 
 
+@pytest.mark.slow
 def test_threads_that_import_either_side_meet_a_whole_package(python):
     """Half of them load timm, half the wing that registers: each waits for the other's locks."""
     code = """

@@ -1,4 +1,4 @@
-"""timm networks with EMA attention: where it goes, the registered names, the warm start."""
+"""timm networks with EMA attention: placement, registered names, identity initialisation."""
 
 import threading
 
@@ -19,7 +19,7 @@ def register() -> None:
     from ema_timm.backbones.timm_version import require_supported_timm
 
     require_supported_timm()
-    # Imported before the lock is taken: a lock held across imports can deadlock with theirs.
+    # Imported before the lock is acquired: holding it during imports can deadlock with their locks.
     from ema_timm.backbones import cifar_resnet, mobilenetv2_ema, resnet_ema
 
     with _lock:
@@ -28,12 +28,12 @@ def register() -> None:
         _registered = True
 
 
-# Last, and before any module of this wing: loading timm.models registers the names, and that
-# imports the modules of this wing, which import timm.models themselves. The first of them to be
-# imported would otherwise be asked for names that it does not have yet. The whole of timm first:
-# a thread that loads timm.models by itself and one that is inside timm wait for each other.
+# In the last lines, and before any module of this package: importing timm.models registers the
+# names, which imports the modules of this package, which import timm.models. Otherwise the first of
+# them would be incomplete when its names are needed. All of timm first: a thread that imports
+# timm.models and one that is importing timm would wait for each other.
 import timm  # noqa: E402
 import timm.models  # noqa: E402, F401
 
-if not _registered:  # where another thread has loaded timm and could not wait for this module
+if not _registered:  # another thread has imported timm and could not wait for this module
     ema_timm_autoload.install()

@@ -28,7 +28,7 @@ _IMAGENET_STEM_STRIDE = 4
 
 
 def register() -> None:
-    """Register the plain networks and their EMA twins with timm."""
+    """Register the networks with timm, with and without EMA attention."""
     for name in _LAYERS:
         registry.register(__name__, name, _plain_entrypoint(name), _cfgs())
         registry.register(__name__, f"{name}_ema", registry.ema_entrypoint(name), _cfgs())
@@ -38,7 +38,6 @@ def _plain_entrypoint(name: str) -> Callable:
     block, layers = _LAYERS[name]
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        """Build the network; readers see the text below."""
         network = partial(cifar_resnet, block, layers)
         return build_model_with_cfg(network, name, pretrained, **kwargs)
 
@@ -55,7 +54,7 @@ def cifar_resnet(
         block: timm's BasicBlock or Bottleneck.
         layers: Blocks in each stage.
         output_stride: Stride of the last stage: 8, or 4 or 2 with dilation.
-        **kwargs: What timm's ResNet takes.
+        **kwargs: Arguments of timm's ResNet.
 
     Raises:
         ValueError: If ``output_stride`` is none of 8, 4, 2.
@@ -64,7 +63,7 @@ def cifar_resnet(
         raise ValueError(
             f"A CIFAR ResNet has output stride 8, or 4 or 2 with dilation, got {output_stride}."
         )
-    # timm counts the stem's stride of 4, which this stem does not have.
+    # timm includes the stem's stride of 4, which this stem does not have.
     model = ResNet(block, layers, output_stride=output_stride * _IMAGENET_STEM_STRIDE, **kwargs)
     old = model.conv1
     model.conv1 = nn.Conv2d(

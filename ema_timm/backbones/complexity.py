@@ -1,4 +1,4 @@
-"""How much a network computes: parameters, and multiply-accumulates of one image."""
+"""Parameters of a network, and multiply-accumulates of one image."""
 
 import copy
 
@@ -17,31 +17,31 @@ CONVENTION = (
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in all parameters of ``model``."""
+    """Number of parameters of ``model``."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict:
-    """Multiply-accumulates of one image, by PyTorch's counter on shapes alone.
+    """Multiply-accumulates of one image, by PyTorch's counter on shapes.
 
-    An EMA attention layer is counted twice: in the closed form, which is what runs, and by the
-    paper's definition, which is what other implementations run; `ema_timm.ops.macs` has both
-    formulas. Without cross-spatial learning the two are the same.
+    An EMA attention layer is counted twice: in the closed form, which runs here, and by the paper's
+    definition, which other implementations run; `ema_timm.ops.macs` has both formulas. Without
+    cross-spatial learning the two are the same.
 
     Args:
-        model: A network; not touched.
+        model: A network; not changed.
         input_size: (C, H, W) of the image.
 
     Returns:
-        ``total`` with EMA attention in the closed form, ``ema`` its part of that,
-        ``ema_definition`` what that part would be, ``convention``.
+        ``total`` with EMA attention in the closed form, ``ema`` the part of the EMA layers,
+        ``ema_definition`` that part by the definition, ``convention``.
     """
-    twin = copy.deepcopy(model).to("meta").eval()
+    probe = copy.deepcopy(model).to("meta").eval()
     calls = []  # (layer, H, W) of each call of an EMA layer
     for name, layer in [(k, m) for k, m in model.named_modules() if isinstance(m, EmaAttn)]:
-        twin.set_submodule(name, _Recorder(layer, calls))
+        probe.set_submodule(name, _Recorder(layer, calls))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(torch.empty(1, *input_size, device="meta"))
+        probe(torch.empty(1, *input_size, device="meta"))
     closed = sum(layer.macs(1, *size) for layer, *size in calls)
     definition = sum(_definition(layer, *size) for layer, *size in calls)
     rest = counter.get_total_flops() // 2
@@ -54,14 +54,14 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict:
 
 
 class _Recorder(nn.Module):
-    """Stands in the place of an EMA layer and notes the maps it is given."""
+    """Replaces an EMA layer and records the sizes of its inputs."""
 
     def __init__(self, layer: EmaAttn, calls: list):
         super().__init__()
         self.layer, self.calls = layer, calls
 
     def forward(self, x: Tensor) -> Tensor:
-        """Note the size of ``x``, (1, C, H, W), and return it as it is."""
+        """Record the size of ``x``, (1, C, H, W), and return ``x``."""
         self.calls.append((self.layer, *x.shape[2:]))
         return x
 

@@ -1,6 +1,6 @@
-"""EMA attention into the slots of a timm network: fresh layers, or a start that changes nothing.
+"""Adds EMA attention to the blocks of a timm network, with random or identity initialisation.
 
-A layer of timm's own goes into the same slots, so that networks can be compared.
+timm's own attention layers can take the same places, so that networks can be compared.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,20 +20,20 @@ def add_ema(
     stages: Iterable[int] | None = None,
     cross_spatial: bool = True,
 ) -> list[Slot]:
-    """Put a freshly initialised `EmaAttn` into the slots of ``model``, in place.
+    """Add an `EmaAttn` with random weights to the blocks of ``model``, in place.
 
     Args:
         model: A timm ResNet or MobileNetV2, or a network that contains one.
-        groups: Upper bound for the number of groups of each layer.
+        groups: Maximum number of groups of each layer.
         stages: Numbers of the stages that get EMA attention; None is every stage.
         cross_spatial: As in `EmaAttn`.
 
     Returns:
-        The slots that were filled.
+        The places of the layers.
 
     Raises:
-        TypeError: If the network has no block of a kind that EMA attention has a place in.
-        ValueError: If a slot is taken, or ``stages`` names a stage that has no place.
+        TypeError: If the network has no block of a supported kind.
+        ValueError: If a block has an attention layer already, or a stage has no such block.
     """
 
     def make(channels: int, like: Tensor) -> nn.Module:
@@ -51,20 +51,20 @@ def add_ema(
 def add_timm_layer(
     model: nn.Module, name: str, kwargs: dict, stages: Iterable[int] | None = None
 ) -> list[Slot]:
-    """Put one of timm's own attention layers where `add_ema` puts EMA attention, in place.
+    """Add one of timm's own attention layers where `add_ema` adds EMA attention, in place.
 
     Args:
         model: As in `add_ema`.
-        name: The layer, as timm's ``create_attn`` takes it.
-        kwargs: What else the layer takes.
+        name: Name of the layer for timm's ``create_attn``.
+        kwargs: Other arguments of the layer.
         stages: As in `add_ema`.
 
     Returns:
-        The slots that were filled.
+        The places of the layers.
 
     Raises:
-        TypeError: As in `add_ema`, and if the layer does not take these arguments.
-        ValueError: As in `add_ema`, and if timm has no such layer or cannot make it.
+        TypeError: As in `add_ema`, and if the layer does not have these arguments.
+        ValueError: As in `add_ema`, and if timm has no such layer or cannot build it.
     """
     require_layer(name)
     return _fill(model, lambda channels, like: make_layer(name, channels, kwargs, like), stages)
@@ -73,12 +73,12 @@ def add_timm_layer(
 def _fill(
     model: nn.Module, make: Callable[[int, Tensor], nn.Module], stages: Iterable[int] | None
 ) -> list[Slot]:
-    """Put a layer into the slots of these stages.
+    """Add a layer to the blocks of these stages.
 
     Args:
         model: The network.
-        make: Makes the layer for a width, where a tensor is and of its type.
-        stages: Numbers of the stages; None is every one.
+        make: Builds the layer for a width, with the device and type of a tensor.
+        stages: Numbers of the stages; None is all.
     """
     slots = _wanted(find_slots(model), model, stages)
     _require_free(slots)
@@ -95,14 +95,14 @@ def inject(
     stages: Iterable[int] | None = None,
     cross_spatial: bool = True,
 ) -> nn.Module:
-    """Put EMA attention into a timm ResNet or MobileNetV2 that is already built or fine-tuned.
+    """Add EMA attention to a timm ResNet or MobileNetV2 that is already built or fine-tuned.
 
     Args:
         model: The network; changed in place.
-        groups: Upper bound for the number of groups of each layer (where it does not divide a
-            width, its largest divisor below is used).
-        preserve: Start from weights with which the network computes what it computed before,
-            exactly (see `ema_timm.backbones.warm_start`).
+        groups: Maximum number of groups of each layer. If it does not divide a width, the largest
+            divisor below it is used.
+        preserve: Initialise the layers so that the outputs stay exactly the same (see
+            `ema_timm.backbones.warm_start`).
         stages: Numbers of the stages that get EMA attention, as in their modules' names
             (``layer1`` is 1, ``blocks.3`` is 3); None is the paper's placement.
         cross_spatial: False is the paper's ablation, see `EmaAttn`.
@@ -111,9 +111,9 @@ def inject(
         ``model``.
 
     Raises:
-        TypeError: If the network has no block that EMA attention has a place in.
-        ValueError: If a block has an attention layer already, ``stages`` names none that exists,
-            or ``preserve`` is asked for where a norm has no affine part to double.
+        TypeError: If the network has no block of a supported kind.
+        ValueError: If a block has an attention layer already, a stage does not exist, or
+            ``preserve`` is on and a norm has no affine part to double.
     """
     stages = None if stages is None else _stage_numbers(stages)
     if preserve:
@@ -126,12 +126,12 @@ def inject(
 
 
 def _wanted(slots: list[Slot], model: nn.Module, stages: Iterable[int] | None) -> list[Slot]:
-    """The slots of these stages; there must be some, in every stage that is named."""
+    """The places in these stages; each stage must have some."""
     if not slots:
         raise TypeError(
             "EMA attention goes into timm's ResNets (BasicBlock, Bottleneck) and MobileNetV2s "
             f"(InvertedResidual wider than {MIN_EXPANDED_WIDTH - 1}), and "
-            f"{type(model).__name__} has no such block. For other networks place "
+            f"{type(model).__name__} has no such block. In other networks place "
             "ema_timm.EmaAttn(channels) by hand."
         )
     if stages is None:
@@ -147,7 +147,7 @@ def _wanted(slots: list[Slot], model: nn.Module, stages: Iterable[int] | None) -
 
 
 def _require_free(slots: list[Slot]) -> None:
-    """Raise ValueError for a slot that is taken."""
+    """Raise ValueError for a block that has an attention layer."""
     for slot in slots:
         if isinstance(slot.block.se, EmaAttn):
             raise ValueError(
@@ -155,15 +155,15 @@ def _require_free(slots: list[Slot]) -> None:
             )
         if slot.filled:
             raise ValueError(
-                f"Block {slot.path} has an attention layer of its own "
-                f"({type(slot.block.se).__name__}). Start from a network without one."
+                f"Block {slot.path} has another attention layer "
+                f"({type(slot.block.se).__name__}). Give a network without one."
             )
 
 
 def _rename(
     model: nn.Module, groups: int, stages: frozenset[int] | None, cross_spatial: bool
 ) -> None:
-    """Let a saved config name the network that the weights now belong to."""
+    """Set the architecture in the network's pretrained cfg, for saved configs."""
     cfg = getattr(model, "pretrained_cfg", None)
     name = f"{cfg.get('architecture')}_ema" if isinstance(cfg, dict) else ""
     if not is_model(name):

@@ -13,7 +13,7 @@ default_cfgs: dict[str, DefaultCfg] = {}
 
 
 def register() -> None:
-    """Register the twins with timm."""
+    """Register the names with timm."""
     for name in list_models("mobilenetv2_*", module="efficientnet"):
         registry.register(
             __name__,
@@ -26,8 +26,8 @@ def register() -> None:
 def build(plain: Callable, variant: str, pretrained: bool, **kwargs) -> nn.Module:
     """`registry.build_ema`, with the feature extractor that timm uses for this family.
 
-    With ``features_only`` and no wrapper asked for, timm builds an ``EfficientNetFeatures``, which
-    has no head and loads non-strictly. So do we, by asking the plain entry point for it.
+    With ``features_only`` and no wrapper timm builds an ``EfficientNetFeatures``, which has no head
+    and loads non-strictly. This function does the same through timm's model function.
     """
     if not kwargs.get("features_only") or "feature_cfg" in kwargs or "feature_cls" in kwargs:
         return registry.build_ema(plain, variant, pretrained, **kwargs)

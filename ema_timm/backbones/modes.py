@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""A context manager for evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that running statistics stay; then each module's own mode again."""
+    """Evaluation mode, in which running statistics do not change; restores each module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""How a name enters timm's registry, and how its network is built from timm's own."""
+"""Registers names with timm, and builds their networks from timm's own."""
 
 import dataclasses
 import sys
@@ -22,15 +22,16 @@ from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS
 from ema_timm.backbones.inject import add_ema, add_timm_layer
-from ema_timm.backbones.timm_version import TIMM
+from ema_timm.backbones.timm_version import TIMM_VERSION
 from ema_timm.backbones.warm_start import warm_start_filter
+from ema_timm.files import WEIGHTS
 
 
 def register(module_name: str, name: str, entrypoint: Callable, cfgs: DefaultCfg) -> None:
-    """Register ``entrypoint`` as ``name``, once; a name that timm has itself is left to timm.
+    """Register ``entrypoint`` as ``name``, once, unless timm has a model of that name.
 
     Args:
-        module_name: The module that owns the name (``__name__``); timm lists models by it.
+        module_name: ``__name__`` of the family's module; timm lists models by it.
         name: Architecture name.
         entrypoint: ``f(pretrained=False, **kwargs)``.
         cfgs: Pretrained cfgs by tag, the default first.
@@ -38,7 +39,7 @@ def register(module_name: str, name: str, entrypoint: Callable, cfgs: DefaultCfg
     if is_model(name):
         if not model_entrypoint(name).__module__.startswith("ema_timm."):
             warnings.warn(
-                f"timm has a model named {name} of its own; ema-timm leaves it alone.",
+                f"timm has its own model {name}; ema-timm does not replace it.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -47,15 +48,15 @@ def register(module_name: str, name: str, entrypoint: Callable, cfgs: DefaultCfg
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = module_name
     module.default_cfgs[name] = cfgs
-    setattr(module, name, entrypoint)  # so that the entry point pickles by reference
+    setattr(module, name, entrypoint)  # pickle stores the model function by reference
     register_model(entrypoint)
 
 
 def warm_start_cfgs(plain_name: str) -> DefaultCfg:
-    """The pretrained cfgs of a plain timm model, as those of its EMA twin.
+    """The pretrained cfgs of a timm model, for the same network with EMA attention.
 
     A tag with weights becomes ``warm_<tag>``: the same source repository, licence, normalisation
-    and sizes, loaded through the warm start. A tag without weights keeps its name.
+    and sizes, with identity initialisation of the layers. A tag without weights keeps its name.
     """
     cfgs = DefaultCfg()
     for full_name, cfg in get_arch_pretrained_cfgs(plain_name).items():
@@ -71,25 +72,24 @@ def warm_start_cfgs(plain_name: str) -> DefaultCfg:
 
 
 def ema_entrypoint(plain_name: str, build: Callable | None = None) -> Callable:
-    """Entry point of ``<plain_name>_ema``: timm's own entry point, then EMA in its blocks.
+    """Model function of ``<plain_name>_ema``: timm's own, then EMA attention in its blocks.
 
     Args:
-        plain_name: A registered model; its entry point stays the only source of the architecture.
-        build: Stands in for `build_ema` where a family differs.
+        plain_name: A registered model; its model function is the only source of the architecture.
+        build: Replaces `build_ema` for families that differ.
     """
     build = build or build_ema
     plain = model_entrypoint(plain_name)
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        """Build the network; readers see the text below."""
         return build(plain, f"{plain_name}_ema", pretrained, **kwargs)
 
     entrypoint.__doc__ = (
         f"{plain_name} with EMA attention (arXiv:2305.13563).\n\n"
-        "Takes what its plain twin takes, and ``ema_groups`` (at most so many groups, 32),\n"
-        "``ema_stages`` (numbers of the stages that get EMA attention; all by default) and\n"
-        "``ema_cross_spatial`` (False is the paper's ablation). For comparisons ``attn`` puts one\n"
-        'of timm\'s own layers in its place, such as "se"; ``attn_kwargs`` go to that.'
+        f"Arguments: those of {plain_name}, and ``ema_groups`` (maximum number of groups, 32),\n"
+        "``ema_stages`` (numbers of the stages with EMA attention; all by default) and\n"
+        "``ema_cross_spatial`` (False is the paper's ablation). ``attn`` replaces it by one of\n"
+        'timm\'s own layers for comparisons, such as "se", with ``attn_kwargs``.'
     )
     return entrypoint
 
@@ -110,21 +110,21 @@ def build_ema(
     """Build ``variant`` with timm's builder; the network itself comes from ``plain``.
 
     The pretrained cfg, adaptation of classifier and input channels and the feature wrappers are
-    timm's, and see the finished network. Weights of the plain twin pass through the warm start.
+    timm's, and get the finished network. Weights without EMA layers get their initialisation.
 
     Args:
-        plain: timm's entry point of the plain network.
+        plain: timm's model function of the network without EMA attention.
         variant: Registered name of the network with EMA.
         pretrained: Load the weights of the resolved pretrained cfg.
-        ema_groups: Upper bound for the number of channel groups.
-        ema_stages: Stages that get EMA; None is the paper's placement.
+        ema_groups: Maximum number of channel groups.
+        ema_stages: Stages with EMA attention; None is the paper's placement.
         ema_cross_spatial: False is the paper's ablation, see `ema_timm.EmaAttn`.
-        attn: The layer in the slots: "ema", or one of timm's as its ``create_attn`` takes it.
-        attn_kwargs: Arguments for a layer of timm's.
-        plain_kwargs: Arguments for ``plain`` alone.
-        **kwargs: What timm's builder and the plain network take.
+        attn: The layer: "ema", or a name of timm's ``create_attn``.
+        attn_kwargs: Arguments of a timm layer.
+        plain_kwargs: Arguments only for ``plain``.
+        **kwargs: Arguments of timm's builder and of ``plain``.
     """
-    if TIMM < (1, 0, 26):
+    if TIMM_VERSION < (1, 0, 26):
         kwargs["pretrained_cfg"] = _with_named_file(kwargs.get("pretrained_cfg"))
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = _with_checked_weights(variant, kwargs)
@@ -149,17 +149,17 @@ def _with_named_file(cfg: Any) -> Any:
     """
     if not isinstance(cfg, dict) or cfg.get("source") != "local-dir":
         return cfg
-    file = Path(cfg["file"]) / "model.safetensors"
+    file = Path(cfg["file"]) / WEIGHTS
     return {**cfg, "source": "", "file": str(file)} if file.is_file() else cfg
 
 
 def _with_checked_weights(variant: str, kwargs: dict) -> dict | None:
-    """The overlay of the pretrained cfg, with a file in place of a repository of the Hub.
+    """The overlay of the pretrained cfg, with a file instead of a repository of the Hub.
 
-    timm would not compare the file with its sha256, and would go on to a pickle where it cannot
-    be had. A repository without model.safetensors is left to timm.
+    timm does not compare the file with its sha256, and loads a pickle if it cannot get the file. A
+    repository without model.safetensors is left to timm.
     """
-    from ema_timm.hub.fetch import WEIGHTS, fetch  # here, so that `import timm` does not pay for it
+    from ema_timm.hub.fetch import fetch  # not above: `import timm` would be slower
 
     overlay = kwargs.get("pretrained_cfg_overlay")
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
@@ -177,22 +177,22 @@ def _filler(
     cross_spatial: bool,
     stages: Iterable[int] | None,
 ) -> Callable[[nn.Module], object]:
-    """What puts the layers into the plain network.
+    """The function that adds the layers to a network.
 
     Raises:
-        ValueError: If arguments are given for a layer that is not put in.
+        ValueError: If arguments are given for another layer.
     """
     if attn == "ema":
         if attn_kwargs:
             raise ValueError(
-                f"attn_kwargs are for timm's layers, got {attn_kwargs!r} for EMA attention. It "
-                "takes ema_groups and ema_cross_spatial."
+                f"attn_kwargs are for timm's layers, got {attn_kwargs!r} for EMA attention. Use "
+                "ema_groups and ema_cross_spatial."
             )
         return partial(add_ema, groups=groups, stages=stages, cross_spatial=cross_spatial)
     if groups != DEFAULT_GROUPS or not cross_spatial:
         raise ValueError(
-            f"ema_groups and ema_cross_spatial are for EMA attention, and attn is {attn!r}. It "
-            "takes attn_kwargs."
+            f"ema_groups and ema_cross_spatial are for EMA attention, but attn is {attn!r}. Use "
+            "attn_kwargs."
         )
     return partial(add_timm_layer, name=attn, kwargs=attn_kwargs or {}, stages=stages)
 

@@ -1,6 +1,6 @@
-"""``<name>_ema`` for every ResNet of timm that has no attention layer of its own.
+"""``<name>_ema`` for every timm ResNet without an attention layer.
 
-Named so that its models do not join timm's own list of the module ``resnet``.
+The module is not called ``resnet``, because timm lists models by the name of their module.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ default_cfgs: dict[str, DefaultCfg] = {}
 
 
 def register() -> None:
-    """Register the twins with timm."""
+    """Register the names with timm."""
     for name in plain_names():
         registry.register(
             __name__,
@@ -30,10 +30,10 @@ def plain_names() -> list[str]:
 
 
 def _sets_attention(entrypoint: Callable) -> bool:
-    """Whether a timm entry point sets the block argument ``attn_layer``.
+    """Whether a timm model function sets the block argument ``attn_layer``.
 
-    Read off the compiled function, because building eighty networks to look costs seconds. A test
-    builds them all and compares.
+    Read from its bytecode, because building eighty networks takes seconds. A test builds them all
+    and compares.
     """
     code = entrypoint.__code__
     constants = [c if isinstance(c, tuple) else (c,) for c in code.co_consts]

@@ -1,9 +1,9 @@
-"""Where EMA attention goes in a timm network: the one seam.
+"""The places of EMA attention in a timm network.
 
 ResNet (`BasicBlock`, `Bottleneck`): every block, on its output before the shortcut is added.
-MobileNetV2 (`InvertedResidual`): after the depth-wise convolution, where the expanded width is
-over 144, as in the authors' fork of timm. Both are timm's ``se`` slot. Stages carry the number in
-their module's name: ``layer1`` to ``layer4``; ``blocks.0`` to ``blocks.6``.
+MobileNetV2 (`InvertedResidual`): after the depth-wise convolution, if the expanded width is over
+144, as in the authors' fork of timm. Both are the block's ``se`` attribute. Stages have the number
+in their module's name: ``layer1`` to ``layer4``; ``blocks.0`` to ``blocks.6``.
 """
 
 import re
@@ -24,7 +24,7 @@ class Slot(NamedTuple):
 
     Attributes:
         path: Dotted name of the block in the network.
-        block: The timm block; its attribute ``se`` is the slot.
+        block: The timm block; its attribute ``se`` is the layer.
         stage: Number of its stage, as in the module's name.
         channels: Width of the gated feature map.
         doubled: Names, within the block, of the tensors that undo a constant gate of 0.5 when
@@ -44,12 +44,12 @@ class Slot(NamedTuple):
 
     @property
     def filled(self) -> bool:
-        """Whether an attention layer stands in it."""
+        """Whether the block has an attention layer."""
         return not (self.block.se is None or isinstance(self.block.se, nn.Identity))
 
 
 def find_slots(model: nn.Module) -> list[Slot]:
-    """All places of the paper's placement in ``model``, filled or empty, in network order."""
+    """All places of the paper in ``model``, filled or empty, in network order."""
     slots = []
     for path, block in model.named_modules():
         stage = _STAGE.findall(f"{path}.")
@@ -62,12 +62,12 @@ def find_slots(model: nn.Module) -> list[Slot]:
 
 
 def slot_layers(model: nn.Module) -> list[nn.Module]:
-    """The attention layers in the slots of ``model``, in network order."""
+    """The attention layers in these places of ``model``, in network order."""
     return [slot.block.se for slot in find_slots(model) if slot.filled]
 
 
 def _placement(block: nn.Module) -> tuple[int, tuple[str, ...]] | None:
-    """Width of the gated map and the tensors to double, or None where no EMA belongs."""
+    """Width of the gated map and the tensors to double, or None for other blocks."""
     if isinstance(block, Bottleneck):
         return block.conv3.out_channels, ("bn3.weight", "bn3.bias")
     if isinstance(block, BasicBlock):

@@ -1,4 +1,4 @@
-"""timm's own attention layers in the slots of EMA attention, so that networks can be compared."""
+"""timm's own attention layers in the places of EMA attention, so that networks can be compared."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ _GATES = ("Sigmoid", "Hardsigmoid", "HardSigmoid", "HardSigmoidMe")
 
 
 class _Constant(NamedTuple):
-    """What makes a layer a constant factor of 1 / ``undone``: no weights and biases in these."""
+    """With zero weights and biases in these modules a layer is the factor 1 / ``undone``."""
 
     zeros: tuple[str, ...]
     undone: int
@@ -29,21 +29,21 @@ _CONSTANT = {
     "EfficientLocalAttn": _Constant(("norm_h", "norm_w"), 4),
     "StripAttn": _Constant(("conv_h", "conv_w"), 2),
 }
-"""By class name, as older timm lacks some. Each of these leaves its start with the first step."""
+"""By class name, because older timm lacks some. Training changes each from the first step on."""
 
 
 def make_layer(name: str, channels: int, kwargs: dict, like: Tensor) -> nn.Module:
     """One of timm's attention layers.
 
     Args:
-        name: As timm's ``create_attn`` takes it, such as "se", "eca", "cbam" or "coord".
+        name: Name for timm's ``create_attn``, such as "se", "eca", "cbam" or "coord".
         channels: Width of the feature map.
-        kwargs: What else the layer takes.
-        like: Where it is made, and of which type.
+        kwargs: Other arguments of the layer.
+        like: Tensor with the device and type of the layer.
 
     Raises:
-        ValueError: If timm has no layer of that name, or cannot make it for such a map.
-        TypeError: If it does not take these arguments.
+        ValueError: If timm has no layer of that name, or cannot build it for such a map.
+        TypeError: If it does not have these arguments.
     """
     require_layer(name)
     try:
@@ -55,7 +55,7 @@ def make_layer(name: str, channels: int, kwargs: dict, like: Tensor) -> nn.Modul
 
 
 def require_layer(name: str) -> None:
-    """Raise ValueError where timm's ``create_attn`` has no layer of that name."""
+    """Raise ValueError if timm's ``create_attn`` has no layer of that name."""
     try:
         known = isinstance(name, str) and get_attn(name) is not None
     except AssertionError:  # how timm refuses
@@ -74,7 +74,7 @@ def constant_state(layer: nn.Module) -> tuple[dict[str, Tensor], int] | None:
         layer: The layer; not changed.
 
     Returns:
-        The state, and the factor that undoes the layer exactly; None where it has no such state.
+        The state, and the factor that undoes the layer exactly; None if there is no such state.
     """
     known = _CONSTANT.get(type(layer).__name__)
     if known and getattr(layer, "conv2", None) is not None:  # "ecam", which ends in another one

@@ -1,16 +1,17 @@
-"""The warm start: weights of a plain network -> an EMA network that computes the same function.
+"""Identity initialisation (``warm_`` tags): added EMA layers do not change a network's outputs.
 
 With γ = 0, β = 0, b₃ = 0 and a 3×3 convolution centred over its output channels (Σ_o W₃[o] = 0),
-the gate's logits are 0 and the gate is 0.5 everywhere. Doubling the layer before or after the
-slot undoes it: multiplying by 2 and by 0.5 is exact in binary floating point. σ' is largest at 0
-and the gradients of γ, β and W₃ are not zero, so training leaves that point at once. (All-zero W₃
-would preserve the function too, but leaves its output channels identical.)
+the gate's logits are 0 and the gate is 0.5 everywhere. Doubling the layer before or after undoes
+it: multiplying by 2 and by 0.5 is exact in binary floating point. σ' is largest at 0 and the
+gradients of γ, β and W₃ are not zero, so training changes the gate from the first step on.
+(All-zero W₃ would preserve the function too, but leaves its output channels identical.)
 
-timm's own attention layers start likewise where they can (`ema_timm.backbones.timm_layers`); one
-with two gates halves twice, and its neighbour is multiplied by 4.
+timm's own attention layers are initialised likewise if they can be
+(`ema_timm.backbones.timm_layers`). One with two gates halves twice, and the adjacent layer is
+multiplied by 4.
 
-Without cross-spatial learning each channel has logits of its own, the 3×3 convolution's output
-among them, so W₃ starts at 0 there; every output channel then gets a gradient of its own.
+Without cross-spatial learning each channel has its own logits, which include the output of the 3×3
+convolution. There W₃ is 0, and every output channel gets its own gradient.
 """
 
 from collections.abc import Iterable
@@ -28,8 +29,8 @@ GRID = 2.0**16
 def neutral_state(layer: EmaAttn, grid: float = GRID) -> dict[str, Tensor]:
     """A state dict for ``layer`` with which its gate is 0.5 for every input.
 
-    The 1×1 and 3×3 convolutions keep their random start, the latter centred (without
-    cross-spatial learning it is 0).
+    The 1×1 and 3×3 convolutions keep their random weights, the latter centred (0 without
+    cross-spatial learning).
 
     Args:
         layer: The layer; not changed.
@@ -49,12 +50,12 @@ def neutral_state(layer: EmaAttn, grid: float = GRID) -> dict[str, Tensor]:
 def centred(weight: Tensor, grid: float = GRID) -> Tensor:
     """``weight`` with a sum over output channels of exactly 0.
 
-    Subtracting the mean leaves a rounding error, which large activations would make visible in
-    the gate. On a grid of 2⁻¹⁶ every partial sum is exact in float32, in any order.
+    Subtracting the mean leaves a rounding error, which large activations make visible in the gate.
+    With multiples of 2⁻¹⁶ every partial sum is exact in float32, in any order.
 
     Args:
-        weight: Of a convolution, output channels first.
-        grid: Steps in a unit. 2¹⁰ survives a checkpoint in float16.
+        weight: Weight of a convolution, output channels first.
+        grid: The weights are multiples of 1 / grid. Those of 2⁻¹⁰ are exact in float16.
     """
     steps = (weight.float() * grid).round()
     steps = steps - steps.mean(0).round()
@@ -64,7 +65,7 @@ def centred(weight: Tensor, grid: float = GRID) -> Tensor:
 
 @torch.no_grad()
 def start_neutral(slots: Iterable[Slot]) -> None:
-    """Turn filled slots into the warm start, in place."""
+    """Initialise the layers so that the network's outputs stay the same, in place."""
     for slot in slots:
         for name in slot.doubled:
             module, _, attribute = name.partition(".")
@@ -73,7 +74,7 @@ def start_neutral(slots: Iterable[Slot]) -> None:
 
 
 def require_doubling(slots: Iterable[Slot]) -> None:
-    """Raise ValueError for a slot whose neighbour cannot carry the factor 2."""
+    """Raise ValueError if the layer next to a place cannot be doubled."""
     for slot in slots:
         for name in slot.doubled:
             module_name, _, attribute = name.partition(".")
@@ -83,21 +84,21 @@ def require_doubling(slots: Iterable[Slot]) -> None:
             if not isinstance(getattr(module, attribute, None), Tensor) or not scales:
                 raise ValueError(
                     f"preserve=True doubles {slot.path}.{name}, and "
-                    f"{type(module).__name__} has no such linear part. Use preserve=False and "
-                    "train the layers from their random start."
+                    f"{type(module).__name__} has no such linear part. Use preserve=False, which "
+                    "keeps the layers' random weights."
                 )
 
 
 def warm_start_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Map weights of the plain network onto ``model``; timm's ``pretrained_filter_fn``.
+    """Add attention layers to weights without them; timm's ``pretrained_filter_fn``.
 
-    Weights that hold anything of an attention layer are taken for the network's own and pass
-    unchanged, so that timm's strict loading still reports what they lack. A layer of timm's that
-    has no neutral start keeps its own.
+    Weights that hold any tensor of an attention layer are those of ``model`` and pass unchanged, so
+    that timm's strict loading reports what they lack. A timm layer without an identity
+    initialisation keeps its own weights.
 
     Args:
-        state_dict: Weights of the plain network, or of the network with attention.
-        model: The network with attention in its slots.
+        state_dict: Weights of the network with or without attention layers.
+        model: The network with attention layers.
     """
     slots = [slot for slot in find_slots(model) if slot.filled]
     names = {slot.path: f"{slot.path}.se" for slot in slots}
@@ -117,7 +118,7 @@ def warm_start_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
 
 
 def starts_neutral(model: nn.Module) -> bool | None:
-    """Whether a warm start leaves the function of the plain network; None without attention."""
+    """Whether all layers have an identity initialisation; None without attention layers."""
     layers = slot_layers(model)
     if not layers:
         return None
@@ -125,7 +126,7 @@ def starts_neutral(model: nn.Module) -> bool | None:
 
 
 def _first_state(layer: nn.Module) -> tuple[dict[str, Tensor], int]:
-    """The state of a layer at the warm start, and the factor for its neighbour."""
+    """The initial state of a layer, and the factor for the adjacent layer."""
     if isinstance(layer, EmaAttn):
         return neutral_state(layer), 2
     return constant_state(layer) or (layer.state_dict(), 1)

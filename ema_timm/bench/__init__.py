@@ -1,1 +1,1 @@
-"""What EMA attention costs: parity first, then time and memory -> table, JSON, plot."""
+"""The cost of EMA attention: parity first, then time and memory, as JSON, tables and pictures."""

@@ -1,4 +1,4 @@
-"""EMA attention as its authors arranged it: the form that everything here is measured against."""
+"""The authors' code of EMA attention, which everything here is compared with."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,15 @@ from torch import Tensor
 
 from ema_timm.attention import EmaAttn
 
-AUTHORS = "authors' form"
+AUTHORS = "authors' code"
+"""Its name in tables."""
 
 
-class AuthorsForm(EmaAttn):
-    """The paper's module as its authors arranged it, of library layers: what people paste.
+class AuthorsEmaAttn(EmaAttn):
+    """The paper's module with the operations of the authors' code, all from PyTorch.
 
-    Pools with AdaptiveAvgPool2d, folds groups into the batch, convolves all channels, normalises
-    with GroupNorm, and weighs maps by batched products. For comparison only.
+    It pools with AdaptiveAvgPool2d, moves groups into the batch, convolves all channels, normalises
+    with GroupNorm, and weights maps by batched matrix products. For comparison only.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""``ema-timm bench bytes``: what a training step moves on a GPU, counted without one."""
+"""``ema-timm bench bytes``: the bytes that a training step moves on a GPU, counted without a GPU.
+
+Experimental: these counts have not been compared with times on a GPU yet.
+"""
 
 from functools import cache
 from typing import NamedTuple
@@ -9,16 +12,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ema_timm.attention import EmaAttn, largest_group_count
-from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
+from ema_timm.bench.authors_code import AUTHORS, AuthorsEmaAttn
 from ema_timm.bench.counter import Counter, backward, cuda_autocast
 from ema_timm.bench.layer import SHAPES
-from ema_timm.bench.timing import machine, saved_bytes
+from ema_timm.bench.model import BASELINES
+from ema_timm.bench.timing import saved_bytes
+from ema_timm.environment import machine
+from ema_timm.ops.gpu.choice_file import LAYOUTS
 
 DTYPES = ("float32", "bfloat16", "float16")
-LAYOUTS = ("contiguous", "channels_last")
-NETWORKS = ("resnet50_ema", "mobilenetv2_100_ema")
-
-VARIANTS = {AUTHORS: AuthorsForm, "auto": EmaAttn}
+VARIANTS = {AUTHORS: AuthorsEmaAttn, "auto": EmaAttn}
 """Layers by the name in the table."""
 
 
@@ -26,9 +29,9 @@ class Setting(NamedTuple):
     """One way to train.
 
     Attributes:
-        batch: Images.
-        dtype: Of the map; half precision stands for autocast with float32 parameters.
-        layout: Memory format.
+        batch: Images in a batch.
+        dtype: Of the map; half precision means autocast with float32 parameters.
+        layout: Memory format, a key of `LAYOUTS`.
     """
 
     batch: int
@@ -38,37 +41,37 @@ class Setting(NamedTuple):
 
 def bench_bytes(
     shapes: dict[str, tuple[int, int, int]] = SHAPES,
-    networks: tuple[str, ...] = NETWORKS,
-    batch: int = 256,
+    networks: tuple[str, ...] = tuple(f"{name}_ema" for name in BASELINES),
+    batch_size: int = 256,
     dtypes: tuple[str, ...] = DTYPES,
-    layouts: tuple[str, ...] = LAYOUTS,
-    size: int = 224,
+    layouts: tuple[str, ...] = tuple(LAYOUTS),
+    img_size: int = 224,
 ) -> dict:
     """Count a training step of every variant at every shape, and of all layers of networks.
 
     Args:
         shapes: (C, H, W) by name.
-        networks: timm names; of each the EMA attention layers are added up.
-        batch: B.
+        networks: timm names; the counts of all EMA layers of one are added up.
+        batch_size: B.
         dtypes: Types of the map.
         layouts: Memory formats.
-        size: Height and width of the networks' images in pixels.
+        img_size: Height and width of the networks' images in pixels.
 
     Returns:
-        The machine, the settings and one row a variant, shape or network, type and layout:
-        ``*_bytes`` moved in forward and backward, ``*_launches``, and ``saved_bytes`` beyond the
-        input.
+        The machine, the settings and one row per variant, shape or network, dtype and layout:
+        ``*_bytes`` moved in forward and backward, ``*_launches``, and ``saved_bytes`` in addition
+        to the input.
     """
-    layers = {name: _layer_shapes(name, size) for name in networks}
+    layers = {name: _layer_shapes(name, img_size) for name in networks}
     rows = []
     for dtype in dtypes:
         for layout in layouts:
-            setting = Setting(batch, dtype, layout)
+            setting = Setting(batch_size, dtype, layout)
             for place, shape in shapes.items():
                 rows += [_row(place, {shape: 1}, v, setting) for v in VARIANTS]
             for name, counts in layers.items():
                 rows += [_row(name, counts, v, setting) for v in VARIANTS]
-    settings = {"batch": batch, "size": size}
+    settings = {"batch": batch_size, "size": img_size}
     here = machine(torch.device("cpu"))
     return {"bench": "bytes", "machine": here, "settings": settings, "rows": rows}
 
@@ -89,7 +92,7 @@ def count_layer(kind: type[EmaAttn], shape: tuple[int, int, int], setting: Setti
     Args:
         kind: The layer's class.
         shape: (C, H, W).
-        setting: Batch, type and layout.
+        setting: Batch, dtype and layout.
 
     Returns:
         ``input_bytes``, ``forward_bytes``, ``forward_launches``, ``backward_bytes``,
@@ -98,7 +101,7 @@ def count_layer(kind: type[EmaAttn], shape: tuple[int, int, int], setting: Setti
     dtype = getattr(torch, setting.dtype)
     with FakeTensorMode():
         x = torch.empty(setting.batch, *shape, device="cuda", dtype=dtype)
-        x = x.to(memory_format=_format(setting.layout)).requires_grad_()
+        x = x.to(memory_format=LAYOUTS[setting.layout]).requires_grad_()
         layer = kind(shape[0], largest_group_count(shape[0]), device="cuda")
         made = []
         with cuda_autocast(dtype), Counter() as forward:
@@ -117,12 +120,8 @@ def count_layer(kind: type[EmaAttn], shape: tuple[int, int, int], setting: Setti
     }
 
 
-def _format(layout: str) -> torch.memory_format:
-    return torch.channels_last if layout == "channels_last" else torch.contiguous_format
-
-
 def _layer_shapes(name: str, size: int) -> dict[tuple[int, int, int], int]:
-    """How many EMA attention layers of a network see a map of each shape (C, H, W)."""
+    """Number of EMA layers of a network for each shape (C, H, W) of their maps."""
     found: dict[tuple, int] = {}
 
     def note(module: nn.Module, args: tuple) -> None:

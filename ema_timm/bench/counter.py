@@ -1,10 +1,10 @@
-"""Operators counted on a GPU's path without a GPU: what they read and write, and how many they are.
+"""Count the operators of CUDA's path, and the bytes that they read and write, without a GPU.
 
-Fake CUDA tensors have a device, a type and strides and no numbers, so that every choice is made as
-it would be on CUDA. An operator is counted as reading each of its inputs once and writing each of
-its outputs once; views cost nothing, nor does memory that is only handed out, and what is broadcast
-counts once. A library kernel may read its input twice (a group norm does) and an operator may be
-several kernels: the counts are a floor, the same for all who are compared.
+Fake CUDA tensors have a device, a dtype and strides but no data, so every choice is made as it
+would be on CUDA. An operator counts as reading each of its inputs once and writing each of its
+outputs once. Views and allocations cost nothing, and a broadcast input counts once. A library
+kernel may read its input twice (a group norm does), and an operator may launch several kernels: the
+counts are lower bounds, alike for all variants.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ FREE = {
     "new_empty",
     "new_empty_strided",
 }
-"""Operators that touch no memory, though their schema tells of no view."""
+"""Operators that touch no memory, although their schema names no view."""
 
 WRITE_ONLY = {"copy_", "fill_", "zero_"}
-"""Operators in place that do not read what they overwrite."""
+"""In-place operators that do not read what they overwrite."""
 
 
 class Counter(TorchDispatchMode):
-    """Adds up the operators that are dispatched within it.
+    """Adds up the operators that are dispatched inside it.
 
     Attributes:
         bytes: Read and written.
         launches: Operators that touch memory.
-        lines: Each of them, its name and its bytes, in order.
+        lines: The name and the bytes of each, in order.
     """
 
     def __init__(self):
@@ -46,7 +46,7 @@ class Counter(TorchDispatchMode):
         self.lines: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operator, and count it."""
+        """Run an operator and count it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         moved = _moved(func._schema, args, kwargs, result)
@@ -58,7 +58,7 @@ class Counter(TorchDispatchMode):
 
 
 def _moved(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict, result) -> int | None:
-    """Bytes that one call moves; None where it is a view or touches no memory."""
+    """Bytes that one call moves; None if it is a view or touches no memory."""
     name = schema.name.removeprefix("aten::")
     views = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)
     if views or name in FREE or schema.name.startswith("prim"):
@@ -73,13 +73,13 @@ def _moved(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict, result) -
             read |= {id(t): t for t in tensors}
     fresh = [r for r in schema.returns if r.alias_info is None]
     made = [t for t in tree_leaves(result) if isinstance(t, Tensor)] if fresh else []
-    if not (moved or read or made):  # a question about types
+    if not (moved or read or made):  # asks only for a dtype
         return None
     return moved + sum(_touched(t) for t in [*read.values(), *made])
 
 
 def _touched(t: Tensor) -> int:
-    """Bytes of the distinct numbers of a tensor: an expanded axis holds one."""
+    """Bytes of the distinct elements of a tensor: an expanded axis holds one."""
     size = t.element_size()
     for length, stride in zip(t.shape, t.stride(), strict=True):
         size *= length if stride or not length else 1
@@ -88,9 +88,10 @@ def _touched(t: Tensor) -> int:
 
 @contextlib.contextmanager
 def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
-    """Mixed precision of ``dtype`` for CUDA tensors, which `torch.autocast` refuses without a GPU.
+    """Mixed precision for CUDA tensors, which `torch.autocast` refuses without a GPU.
 
-    float32 is none.
+    Args:
+        dtype: Of the mixed precision; float32 switches it off.
     """
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", dtype != torch.float32)
@@ -107,10 +108,9 @@ def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def backward(out: Tensor, grad: Tensor) -> None:
-    """What `torch.autograd` does for ``out.backward(grad)``, node by node.
+    """Run ``out.backward(grad)`` node by node, without PyTorch's engine, which needs a GPU.
 
-    Its own engine asks for the device of the gradients before it runs a node, and needs a GPU.
-    Gradients of the leaves are dropped.
+    The gradients of the leaves are dropped.
     """
     waiting = _edges(out.grad_fn)
     arrived: dict = defaultdict(dict)
@@ -132,7 +132,7 @@ def backward(out: Tensor, grad: Tensor) -> None:
 
 
 def _edges(root) -> dict:
-    """How many nodes send a gradient to each, by node."""
+    """For each node, the number of nodes that send it a gradient."""
     waiting: dict = defaultdict(int)
     seen, stack = {root}, [root]
     while stack:
@@ -148,16 +148,16 @@ def _edges(root) -> dict:
 def _apply(node, gradients: dict[int, Tensor]) -> list[Tensor | None]:
     if not node.next_functions:
         return []
-    call = getattr(node, "apply", node)  # a function written in Python cannot be called itself
+    call = getattr(node, "apply", node)  # a function written in Python is not callable
     found = call(*[gradients.get(i) for i in range(len(node._input_metadata))])
     found = list(found) if isinstance(found, tuple) else [found]
-    while len(found) > len(node.next_functions):  # what was given beside tensors has no edge
+    while len(found) > len(node.next_functions):  # arguments that are not tensors have no edge
         found.remove(None)
     return found
 
 
 def _fitted(grad: Tensor, wanted) -> Tensor:
-    """As the engine makes it: summed over what was broadcast, in the type of what it belongs to."""
+    """The gradient summed over broadcast axes, in the dtype of its tensor, as the engine does."""
     lead = grad.dim() - len(wanted.shape)
     sizes = zip(grad.shape[lead:], wanted.shape, strict=True)
     over = [*range(lead), *(lead + i for i, (is_, want) in enumerate(sizes) if is_ != want)]

@@ -1,7 +1,7 @@
-"""``ema-timm bench deploy``: exported networks in other runtimes, relative to the plain twin."""
+"""``ema-timm bench deploy``: exported networks in other runtimes, compared with the baseline."""
 
 import copy
-import time
+import itertools
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
@@ -10,9 +10,9 @@ from timm.layers import create_attn
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
-from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
-from ema_timm.bench.model import build
-from ema_timm.bench.parity import TOLERANCE, by_definition
+from ema_timm.bench.authors_code import AUTHORS, AuthorsEmaAttn
+from ema_timm.bench.model import BASELINES, build
+from ema_timm.bench.parity import PARITY_TOLERANCE, in_reference, relative_error
 from ema_timm.bench.runtimes import (
     RUNTIMES,
     Loaded,
@@ -20,77 +20,67 @@ from ema_timm.bench.runtimes import (
     missing_packages,
     require_runtime,
 )
-from ema_timm.bench.timing import machine, round_robin, unfinished
+from ema_timm.bench.timing import Clock, round_robin, unfinished
+from ema_timm.environment import machine
 from ema_timm.errors import first_line
 
-NETWORKS = ("resnet50", "mobilenetv2_100")
 PLAIN, EMA, SE = "plain", "ema", "se"
 
 
 def bench_deploy(
-    networks: Sequence[str] = NETWORKS,
+    networks: Sequence[str] = BASELINES,
     runtimes: Sequence[str] | None = None,
-    batches: Sequence[int] = (1, 8),
-    size: int = 224,
+    batch_sizes: Sequence[int] = (1, 8),
+    img_size: int = 224,
     rounds: int = 11,
     progress: bool = True,
     keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
-    """Measure exported networks: the plain one, with EMA, with SE, and with the authors' form.
+    """Measure exported networks: the baseline, with EMA, with SE, and with the authors' code.
 
-    Times are seconds of this process on the CPU, so that what else runs counts less. The authors'
-    form does not export with free sizes, and is measured at fixed ones.
+    Times are CPU time of this process, so that other processes matter less. The authors' code
+    cannot be exported with dynamic sizes, and is measured only with fixed ones.
 
     Args:
-        networks: timm names with an EMA twin.
-        runtimes: Keys of `RUNTIMES`; None is those that are installed, and the settings name the
+        networks: timm names of baselines; each needs a variant NAME_ema.
+        runtimes: Keys of `RUNTIMES`; None uses those that are installed, and the settings name the
             others.
-        batches: Images in a batch.
-        size: Height and width in pixels.
+        batch_sizes: Images in a batch.
+        img_size: Height and width in pixels.
         rounds: Samples of each.
         progress: Show bars (on a terminal).
-        keep: Called after each runtime with what there is by then.
+        keep: Called after each runtime with the result so far.
 
     Returns:
-        The machine, the settings and one row a network, runtime, batch and variant: time in ms,
-        nodes that a layer adds to the plain network's graph. What a runtime did not take has its
-        first line of complaint instead.
+        The machine, the settings and one row per network, runtime, batch size and variant: time in
+        ms, and how many nodes a layer adds to the baseline's graph. If a runtime cannot load or
+        run a network, its row has the first line of the exception instead.
     """
-    left_out = [name for name in RUNTIMES if runtimes is None and missing_packages(name)]
-    runtimes = [r for r in runtimes or RUNTIMES if r not in left_out]
+    missing = [name for name in RUNTIMES if runtimes is None and missing_packages(name)]
+    runtimes = [r for r in runtimes or RUNTIMES if r not in missing]
     for runtime in runtimes:
         require_runtime(runtime)
-    settings = {"size": size, "rounds": rounds, "dtype": "float32", "clock": "process CPU time"}
-    packages = [package for name in runtimes for package in RUNTIMES[name].packages]
-    settings |= {package: version(package) for package in packages}
-    if left_out:
-        settings["not installed"] = ", ".join(left_out)
-    result = {
-        "bench": "deploy",
-        "machine": machine(torch.device("cpu")),
-        "settings": settings,
-        "rows": [],
-    }
-    parts, done = len(networks) * len(batches) * len(runtimes) * 2, 0
+    settings = {"size": img_size, "rounds": rounds, "dtype": "float32", "clock": "process CPU time"}
+    settings |= {p: version(p) for name in runtimes for p in RUNTIMES[name].packages}
+    if missing:
+        settings["not installed"] = ", ".join(missing)
+    here = machine(torch.device("cpu"))
+    result = {"bench": "deploy", "machine": here, "settings": settings, "rows": []}
+    parts, done = len(networks) * len(batch_sizes) * len(runtimes) * 2, 0
     for network in networks:
         models = _variants(network)
-        for batch in batches:
+        for batch in batch_sizes:
             torch.manual_seed(0)
-            images = torch.randn(batch, 3, size, size)
-            wanted = _wanted(models, images)
-            for runtime in runtimes:
-                for fixed in (False, True):
-                    place = {
-                        "network": network,
-                        "runtime": runtime,
-                        "sizes": "fixed" if fixed else "free",
-                        "batch": batch,
-                    }
-                    here = {n: m for n, m in models.items() if fixed or n != AUTHORS}
-                    found = _bench(here, runtime, images, fixed, wanted, rounds, progress)
-                    result["rows"] += [place | row for row in found]
-                    done += 1
-                    keep(unfinished(result, done, parts))
+            images = torch.randn(batch, 3, img_size, img_size)
+            exact = _exact(models, images)
+            for runtime, fixed in itertools.product(runtimes, (False, True)):
+                sizes = "fixed" if fixed else "free"
+                place = {"network": network, "runtime": runtime, "sizes": sizes, "batch": batch}
+                exported = {n: m for n, m in models.items() if fixed or n != AUTHORS}
+                found = _bench(exported, runtime, images, fixed, exact, rounds, progress)
+                result["rows"] += [place | row for row in found]
+                done += 1
+                keep(unfinished(result, done, parts))
     return result
 
 
@@ -103,7 +93,7 @@ def _variants(network: str) -> dict[str, nn.Module]:
     return variants
 
 
-def _with_layers(model: nn.Module, make) -> nn.Module:
+def _with_layers(model: nn.Module, make: Callable[[EmaAttn], nn.Module]) -> nn.Module:
     """A copy with ``make(layer)`` in the place of every EMA layer."""
     model = copy.deepcopy(model)
     for name, layer in [(k, m) for k, m in model.named_modules() if isinstance(m, EmaAttn)]:
@@ -111,19 +101,19 @@ def _with_layers(model: nn.Module, make) -> nn.Module:
     return model.eval()
 
 
-def _authors(layer: EmaAttn) -> AuthorsForm:
-    form = AuthorsForm(layer.channels, layer.groups)
-    form.load_state_dict(layer.state_dict())
-    return form
+def _authors(layer: EmaAttn) -> AuthorsEmaAttn:
+    authors = AuthorsEmaAttn(layer.channels, layer.groups)
+    authors.load_state_dict(layer.state_dict())
+    return authors
 
 
-def _wanted(models: dict[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
-    """Logits in PyTorch, those of EMA by definition."""
+def _exact(models: dict[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
+    """Logits in PyTorch, with EMA layers in the reference implementation."""
     with torch.no_grad():
-        wanted = {name: models[name](images) for name in (PLAIN, SE)}
-        with by_definition(models[EMA]):
-            wanted[EMA] = wanted[AUTHORS] = models[EMA](images)
-    return wanted
+        exact = {name: models[name](images) for name in (PLAIN, SE)}
+        with in_reference(models[EMA]):
+            exact[EMA] = exact[AUTHORS] = models[EMA](images)
+    return exact
 
 
 def _bench(
@@ -131,7 +121,7 @@ def _bench(
     runtime: str,
     images: Tensor,
     fixed: bool,
-    wanted: dict[str, Tensor],
+    exact: dict[str, Tensor],
     rounds: int,
     progress: bool,
 ) -> list[dict]:
@@ -141,19 +131,21 @@ def _bench(
         for name, model in models.items():
             try:
                 found = load_runtime(runtime, model, images, fixed)
-                errors[name] = _error(found.call(images), wanted[name])
-            except Exception as error:  # the runtimes' errors have nothing else in common
+                errors[name] = relative_error([found.call(images)], [exact[name]])
+            except Exception as error:  # the runtimes share no other class of errors
                 failed[name] = first_line(error)
             else:
                 loaded[name] = found
-        sound = {n: f for n, f in loaded.items() if errors[n] <= TOLERANCE[torch.float32]}
-        calls = {name: (lambda call=found.call: call(images)) for name, found in sound.items()}
+        limit = PARITY_TOLERANCE[torch.float32]
+        correct = {n: f for n, f in loaded.items() if errors[n] <= limit}
+        calls = {name: (lambda call=found.call: call(images)) for name, found in correct.items()}
         label = f"{runtime}, {'fixed' if fixed else 'free'}"
-        times = round_robin(calls, rounds, images.device, label, progress, time.process_time)
+        clock = Clock(images.device, cpu_time=True)
+        times = round_robin(calls, rounds, clock, label, progress)
     layers = sum(isinstance(m, EmaAttn) for m in models[EMA].modules())
     rows = []
     for name in models:
-        row = {"variant": name, "error": errors.get(name), "parity": name in sound}
+        row = {"variant": name, "error": errors.get(name), "parity": name in correct}
         if name in failed:
             row["failed"] = failed[name]
         elif name != PLAIN and PLAIN in loaded:
@@ -162,7 +154,3 @@ def _bench(
             row["inference_ms"] = times[name]._asdict()
         rows.append(row)
     return rows
-
-
-def _error(found: Tensor, want: Tensor) -> float:
-    return float((found - want).norm() / want.norm())

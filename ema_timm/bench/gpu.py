@@ -1,4 +1,7 @@
-"""``ema-timm bench gpu``: what is measured on a GPU, in one go, to be sent as one file."""
+"""``ema-timm bench gpu``: all measurements on a GPU in one command, with one file as the result.
+
+Experimental: not run on a GPU yet.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,12 +12,12 @@ import torch
 from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.layer import SHAPES, bench_layer
 from ema_timm.bench.model import NETWORKS, bench_model
-from ema_timm.bench.timing import machine, unfinished
-from ema_timm.environment import environment
+from ema_timm.bench.timing import unfinished
+from ema_timm.environment import environment, machine
 from ema_timm.errors import UserError, first_line
 
 LAYERS = (("bfloat16", True), ("bfloat16", False), ("float32", False))
-"""Type and whether channels_last, of the layers."""
+"""Of the layers: dtype, and whether the memory format is channels-last."""
 
 MODELS = (
     "resnet50",
@@ -23,13 +26,13 @@ MODELS = (
     "mobilenetv2_100",
     "mobilenetv2_100_ema",
 )
-"""Networks: plain, with EMA attention, and with it as its authors arranged it."""
+"""Keys of `NETWORKS`."""
 
 
 def bench_gpu(
     device: str = "cuda",
-    batch: int = 64,
-    size: int = 224,
+    batch_size: int = 64,
+    img_size: int = 224,
     rounds: int = 7,
     compiled: bool = True,
     progress: bool = True,
@@ -37,72 +40,62 @@ def bench_gpu(
     networks: dict[str, tuple[str, dict]] | None = None,
     keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
-    """Measure layers and networks, with parity before any time.
+    """Check the parity of layers and networks on a GPU, and measure them.
 
-    TF32 is switched off meanwhile, so that float32 is compared with float32. A part that cannot be
-    measured (a GPU out of memory, a compiler that fails) says so in one line; the others follow.
+    TF32 is disabled meanwhile, so that float32 is compared with float32. If a part cannot be
+    measured (out of memory, a compiler error), its error is recorded and the next part follows.
+    Experimental: not run on a GPU yet.
 
     Args:
         device: Where to run; "cpu" is for trying the command.
-        batch: Images.
-        size: Height and width in pixels of the networks' images.
+        batch_size: Images in a batch.
+        img_size: Height and width in pixels of the networks' images.
         rounds: Samples of each.
         compiled: Measure under ``torch.compile`` too.
         progress: Show bars (on a terminal).
         shapes: (C, H, W) of the layers' maps, by name.
-        networks: timm name and arguments, by name; None takes `MODELS`.
-        keep: Called after each part with what there is by then.
+        networks: timm name and arguments, by name; None uses `MODELS`.
+        keep: Called after each part with the result so far.
 
     Returns:
-        The machine with what runs on it, the settings, ``parts``, each a measurement of its own or
-        why there is none, and ``rows`` with the parity of all.
+        The machine and its environment, the settings, ``parts`` (each a measurement, or its
+        error), and ``rows`` with the parity of all.
 
     Raises:
-        UserError: If there is no such GPU.
+        UserError: If PyTorch finds no GPU.
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "bench gpu measures a GPU, and PyTorch finds none here. `ema-timm bench bytes` counts "
-            "without one; --device cpu tries the command."
+            "bench gpu needs a GPU, but PyTorch finds none here. `ema-timm bench bytes` counts "
+            "bytes without a GPU; --device cpu tries the command."
         )
-    if networks is None:
-        networks = {name: NETWORKS[name] for name in MODELS}
-    shared = {"batch": batch, "rounds": rounds, "device": device, "progress": progress}
-    wanted = [
-        partial(bench_layer, shapes, dtype=t, channels_last=last, compiled=compiled, **shared)
-        for t, last in LAYERS
-    ] + [
-        partial(bench_model, networks, size=size, amp=True, channels_last=last, **shared)
-        for last in (True, False)
-    ]
-    result = {
-        "bench": "gpu",
-        "machine": machine(where) | {"environment": environment()},
-        "settings": {"batch": batch, "size": size, "rounds": rounds, "TF32": False},
-        "parts": [],
-        "rows": [],
-    }
+    shared = {"batch_size": batch_size, "rounds": rounds, "device": device, "progress": progress}
+    layer = partial(bench_layer, shapes, compiled=compiled, **shared)
+    networks = networks or {name: NETWORKS[name] for name in MODELS}
+    model = partial(bench_model, networks, img_size=img_size, amp=True, **shared)
+    parts = [partial(layer, dtype=dtype, channels_last=last) for dtype, last in LAYERS]
+    parts += [partial(model, channels_last=last) for last in (True, False)]
+    settings = {"batch": batch_size, "size": img_size, "rounds": rounds, "TF32": False}
+    here = machine(where) | {"environment": environment()}
+    result = {"bench": "gpu", "machine": here, "settings": settings, "parts": [], "rows": []}
     with _without_tf32():
-        for number, measure in enumerate(wanted, 1):
+        for number, measure in enumerate(parts, 1):
             part = _measured(measure)
             result["parts"].append(part)
-            result["rows"] += [_parity(part, row) for row in part["rows"] if "parity" in row]
-            if "failed" in part:
-                place = {"place": "all of it", "error": None, "parity": False}
-                result["rows"].append(_parity(part, place))
-            if number < len(wanted):
-                keep(unfinished(result, number, len(wanted)))
+            result["rows"] += _parity(part)
+            if number < len(parts):
+                keep(unfinished(result, number, len(parts)))
     return result
 
 
 def _measured(measure: partial) -> dict:
-    """A part, or what it was to be and the first line of why it is not."""
+    """A part, or its settings and the first line of the exception."""
     try:
         return measure()
-    except Exception as error:  # compilers' and drivers' errors have nothing else in common
+    except Exception as error:  # compilers and drivers share no other class of errors
         given = measure.keywords
-        settings = {"dtype": given.get("dtype", "amp"), "batch": given["batch"]}
+        settings = {"dtype": given.get("dtype", "amp"), "batch": given["batch_size"]}
         settings["memory_format"] = "channels_last" if given["channels_last"] else "contiguous"
         kind = measure.func.__name__.removeprefix("bench_")
         return {"bench": kind, "settings": settings, "rows": [], "failed": first_line(error)}
@@ -120,13 +113,20 @@ def _without_tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(products)
 
 
-def _parity(part: dict, row: dict) -> dict:
-    place = row.get("place", row.get("network"))
+def _parity(part: dict) -> list[dict]:
+    """The parity of each row of a part; one row that says so if the part failed."""
+    rows = [row for row in part["rows"] if "parity" in row]
+    if "failed" in part:
+        rows = [{"place": "all of it", "parity": False}]
     settings = part["settings"]
-    return {
-        "part": f"{part['bench']}, {settings.get('dtype', 'amp')}, {settings['memory_format']}",
-        "place": place,
-        "variant": row.get("variant", "network"),
-        "error": row.get("error"),
-        "parity": row["parity"],
-    }
+    name = f"{part['bench']}, {settings.get('dtype', 'amp')}, {settings['memory_format']}"
+    return [
+        {
+            "part": name,
+            "place": row.get("place", row.get("network")),
+            "variant": row.get("variant", "network"),
+            "error": row.get("error"),
+            "parity": row["parity"],
+        }
+        for row in rows
+    ]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.export.formats import open_onnx, write_onnx
 from ema_timm.export.inputs import FREE_AXES
 from ema_timm.export.layers import ready_to_export
@@ -122,8 +122,7 @@ def require_runtime(name: str) -> None:
     """
     if name not in RUNTIMES:
         raise UserError(f"{name} is no runtime here: give {', '.join(RUNTIMES)}.")
-    if missing := missing_packages(name):
-        raise UserError(f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    require_packages(RUNTIMES[name].packages, purpose=name)
 
 
 def missing_packages(name: str) -> list[str]:

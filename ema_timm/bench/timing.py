@@ -1,11 +1,8 @@
-"""Timing of several variants side by side, and the machine it was done on."""
+"""Time of several calls side by side, and memory of one call."""
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,9 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from ema_timm.environment import versions
-
-MIN_SAMPLE_SECONDS = 0.02
+SAMPLE_MS = 20.0
 """A sample repeats a short call until it takes this long, so that the clock does not matter."""
 
 
@@ -27,39 +22,72 @@ class Timing(NamedTuple):
     max: float
 
 
+class Clock:
+    """The clock of one device: CUDA events on a GPU, otherwise wall time.
+
+    Args:
+        device: Where the calls run.
+        cpu_time: Off a GPU, count the CPU time of this process instead of wall time, so that
+            other processes matter less.
+    """
+
+    def __init__(self, device: torch.device, cpu_time: bool = False):
+        self.device = device
+        self._now = time.process_time if cpu_time else time.perf_counter
+
+    def wait(self) -> None:
+        """Wait until the device has finished; raises if it failed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def time(self, call: Callable[[], object], repeats: int) -> float:
+        """Time of ``repeats`` calls, one after another, in ms."""
+        if self.device.type != "cuda":
+            started = self._now()
+            for _ in range(repeats):
+                call()
+            return 1e3 * (self._now() - started)
+        with torch.cuda.device(self.device):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for _ in range(repeats):
+                call()
+            last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
 def round_robin(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     rounds: int,
-    device: torch.device,
+    clock: Clock,
     label: str = "",
     progress: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
+    sample_ms: float = SAMPLE_MS,
 ) -> dict[str, Timing]:
-    """Time each call in turn, ``rounds`` times, so that a drifting machine is shared by all.
+    """Time each call in turn, ``rounds`` times, so that a drift of the machine affects all alike.
 
     Args:
         calls: What to time, by name.
         rounds: Samples of each.
-        device: Where the calls run; waited for before the clock is read.
+        clock: Of the device that the calls run on.
         label: Text of the progress bar.
         progress: Show a bar (on a terminal).
-        clock: Seconds; ``time.process_time`` counts those of this process alone.
+        sample_ms: A sample repeats a call until it takes about this long.
 
     Returns:
         Time of one call in ms, by name.
     """
     repeats = {}
     for name, call in calls.items():
-        call()  # allocations, compilation, autotuning
-        seconds = _sample(call, 1, device, clock)
-        repeats[name] = max(1, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-7)))
+        clock.time(call, 1)  # allocations, compilation, autotuning
+        repeats[name] = max(1, round(sample_ms / max(clock.time(call, 1), 1e-4)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     hide = None if progress else True
     with tqdm(total=rounds * len(calls), desc=label, disable=hide, leave=False) as bar:
         for _ in range(rounds):
             for name, call in calls.items():
-                seconds = _sample(call, repeats[name], device, clock)
-                samples[name].append(1e3 * seconds / repeats[name])
+                samples[name].append(clock.time(call, repeats[name]) / repeats[name])
                 bar.update()
     return {
         name: Timing(statistics.median(times), min(times), max(times))
@@ -67,58 +95,17 @@ def round_robin(
     }
 
 
-def _sample(
-    call: Callable[[], object], repeats: int, device: torch.device, clock: Callable[[], float]
-) -> float:
-    _wait(device)
-    started = clock()
-    for _ in range(repeats):
-        call()
-    _wait(device)
-    return clock() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def unfinished(result: dict, done: int, parts: int) -> dict:
-    """``result`` as it is to be kept after ``done`` of its ``parts``, and says so."""
+    """``result`` with a setting that says how many of its ``parts`` are in it."""
     so_far = {"unfinished": f"{done} of {parts} parts"}
     return result | {"settings": result["settings"] | so_far}
 
 
-def machine(device: torch.device) -> dict:
-    """Name, cores, threads and versions, for whoever reads the numbers."""
-    name = _cpu_name()
-    if device.type == "cuda":
-        name = f"{torch.cuda.get_device_name(device)}, {name}"
-    return {
-        "name": name,
-        "device": device.type,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-# MERGED: Memory of one call: what it holds at most, and what it keeps for the backward.
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that ``call`` had allocated at once beyond what was there before.
+    """The most memory that ``call`` had allocated at once, beyond what was allocated before.
 
-    On a CPU from the profiler's record of PyTorch's allocator; memory that a library takes from
-    elsewhere is not seen.
+    On a CPU, the number comes from the profiler's record of PyTorch's allocator. It does not see
+    memory that a library allocates elsewhere.
     """
     call()
     if device.type == "cuda":
@@ -141,78 +128,25 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(call: Callable[[], object], known: Iterable[Tensor]) -> int:
-    """Bytes that ``call`` keeps for its backward, each storage once.
+    """Bytes that ``call`` saves for its backward, each storage once.
 
     Args:
         call: A forward with gradients.
-        known: Tensors that are there anyway: the input and the parameters.
+        known: Tensors that exist anyway: the input and the parameters.
     """
-    seen = {tensor.untyped_storage()._cdata for tensor in known}  # fake ones have no address
-    kept = {}
+    seen = {tensor.untyped_storage()._cdata for tensor in known}  # fake tensors have no address
+    saved = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        """Note what is kept, and keep it as it is."""
+        """Count a tensor, and save it as it is."""
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
-            kept[storage._cdata] = (storage.nbytes(), tensor)  # alive: its number stays its
+            # Keeping the tensor alive keeps `_cdata` unique.
+            saved[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()
-    total = sum(nbytes for nbytes, _ in kept.values())
+    total = sum(nbytes for nbytes, _ in saved.values())
     del result
     return total
-
-
-# MERGED: A device's clock, and medians of several calls timed in turn.
-ROUNDS = 11
-"""Samples of each call."""
-SAMPLE_MS = 5.0
-"""A sample repeats a short call until it takes about this long."""
-WARM_UP = 2
-"""Calls before the first sample: allocations, and clocks that rise under load."""
-
-
-class Clock:
-    """The time of one device: CUDA's events, elsewhere the processor's counter.
-
-    Args:
-        device: A GPU or the CPU.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def wait(self) -> None:
-        """Wait until the device has done all that it was given; raises where it failed at it."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def time(self, call: Callable[[], object], repeats: int) -> float:
-        """Time of ``repeats`` calls, one after another, in ms."""
-        if self.device.type != "cuda":
-            started = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            return 1e3 * (time.perf_counter() - started)
-        with torch.cuda.device(self.device):
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            for _ in range(repeats):
-                call()
-            last.record()
-        last.synchronize()
-        return first.elapsed_time(last)
-
-
-def medians(calls: Mapping[str, Callable[[], object]], clock: Clock) -> dict[str, float]:
-    """Median time of one call in ms, by name; in turn, so that all share a machine that drifts."""
-    repeats = {}
-    for name, call in calls.items():
-        clock.time(call, WARM_UP)
-        repeats[name] = max(1, round(SAMPLE_MS / max(clock.time(call, 1), 1e-4)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            samples[name].append(clock.time(call, repeats[name]) / repeats[name])
-    return {name: statistics.median(times) for name, times in samples.items()}

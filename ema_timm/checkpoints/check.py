@@ -1,11 +1,11 @@
-"""A checkpoint folder, read and checked before anyone is given it.
+"""Checks a checkpoint folder before it is published, so that it loads everywhere.
 
-Everything that publishes goes through here, so that a folder that loads here loads
-elsewhere: the weights are whole, finite and those of the network that config.json names, and
-results.json and README.md speak of these weights. It also says what is given: real files of the
-folder, and of its pictures those that the card shows or results.json names.
+The weights are complete, finite and those of the network in config.json. results.json and README.md
+are of these weights. Only real files of the folder are published, and of its figures only those
+that the card shows or results.json names.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ema_timm.checkpoints.config import (
 from ema_timm.checkpoints.layout import CARD, CONFIG, RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import check_network
 from ema_timm.checkpoints.pictures import check_real, named_pictures, other_pictures
-from ema_timm.checkpoints.results import read_own_results, without_places
+from ema_timm.checkpoints.results import read_own_results, without_local_paths
 from ema_timm.errors import UserError, some
 
 
@@ -38,9 +38,9 @@ class CheckedFolder:
         card: Text of README.md.
         weights_sha256: Hex sha256 of model.safetensors.
         files: What is published, by name in the folder: weights, config, card, results, the stub
-            that ``auto_map`` names, pictures that card or results name. Never a pickle, never
+            that ``auto_map`` names, figures that card or results name. Never a pickle, never
             ``training/``.
-        left_out: Pictures in the folder that neither names, and that stay.
+        skipped: Figures in the folder that neither names. They are not published.
     """
 
     path: Path
@@ -49,15 +49,14 @@ class CheckedFolder:
     card: str
     weights_sha256: str
     files: tuple[str, ...]
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
-def check_folder(path: str | Path) -> CheckedFolder:
-    """Read a folder that is to be published.
+def check_publishable(path: str | Path) -> CheckedFolder:
+    """Check a folder that is to be published.
 
     Raises:
-        UserError: With what failed and the remedy, for the first thing that is missing, damaged,
-            or belongs to something else.
+        UserError: For the first thing that is missing, damaged, or belongs to another checkpoint.
     """
     path = Path(path)
     for name in (WEIGHTS, CONFIG, CARD, RESULTS, STUB):
@@ -65,24 +64,48 @@ def check_folder(path: str | Path) -> CheckedFolder:
     _check_complete(path, read_config(path))
     config = check_network(path)
     results = read_own_results(path, config)
-    if without_places(results) != results:
+    if without_local_paths(results) != results:
         raise UserError(
-            f"{path / RESULTS} says where files were on a machine (in arguments, "
-            f"arguments.model_kwargs). ema-timm card {path} repairs it."
+            f"{path / RESULTS} holds local paths (in arguments, arguments.model_kwargs). "
+            f"ema-timm card {path} removes them."
         )
-    card = _check_card(path, results)
-    pictures = named_pictures(path, card, results)
     names = [WEIGHTS, CONFIG, CARD, RESULTS]
     if needs_auto_map(config["architecture"]):
         names.append(STUB)
+    return with_card(path, names, config, results, card_text(results))
+
+
+def with_card(
+    path: Path, names: Sequence[str], config: dict, results: dict, text: str
+) -> CheckedFolder:
+    """The folder, after a check of its card and of the figures that card and results name.
+
+    Args:
+        path: The folder.
+        names: Its files that are published, without the figures.
+        config: Content of its configuration.
+        results: Content of its results.json.
+        text: The card that these results give.
+
+    Raises:
+        UserError: If the card is missing or was generated from other results, or a figure is not
+            a file of the folder.
+    """
+    write = f"Write it with: ema-timm card {path}"
+    card = read_card(path)
+    if card is None:
+        raise UserError(f"{path / CARD} is missing. {write}")
+    if is_generated(card) and card != text:
+        raise UserError(f"{path / CARD} is not of these results. {write}")
+    pictures = named_pictures(path, card, results)
     return CheckedFolder(
         path=path,
         config=config,
         results=results,
         card=card,
-        weights_sha256=results["weights_sha256"],  # that of the file, by now
+        weights_sha256=results["weights_sha256"],
         files=(*names, *pictures),
-        left_out=tuple(other_pictures(path, pictures)),
+        skipped=tuple(other_pictures(path, pictures)),
     )
 
 
@@ -90,8 +113,8 @@ def _check_complete(path: Path, config: dict) -> None:
     found = loading_keys(config)
     if found:
         raise UserError(
-            f"{path / CONFIG} says how a machine loaded the weights ({some(found)}), which no "
-            f"reader can do. ema-timm card {path} repairs it."
+            f"{path / CONFIG} says how one machine loaded the weights ({some(found)}), which does "
+            f"not work for readers. ema-timm card {path} repairs it."
         )
     if completed(config) != config:
         raise UserError(
@@ -105,14 +128,3 @@ def _check_complete(path: Path, config: dict) -> None:
         raise UserError(
             f"{stub}, which auto_map names, is missing or altered. ema-timm card {path} repairs it."
         )
-
-
-def _check_card(path: Path, results: dict) -> str:
-    file = path / CARD
-    write = f"Write it with: ema-timm card {path}"
-    card = read_card(path)
-    if card is None:
-        raise UserError(f"{file} is missing. {write}")
-    if is_generated(card) and card != card_text(results):
-        raise UserError(f"{file} is not of these results. {write}")
-    return card

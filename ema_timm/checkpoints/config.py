@@ -1,8 +1,8 @@
 """config.json: how timm and transformers rebuild a network, and the stub that ``auto_map`` names.
 
-transformers loads a timm folder by itself. Where it does not know the architecture, it advises to
+transformers loads a timm folder by itself. If it does not know the architecture, it advises to
 upgrade timm, which does not help. With ``trust_remote_code=True`` it imports the module that
-``auto_map`` names, and that one tells a reader without the plug-in what to install.
+``auto_map`` names, and the module says what to install.
 """
 
 import json
@@ -19,12 +19,12 @@ from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessin
 from ema_timm.errors import UserError
 
 STUB = "configuration_ema_timm.py"
-"""The module beside config.json that ``auto_map`` names."""
+"""The module in the folder that ``auto_map`` names."""
 
 AUTO_MAP = {"AutoConfig": "configuration_ema_timm.EmaTimmConfig"}
 
-# True of the weights that training started from, not of those it ended with; names and
-# descriptions of classes stand at the top level.
+# True of the initial weights of a training, not of the trained ones. Names and descriptions of the
+# classes are at the top level.
 _BASE_ONLY_KEYS = (
     "tag",
     "notes",
@@ -39,8 +39,8 @@ _BASE_ONLY_KEYS = (
     "license",
 )
 
-# How one machine had the weights: in pretrained_cfg their source, among the network's arguments
-# those that timm.create_model takes for itself. A folder that holds the latter does not load.
+# How one machine loaded the weights: their source in pretrained_cfg, and the arguments that
+# timm.create_model takes for itself. A folder with one of the latter in model_args does not load.
 _SOURCE_KEYS = ("file", "url", "hf_hub_id", "hf_hub_filename", "source", "state_dict")
 LOADING_ARGS = (
     "pretrained",
@@ -61,13 +61,13 @@ def read_config(path: Path) -> dict:
     """Read a folder's config.json in timm's Hub format.
 
     Raises:
-        UserError: If it is missing or damaged, lacks what names a network and its classes, or
-            prepares images in a way that none can go through.
+        UserError: If it is missing or damaged, does not name a network and its classes, or has
+            preprocessing that no image can go through.
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}. Give the folder that holds {WEIGHTS}.")
     file = path / CONFIG
-    remedy = "Write the folder anew with ema-timm evaluate CHECKPOINT --output FOLDER."
+    remedy = "Write the folder again with ema-timm evaluate CHECKPOINT --output FOLDER."
     config = read_json(file, remedy)
     for key, kind in (("architecture", str), ("num_classes", int), ("pretrained_cfg", dict)):
         if not isinstance(config.get(key), kind):
@@ -90,7 +90,7 @@ def read_config(path: Path) -> dict:
 
 
 def needs_auto_map(architecture: str) -> bool:
-    """Whether timm alone does not know ``architecture``."""
+    """Whether timm without this package does not know ``architecture``."""
     return architecture.endswith("_ema") or architecture.startswith("cifar_resnet")
 
 
@@ -100,11 +100,11 @@ def stub_text() -> str:
 
 
 def completed(config: dict) -> dict:
-    """``config`` as both timm and transformers load it, with ``auto_map`` where it is needed.
+    """``config`` as both timm and transformers load it, with ``auto_map`` if it is needed.
 
-    What says how one machine loaded the weights (`loading_keys`) is left out.
-    timm 1.0.31 writes ``num_classes`` among the network's arguments as well as at the top level,
-    and transformers then passes it twice; at the top level alone it satisfies both.
+    Entries that say how one machine loaded the weights (`loading_keys`) are removed.
+    timm 1.0.31 writes ``num_classes`` into the network's arguments as well as at the top level, and
+    transformers then passes it twice. Only at the top level it works for both.
     """
     config = dict(config)
     args = without_loading(config.pop("model_args", {}))
@@ -120,7 +120,7 @@ def completed(config: dict) -> dict:
 
 
 def loading_keys(config: dict) -> list[str]:
-    """What a config.json says of how one machine loaded the weights, by name."""
+    """The entries of a config.json that say how one machine loaded the weights."""
     held = {"pretrained_cfg": _SOURCE_KEYS, "model_args": LOADING_ARGS}
     return [f"{part}.{k}" for part, keys in held.items() for k in config.get(part, {}) if k in keys]
 
@@ -144,9 +144,9 @@ def hub_config(
         model: A timm classifier.
         model_args: Arguments that rebuild the network, beside its name and classes.
         data_config: Preprocessing of the evaluation, as timm resolves it.
-        class_names: Names in the order of the classes, where they are known.
-        scratch: Folder in which timm may write it first, for a moment.
-        descriptions: What the names mean, by name, where that is known.
+        class_names: Names in the order of the classes, if they are known.
+        scratch: Folder in which timm may write a temporary file.
+        descriptions: What the names mean, by name, if that is known.
     """
     file = scratch / f".config.{os.getpid()}.tmp"
     try:

@@ -1,9 +1,9 @@
-"""Checkpoints of others' EMA attention, the authors' above all -> weights under timm's names.
+"""Converts checkpoints of other code with EMA attention, such as the authors', to timm's names.
 
-The authors' fork of timm holds the layer as ``blocks.S.B.ema``, other code under other names; in
-timm's slot it is ``se``. A layer is known by its parts (``conv1x1``, ``conv3x3``, ``gn``), so the
-name it has in its block does not matter. Layers that stand outside the blocks, as in YOLO's
-numbered modules, are told by name: ``{"model.7": "layer3.5.se"}``.
+The authors' fork of timm names the layer ``blocks.S.B.ema``, other code uses other names; in timm's
+blocks it is ``se``. A layer is recognised by its parts (``conv1x1``, ``conv3x3``, ``gn``), so its
+name in the block does not matter. Layers outside the blocks, as in YOLO's numbered modules, are
+placed by name: ``{"model.7": "layer3.5.se"}``.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class Conversion:
         state: Its weights.
         model_args: What differs from the network's defaults: ``ema_groups``, ``ema_stages``.
         groups: Number of groups of each EMA layer, by the layer's new name.
-        unused: Names in the checkpoint that the network has no place for.
+        unused: Names in the checkpoint that the network does not have.
     """
 
     architecture: str
@@ -44,15 +44,15 @@ class Conversion:
 def convert(
     content: Mapping, architecture: str, rename: Mapping[str, str] | None = None
 ) -> Conversion:
-    """Map a checkpoint of a network with EMA attention onto timm's names.
+    """Rename the weights of a network with EMA attention to timm's names.
 
     Args:
-        content: A state dict, also inside ``state_dict`` or ``model`` and behind ``module.``.
+        content: A state dict, also inside ``state_dict`` or ``model`` and after ``module.``.
         architecture: timm's name of the network, with or without ``_ema``.
         rename: New names for modules, by their names in the checkpoint; a module's parts follow.
 
     Raises:
-        UserError: If there is no EMA layer, or one has no place in the network.
+        UserError: If there is no EMA layer, or the network has no place for one.
     """
     architecture = ema_name(architecture)
     state = _renamed(unwrap(content), rename or {})
@@ -85,14 +85,14 @@ def convert_checkpoint(
         rename: As in `convert`.
 
     Returns:
-        The checkpoint with its weights under timm's names, and what was done.
+        The checkpoint with its weights under timm's names, and the conversion.
     """
     done = convert(checkpoint.state, resolve_architecture(checkpoint, model), rename)
     return replace(checkpoint, state=done.state, architecture=done.architecture), done
 
 
 def ema_name(architecture: str) -> str:
-    """The name of a network's EMA twin; its own, where it has EMA attention.
+    """The timm name of a network with EMA attention, given with or without ``_ema``.
 
     Raises:
         UserError: If there is none.
@@ -101,7 +101,7 @@ def ema_name(architecture: str) -> str:
         if name.endswith("_ema") and is_model(name):
             return name
     raise UserError(
-        f"{architecture} has no twin with EMA attention. Give --model NAME_ema; "
+        f"timm has no {architecture} with EMA attention. Give --model NAME_ema; "
         'timm.list_models("*_ema") lists them.'
     )
 
@@ -113,7 +113,7 @@ def _shapes(architecture: str, **model_args) -> nn.Module:
 
 
 def _renamed(state: dict[str, Tensor], rename: Mapping[str, str]) -> dict[str, Tensor]:
-    """The weights under the names that they were told."""
+    """The weights under their new names."""
     unknown = [old for old in rename if not any(_inside(name, old) for name in state)]
     if unknown:
         raise UserError(
@@ -124,7 +124,7 @@ def _renamed(state: dict[str, Tensor], rename: Mapping[str, str]) -> dict[str, T
 
 
 def _moved(state: dict[str, Tensor], moves: Mapping[str, str]) -> dict[str, Tensor]:
-    """The weights with modules under new names; of nested modules the inner one decides."""
+    """The weights with modules under new names; the innermost module decides."""
     moved = {}
     for name, tensor in state.items():
         old = max((o for o in moves if _inside(name, o)), key=len, default=None)
@@ -157,26 +157,26 @@ def _places(state: dict, slots: list[Slot], architecture: str) -> dict[str, Slot
     places = {name: _place(name, state, by_path, architecture) for name in layers}
     if len({slot.path for slot in places.values()}) < len(layers):
         raise UserError(
-            f"two EMA layers of the checkpoint belong in one place: {some(sorted(layers))}. "
-            "Name the place of each with --rename OLD=NEW."
+            f"two EMA layers of the checkpoint have the same place: {some(sorted(layers))}. Name "
+            "the place of each with --rename OLD=NEW."
         )
     return places
 
 
 def _place(name: str, state: dict, slots: dict[str, Slot], architecture: str) -> Slot:
-    """The slot of the EMA layer ``name``: that of the block it is in."""
+    """The place of the EMA layer ``name``: that of its block."""
     slot = slots.get(name.rpartition(".")[0])
     if slot is None:
         raise UserError(
-            f"{architecture} has no place for the EMA layer {name}; it has some in "
-            f"{some(sorted(slots))}. Name its place with --rename {name}=BLOCK.se, or another "
+            f"{architecture} has no place for the EMA layer {name}; it has places in "
+            f"{some(sorted(slots))}. Name its place with --rename {name}=BLOCK.se, or give another "
             "--model."
         )
     shapes = [tuple(state[f"{name}.{part}"].shape) for part in (_FIRST, *_PARTS)]
     n = shapes[0][0]
     if shapes != [(n, n, 1, 1), (n, n, 3, 3), (n,)] or slot.channels % n:
         raise UserError(
-            f"the EMA layer {name} has shapes {shapes}, and {slot.path} of {architecture} has "
+            f"the EMA layer {name} has shapes {shapes}, but {slot.path} of {architecture} has "
             f"{slot.channels} channels, which must be a multiple of its width. Check --model."
         )
     return slot
@@ -196,8 +196,8 @@ def _model_args(filled: list[Slot], groups: dict[str, int], slots: list[Slot]) -
     lacking = [s.path for s in slots if s.stage in stages and f"{s.path}.se" not in groups]
     if lacking:
         raise UserError(
-            f"the checkpoint has EMA layers in some blocks of a stage alone: {some(lacking)} "
-            "lack one. Build the network by hand with ema_timm.EmaAttn(channels, groups)."
+            f"the checkpoint has EMA layers only in some blocks of a stage: {some(lacking)} have "
+            "none. Build the network by hand with ema_timm.EmaAttn(channels, groups)."
         )
     if len(filled) < len(slots):
         args["ema_stages"] = sorted(stages)

@@ -1,4 +1,4 @@
-"""The checkpoint folder as something to write into: every file whole or not there at all."""
+"""Writes the files of a checkpoint folder, each of them complete or not at all."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ema_timm.files import make_writable, sha256, write_whole
 
 
 def weights_content(model: nn.Module) -> bytes:
-    """The content of ``model.safetensors``; save_file would make one that its owner alone reads."""
+    """The content of ``model.safetensors``. save_file would write one that only its owner reads."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     return safetensors.torch.save(weights, metadata={"format": "pt"})
 
@@ -23,7 +23,7 @@ class CheckpointWriter:
     """Writes the files of one folder.
 
     ``model.safetensors``, ``config.json`` (with the stub that it may name), ``results.json``,
-    ``README.md`` and pictures are the checkpoint; what else lies in the folder is nobody's.
+    ``README.md`` and figures are the checkpoint. Other files in the folder are not touched.
 
     Args:
         path: The folder; `make` makes it.
@@ -33,7 +33,7 @@ class CheckpointWriter:
         self.path = Path(path)
 
     def make(self) -> None:
-        """Make the folder and see that it can be written to; UserError if not."""
+        """Make the folder; UserError if it cannot be written to."""
         make_writable(self.path)
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
@@ -56,14 +56,14 @@ class CheckpointWriter:
         class_names: list[str] | None,
         descriptions: dict[str, str] | None = None,
     ) -> str:
-        """Write ``model.safetensors``, ``config.json`` and what the latter names.
+        """Write ``model.safetensors``, ``config.json`` and the stub that the latter names.
 
         Args:
             model: A timm classifier.
             model_args: Arguments that rebuild the network, beside its name and classes.
             data_config: Preprocessing of the evaluation, as timm resolves it.
-            class_names: Names in the order of the classes, where they are known.
-            descriptions: What the names mean, by name, where that is known.
+            class_names: Names in the order of the classes, if they are known.
+            descriptions: What the names mean, by name, if that is known.
 
         Returns:
             sha256 of the weights file.
@@ -75,9 +75,9 @@ class CheckpointWriter:
         return sha256(self.path / WEIGHTS)
 
     def save_config(self, config: dict) -> None:
-        """Write ``config.json``, and the stub where ``auto_map`` names it.
+        """Write ``config.json``, and the stub if ``auto_map`` names it.
 
-        A config.json that says the same already is left as it is, whoever wrote it.
+        A config.json with the same content is not written again.
         """
         file = self.path / CONFIG
         if not file.is_file() or json.loads(file.read_text("utf-8")) != config:

@@ -9,7 +9,7 @@ from ema_timm.errors import UserError
 
 @dataclass(frozen=True)
 class Labels:
-    """Class names, and descriptions by name where there are some."""
+    """Class names, and descriptions by name if there are some."""
 
     names: list[str]
     descriptions: dict[str, str] | None = None
@@ -23,7 +23,7 @@ def read_labels(file: str | Path) -> Labels:
             of names and their descriptions.
 
     Raises:
-        UserError: If it is missing, of another form, or names a class twice.
+        UserError: If it is missing, has another format, or names a class twice.
     """
     file = Path(file)
     try:
@@ -46,9 +46,9 @@ def read_labels(file: str | Path) -> Labels:
 
 
 def check_count(labels: Labels, classes: int, source: str) -> None:
-    """Refuse names that are not one a class of the network."""
+    """Raise UserError unless there is one name for each class of the network."""
     if len(labels.names) != classes:
         raise UserError(
-            f"the network tells {classes} classes apart, and {source} names {len(labels.names)}. "
+            f"the network has {classes} classes, but {source} names {len(labels.names)}. "
             "Give the names in the order of the outputs with --labels FILE."
         )

@@ -1,11 +1,13 @@
-"""What a checkpoint folder holds: the names of its files, and how its JSON is read."""
+"""The names of the files in a checkpoint folder, and how its JSON is read."""
 
 import json
 from pathlib import Path
 
 from ema_timm.errors import UserError
+from ema_timm.files import WEIGHTS
 
-WEIGHTS = "model.safetensors"
+__all__ = ["CARD", "CONFIG", "RESULTS", "WEIGHTS", "read_json"]
+
 CONFIG = "config.json"
 RESULTS = "results.json"
 CARD = "README.md"
@@ -15,7 +17,7 @@ def read_json(file: Path, remedy: str) -> dict:
     """Read a JSON object.
 
     Raises:
-        UserError: With ``remedy``, if there is none.
+        UserError: If the file holds none; the message ends with ``remedy``.
     """
     try:
         content = json.loads(file.read_text("utf-8"))

@@ -1,17 +1,74 @@
-"""Networks rebuilt: from a folder's config.json, or from what a training's checkpoint says."""
+"""Networks from a name or a folder, and from the checkpoint of a training."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import load_model_config_from_hf
+from timm.models._factory import parse_model_name
 from torch import Tensor, nn
 
 from ema_timm.checkpoints.config import read_config
 from ema_timm.checkpoints.layout import CONFIG, WEIGHTS
 from ema_timm.checkpoints.read import Checkpoint, resolve_architecture
 from ema_timm.checkpoints.weights import check_file, load_checked
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, first_line, sentence
+from ema_timm.hub.fetch import fetch
+
+
+def open_network(source: str | Path, pretrained: bool = True, **options) -> tuple[nn.Module, dict]:
+    """The network that a folder or a name stands for.
+
+    Args:
+        source: A checkpoint folder (``local-dir:FOLDER`` too), a timm name, or
+            ``hf-hub:USER/NAME``.
+        pretrained: Load its weights. Those of a folder are checked first, those of the Hub are
+            compared with the Hub's hash.
+        **options: What timm builds the network with, such as ``scriptable=True``.
+
+    Returns:
+        The network, and the arguments that rebuild it, beside its name and classes.
+
+    Raises:
+        UserError: If there is no such network, or its weights are damaged or missing.
+        HubError: If a download from the Hub fails.
+    """
+    source = str(source)
+    folder = Path(source.removeprefix("local-dir:"))
+    if source.startswith("local-dir:") or folder.is_dir():
+        config = check_network(folder) if pretrained else read_config(folder)
+        build = load_network if pretrained else build_network
+        return build(folder, config, **options), config.get("model_args", {})
+    try:
+        return _open_by_name(source, pretrained, options)
+    except (HfHubHTTPError, HFValidationError, OSError, SafetensorError) as error:
+        raise UserError(f"cannot load the weights of {source}: {sentence(error)}") from error
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        near = get_close_matches(source.partition(".")[0], timm.list_models(), n=3)
+        hint = f"Did you mean {', '.join(near)}? " if near else ""
+        names = "timm.list_pretrained()" if pretrained else "timm.list_models()"
+        raise UserError(
+            f"there is no checkpoint folder {source}, and timm says: {sentence(error)} {hint}Give "
+            f"a folder, a name from {names}, or hf-hub:USER/NAME."
+        ) from error
+
+
+def _open_by_name(source: str, pretrained: bool, options: dict) -> tuple[nn.Module, dict]:
+    kind, model_id = parse_model_name(source)
+    overlay, model_args = None, {}
+    if kind == "hf-hub":
+        # timm would not compare the file with the Hub's hash.
+        file = fetch(model_id, WEIGHTS) if pretrained else None
+        overlay = {"file": str(file), "source": ""} if file else None
+        model_args = load_model_config_from_hf(model_id)[2]
+    network = timm.create_model(
+        source, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options
+    )
+    return network, model_args
 
 
 def check_network(path: str | Path) -> dict:
@@ -31,24 +88,29 @@ def check_network(path: str | Path) -> dict:
     return config
 
 
-def build_network(path: Path, config: dict) -> nn.Module:
+def build_network(path: Path, config: dict, **options) -> nn.Module:
     """The network that a folder's config.json names, without its weights.
+
+    Args:
+        path: The folder.
+        config: Content of its config.json.
+        **options: What timm builds the network with.
 
     Raises:
         UserError: If timm does not know it or its arguments.
     """
     try:
-        return timm.create_model(f"local-dir:{path}", pretrained=False)
+        return timm.create_model(f"local-dir:{path}", pretrained=False, **options)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path / CONFIG}: timm {timm.__version__} cannot build {config['architecture']}: "
-            f"{first_line(error)} Correct the name and model_args, or install what registers it."
+            f"{sentence(error)} Correct the name and model_args, or install what registers it."
         ) from error
 
 
-def load_network(path: Path, config: dict) -> nn.Module:
+def load_network(path: Path, config: dict, **options) -> nn.Module:
     """The network of a folder that passed `check_network`, with its weights."""
-    network = build_network(path, config)
+    network = build_network(path, config, **options)
     network.load_state_dict(load_file(path / WEIGHTS))
     return network
 

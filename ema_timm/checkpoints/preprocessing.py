@@ -1,4 +1,4 @@
-"""How a network's images are prepared: timm's rule, as every measurement and config.json has it."""
+"""How a network's images are prepared, as timm resolves it, for measurements and config.json."""
 
 import math
 from typing import Any
@@ -9,15 +9,15 @@ from torch import nn
 from ema_timm.errors import UserError
 
 PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-"""What `preprocessing` says that config.json and results.json keep."""
+"""The settings that config.json and results.json keep."""
 
 
-def check_preprocessing(values: dict, said: str) -> None:
-    """Refuse preprocessing that no image can go through; what is not there is not asked for.
+def check_preprocessing(values: dict, place: str) -> None:
+    """Refuse preprocessing that no image can go through. Missing settings are not checked.
 
     Args:
         values: Settings by timm's names, as in ``pretrained_cfg``.
-        said: Where they stand.
+        place: Where they are, for the error.
 
     Raises:
         UserError: For the first that is wrong.
@@ -25,7 +25,7 @@ def check_preprocessing(values: dict, said: str) -> None:
     for key, (rule, holds) in _RULES.items():
         value = values.get(key)
         if value is not None and not holds(value):
-            raise UserError(f"{said}: {key} must be {rule}, got {value!r}. Correct it.")
+            raise UserError(f"{place}: {key} must be {rule}, got {value!r}. Correct it.")
 
 
 def _is_size(value: Any) -> bool:
@@ -41,7 +41,7 @@ def _are_numbers(values: Any) -> bool:
     return isinstance(values, list | tuple) and all(map(_is_number, values)) and len(values) > 0
 
 
-_LONGEST = 10_000  # beyond it two images alone could take a machine's memory
+_LONGEST = 10_000  # two larger images could fill a machine's memory
 _SIZE = (f"[channels, height, width], each from 1 to {_LONGEST:,}", _is_size)
 _RULES = {
     "input_size": _SIZE,
@@ -53,25 +53,25 @@ _RULES = {
 
 
 def preprocessing(
-    model: nn.Module, model_args: dict, told: dict, use_test_size: bool = False
+    model: nn.Module, model_args: dict, overrides: dict, use_test_size: bool = False
 ) -> dict:
     """How a network's images are prepared for evaluation.
 
     Args:
-        model: The network; its pretrained cfg says what is not told.
+        model: The network; its pretrained cfg gives the settings that are not in ``overrides``.
         model_args: Arguments that rebuild it.
-        told: Settings by timm's names: ``img_size``, ``crop_pct``, ``interpolation``, ….
-        use_test_size: Take the sizes that timm recommends for testing, where there are some.
+        overrides: Settings by timm's names: ``img_size``, ``crop_pct``, ``interpolation``, ….
+        use_test_size: Use the sizes that timm recommends for testing, if there are some.
 
     Raises:
         UserError: If no image can go through it.
     """
     check_preprocessing(model.pretrained_cfg, "the network's pretrained_cfg")
     channels = model_args.get("in_chans", model.pretrained_cfg["input_size"][0])
-    told = {**told, "in_chans": channels}
-    data = resolve_data_config(told, model=model, use_test_size=use_test_size)
+    settings = {**overrides, "in_chans": channels}
+    data = resolve_data_config(settings, model=model, use_test_size=use_test_size)
     data["input_size"] = (channels, *data["input_size"][1:])
     for key in ("mean", "std"):
-        if len(data[key]) != channels:  # statistics of RGB, and a network for greyscale, say
+        if len(data[key]) != channels:  # for example a greyscale network with statistics of RGB
             data[key] = (sum(data[key]) / len(data[key]),) * channels
     return data

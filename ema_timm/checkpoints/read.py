@@ -1,4 +1,4 @@
-"""Checkpoint files of a training -> weights and what the file says of them. Never runs a pickle.
+"""Read checkpoint files of a training: weights and metadata. No code of a pickle ever runs.
 
 Reads ``model_best.pth.tar`` and ``checkpoint-N.pth.tar`` of timm's train script (with the
 ``args.yaml`` beside them), plain state dicts, and safetensors files.
@@ -18,7 +18,7 @@ from timm.models import is_model
 from torch import Tensor
 
 from ema_timm.checkpoints.weights import check_bounds
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 
 # As timm itself looks for them.
 _WEIGHTS = ("state_dict", "model")
@@ -28,10 +28,10 @@ _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParal
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights, and what the file they came in says.
+    """Weights, and the metadata of their file.
 
     Attributes:
-        file: Where they were read.
+        file: The file they were read from.
         state: Tensors by name, without the wrappers ``module.`` and ``_orig_mod.``.
         averaged: Whether these are the averaged weights (timm's ``--model-ema``).
         architecture: timm's name of the network, or None.
@@ -52,12 +52,12 @@ def read_checkpoint(file: str | Path, averaged: bool = False) -> Checkpoint:
 
     Args:
         file: ``.safetensors``, or a pickle of tensors, numbers and strings; of Python's classes
-            it may hold ``argparse.Namespace`` alone, which timm's train script saves.
+            it may hold only ``argparse.Namespace``, which timm's train script saves.
         averaged: Take the averaged weights instead of the trained ones.
 
     Raises:
-        UserError: If the file is missing or damaged, claims more than it holds, wants to run code,
-            or has no such weights.
+        UserError: If the file is missing or damaged, declares more than it holds, needs to run
+            code, or has no such weights.
     """
     file = Path(file)
     if not file.is_file():
@@ -91,8 +91,7 @@ def _load(file: Path) -> dict:
         raise UserError(_refusal(file, str(error))) from error
     except Exception as error:  # a damaged pickle or archive can end in any
         raise UserError(
-            f"{file} cannot be read: {first_line(error).rstrip('.')}. Copy it again, or take "
-            "another checkpoint."
+            f"{file} cannot be read: {sentence(error)} Copy it again, or take another checkpoint."
         ) from error
     return content if isinstance(content, dict) else {}
 
@@ -108,7 +107,7 @@ def _refusal(file: Path, text: str) -> str:
         )
     return (
         f"{file} is refused: loading it would run {wanted[1]}, and a checkpoint needs no code "
-        "beyond argparse.Namespace. Where you trust it, save its state dict alone: "
+        "except argparse.Namespace. If you trust it, save only its state dict: "
         "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')."
     )
 
@@ -127,14 +126,14 @@ def unwrap(content: Mapping, averaged: bool = False) -> dict[str, Tensor]:
     state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
     if state is None and averaged:
         raise UserError(
-            "there are no averaged weights. Train with timm's --model-ema, or leave out "
+            "it has no averaged weights. Train with timm's --model-ema, or leave out "
             "--use-averaged."
         )
     state = content if state is None else state
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(
-            "there is no state dict in it, a mapping of names to tensors. Save "
-            "model.state_dict(), or give a checkpoint of timm's train script."
+            "it has no state dict, a mapping of names to tensors. Save model.state_dict(), or give "
+            "a checkpoint of timm's train script."
         )
     return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
@@ -151,13 +150,13 @@ def _arguments(file: Path, content: dict) -> dict:
         arguments = yaml.safe_load(beside.read_text("utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(
-            f"{beside} cannot be read: {first_line(error)}. Repair or remove it."
+            f"{beside} cannot be read: {sentence(error)} Repair or remove it."
         ) from error
     return arguments if isinstance(arguments, dict) else {}
 
 
 def resolve_architecture(checkpoint: Checkpoint, model: str = "") -> str:
-    """The network of a checkpoint: as told, else as the file says.
+    """The timm name of a checkpoint's network: the given one, else the one in the file.
 
     Raises:
         UserError: If neither names a network of timm.
@@ -165,5 +164,7 @@ def resolve_architecture(checkpoint: Checkpoint, model: str = "") -> str:
     name = model or checkpoint.architecture or ""
     if is_model(name.partition(".")[0]):
         return name.partition(".")[0]
-    said = f"timm has no model {name!r}" if name else f"{checkpoint.file} does not say its network"
-    raise UserError(f"{said}. Give it as --model, such as resnet50_ema (see timm.list_models()).")
+    fault = (
+        f"timm has no model {name!r}" if name else f"{checkpoint.file} does not name its network"
+    )
+    raise UserError(f"{fault}. Give it as --model, such as resnet50_ema (see timm.list_models()).")

@@ -1,7 +1,7 @@
-"""results.json: what was measured, of which weights, how. Filled by whoever measures or trains.
+"""results.json: the metrics of a checkpoint, and how it was trained and measured.
 
-One JSON object. Times in s, accuracies in %, sizes in pixels. A key whose fact is unknown is left
-out or null; unknown keys are kept by everything that rewrites the file.
+Training and ``evaluate`` write it. One JSON object; times in s, accuracies in %, sizes in pixels.
+A key whose value is unknown is missing or null. Keys that this version does not know are kept.
 
 Always there (`FORMAT` 1):
 
@@ -14,7 +14,7 @@ Always there (`FORMAT` 1):
 - ``input``: ``input_size`` [C, H, W], ``interpolation``, ``mean``, ``std``, ``crop_pct``,
   ``crop_mode`` of the measurement.
 
-Measured, where it was:
+If it was measured:
 
 - ``metrics``: ``top1``, ``top5`` (null below six classes), ``loss`` (mean cross-entropy),
   ``correct``, ``images``.
@@ -25,11 +25,11 @@ Measured, where it was:
 - ``evaluation``: how `ema_timm.measure.evaluation` measured ``metrics``: ``data`` (``name``,
   ``split``, ``images``, ``fingerprint``), ``per_class`` (class name to ``images`` and
   ``correct``), ``dtype``, ``amp_dtype``, ``device``, ``batch_size``, ``versions``.
-- ``plots``: names of the pictures in the folder.
+- ``plots``: names of the figures in the folder.
 
-Of a training, where one is known (`ema_timm.training.run` writes all of them):
+Of a training, if one is known (`ema_timm.training.run` writes all of them):
 
-- ``base``: ``model``, ``weights``, ``hub_repository``, ``license`` of the start.
+- ``base``: ``model``, ``weights``, ``hub_repository``, ``license`` of the initial weights.
 - ``best_epoch``, ``history`` (an object an epoch), ``arguments`` (every setting), ``data``
   (``train`` and ``val``, each ``images`` and ``fingerprint``), ``device``, ``processes``,
   ``versions``.
@@ -37,16 +37,16 @@ Of a training, where one is known (`ema_timm.training.run` writes all of them):
   ``images_per_second`` trained on in that time by all processes, ``peak_memory_mib`` (the most
   that the process had held until then: allocated by PyTorch on a GPU, else resident), and the
   ``metrics`` of the validation images after it.
-- ``extended_after``: numbers of epochs after which a finished run was extended: there a new run
-  began, from the last weights, with a schedule of its own.
-- ``stopped_early``: where a run ended before its last epoch: the ``epoch``, and the ``patience``
-  that it had: so many epochs in a row brought none better.
-- ``class_weights``: weights of the classes in the loss, by name, where there were some.
-- ``trained_with``: the script, where it is not `ema_timm.training.run`; ``epoch`` of its
+- ``extended_after``: numbers of epochs after which a finished run was extended: a new run
+  started there from the last weights, with its own schedule.
+- ``stopped_early``: if a run ended before its last epoch: the ``epoch``, and the ``patience``,
+  the number of epochs without improvement after which it ended.
+- ``class_weights``: weights of the classes in the loss, by name, if there were some.
+- ``trained_with``: the script, if it is not `ema_timm.training.run`; ``epoch`` of its
   checkpoint.
 - ``checkpoint``: ``file`` that the folder was written from, and whether its ``averaged`` weights.
 
-Told, not measured (options of ``ema-timm card``):
+Given as options of ``ema-timm card``:
 
 - ``card``: ``license``, ``license_name``, ``license_link``, ``datasets`` (ids on the Hub),
   ``base_model``, ``repo_id``.
@@ -92,15 +92,10 @@ def read_results(file: Path) -> dict:
     """Read and check a results.json.
 
     Raises:
-        UserError: If it is missing, damaged, of a newer format, or lacks what is always there.
+        UserError: If it is missing, damaged or of a newer format, or lacks a required key.
     """
     results = read_json(file, "Measure the weights with: ema-timm evaluate FOLDER --data-dir DIR")
-    form = results.get("format", FORMAT)
-    if form != FORMAT:
-        raise UserError(
-            f"{file} is of format {form!r}, and this ema-timm reads format {FORMAT}. Update it: "
-            "pip install -U ema-timm"
-        )
+    check_format(results, file)
     for key, kind in _REQUIRED.items():
         if not isinstance(results.get(key), kind):
             raise UserError(
@@ -111,15 +106,25 @@ def read_results(file: Path) -> dict:
     return results
 
 
+def check_format(results: dict, file: Path) -> None:
+    """Raise UserError for a results.json of a newer format."""
+    found = results.get("format", FORMAT)
+    if found != FORMAT:
+        raise UserError(
+            f"{file} is of format {found!r}, and this ema-timm reads format {FORMAT}. Update it: "
+            "pip install -U ema-timm"
+        )
+
+
 def read_own_results(path: Path, config: dict) -> dict:
-    """Read a folder's results.json, which must be of the weights and the network beside it.
+    """Read a folder's results.json, which must be of the folder's weights and network.
 
     Args:
         path: The folder.
         config: Content of its config.json.
 
     Raises:
-        UserError: If it is of others, or `read_results` refuses it.
+        UserError: If it is of others, or `read_results` raises one.
     """
     results, digest = read_results(path / RESULTS), sha256(path / WEIGHTS)
     measure = f"Measure these weights: ema-timm evaluate {path} --data-dir DIR"
@@ -131,14 +136,14 @@ def read_own_results(path: Path, config: dict) -> dict:
     named = (results["architecture"], len(results["classes"]))
     if named != (config["architecture"], config["num_classes"]):
         raise UserError(
-            f"{path / RESULTS} is of {named[0]} with {named[1]} classes, and config.json of "
+            f"{path / RESULTS} is of {named[0]} with {named[1]} classes, but config.json is of "
             f"{config['architecture']} with {config['num_classes']}. {measure}"
         )
     for index, (mine, its) in enumerate(zip(results["classes"], _labels(config), strict=False)):
         if mine != its:
             raise UserError(
-                f"{path / RESULTS} names class {index} {mine!r}, and label_names in config.json "
-                f"{its!r}. Correct label_names. Where they are right: {measure}"
+                f"{path / RESULTS} names class {index} {mine!r}, but label_names in config.json "
+                f"names it {its!r}. Correct label_names. If they are right: {measure}"
             )
     return results
 
@@ -147,55 +152,55 @@ def _labels(config: dict) -> list:
     return config.get("label_names") or []
 
 
-def without_places(results: dict) -> dict:
-    """``results`` with the names of files and folders for their places, and nothing of loading.
+def without_local_paths(results: dict) -> dict:
+    """``results`` with names of files and folders instead of their paths.
 
     Args:
-        results: Content of results.json; ``arguments`` is where a training's settings stand.
+        results: Content of results.json; ``arguments`` holds a training's settings.
     """
     arguments = results.get("arguments")
     if not isinstance(arguments, dict):
         return results
-    return {**results, "arguments": hide_places(arguments)}
+    return {**results, "arguments": hide_local_paths(arguments)}
 
 
-def hide_places(arguments: dict) -> dict:
-    """Settings of a training without where on a machine its files were.
+def hide_local_paths(arguments: dict) -> dict:
+    """Settings of a training with names of files instead of paths, and without loading arguments.
 
     Args:
-        arguments: As JSON; ``model_kwargs`` is what the network was made with.
+        arguments: As JSON; ``model_kwargs`` are the arguments of the network.
     """
-    public = {name: _without_place(value) for name, value in arguments.items()}
+    public = {name: _without_path(value) for name, value in arguments.items()}
     for key in _PATHS:
         if isinstance(public.get(key), str):
             public[key] = Path(public[key]).name
     if isinstance(public.get("model"), str):
-        public["model"] = public_name(public["model"])
+        public["model"] = public_model_name(public["model"])
     if isinstance(arguments.get("model_kwargs"), dict):
-        public["model_kwargs"] = _without_place(without_loading(arguments["model_kwargs"]))
+        public["model_kwargs"] = _without_path(without_loading(arguments["model_kwargs"]))
     return public
 
 
-def _without_place(value: Any) -> Any:
-    """An absolute path's name, also inside lists and objects; anything else as it is."""
+def _without_path(value: Any) -> Any:
+    """The name of an absolute path, also inside lists and objects; other values as they are."""
     if isinstance(value, str):
         absolute = value.startswith("~") or any(kind(value).is_absolute() for kind in _SYSTEMS)
         return PureWindowsPath(value).name if absolute else value
     if isinstance(value, dict):
-        return {name: _without_place(each) for name, each in value.items()}
+        return {name: _without_path(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_place(each) for each in value]
+        return [_without_path(each) for each in value]
     return value
 
 
-def public_name(model: str) -> str:
-    """A timm name for results that are published: of a local folder its name, not its place."""
+def public_model_name(model: str) -> str:
+    """A timm name without local paths: of a folder only its name."""
     source, _, folder = model.partition(":")
     return f"local-dir:{Path(folder).name}" if source == "local-dir" else model
 
 
 def describe(network: nn.Module, digest: str, classes: list[str], data_config: dict) -> dict:
-    """What results.json says of a network before anything is measured.
+    """The content of results.json for a network that is not measured yet.
 
     Args:
         network: The network.

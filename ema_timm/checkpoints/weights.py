@@ -1,4 +1,4 @@
-"""Weights checked before anyone is given them: whole, finite, and those of their network."""
+"""Checks of weights before use: the file is what it claims, and its tensors are the network's."""
 
 import os
 import struct
@@ -9,9 +9,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ema_timm.errors import UserError, first_line, some
+from ema_timm.errors import UserError, sentence, some
+
+LONGEST_HEADER = 4 * 2**20
+"""Bytes of a safetensors header: enough for some 40,000 tensors."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ARCHIVE = b"PK\x03\x04"
+_UNREADABLE = (OSError, zipfile.BadZipFile, NotImplementedError, ValueError)
+_TOGETHER = "Put the config.json and the weights of one checkpoint together."
 
 
 def check_file(file: Path, expected: dict[str, Tensor]) -> None:
@@ -34,18 +40,18 @@ def check_file(file: Path, expected: dict[str, Tensor]) -> None:
                 _check_tensor(file, name, weights.get_tensor(name), expected[name])
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file} is damaged: {str(error).rstrip('.')}. Copy the file again from where it was "
-            "whole, or write the folder anew."
+            f"{file} is damaged: {sentence(error)} Copy the file again from where it was whole, or "
+            "write the folder again."
         ) from error
 
 
 def load_checked(network: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """Load weights that must be whole, finite and of this network.
+    """Load weights, which must be complete, finite and of this network.
 
     Args:
-        network: Where they go.
+        network: Takes the weights.
         state: The weights.
-        file: Where they came from, for what is said of them.
+        file: Where they came from, for errors.
 
     Raises:
         UserError: If they are not.
@@ -57,56 +63,15 @@ def load_checked(network: nn.Module, state: dict[str, Tensor], file: Path) -> No
     network.load_state_dict(state)
 
 
-def _check_names(file: Path, found: set[str], expected: dict[str, Tensor]) -> None:
-    """Refuse weights whose names are not those of the network."""
-    missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
-    if missing or unknown:
-        said = [f"lacks {some(missing, 3)}"] if missing else []
-        said += [f"has {some(unknown, 3)}"] if unknown else []
-        raise UserError(
-            f"{file} is not of the network that config.json names: it {' and '.join(said)}. "
-            "Put the config.json and the weights of one checkpoint together."
-        )
-
-
-def _check_tensor(file: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
-    """Refuse a tensor of another shape or type than the network's, or that is not finite."""
-    if tensor.shape != expected.shape:
-        raise UserError(
-            f"{file}: {name} is {tuple(tensor.shape)}, and the network of config.json takes "
-            f"{tuple(expected.shape)}. Put the config.json and the weights of one checkpoint "
-            "together."
-        )
-    floating = expected.is_floating_point()
-    if tensor.dtype not in (_FLOATS if floating else (expected.dtype,)):
-        raise UserError(
-            f"{file}: {name} is {tensor.dtype}, and the network takes {expected.dtype}. The "
-            "header lies or the file was converted wrongly; write the folder anew."
-        )
-    if floating and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise UserError(
-            f"{file}: {name} holds {bad} NaN or infinite values. Train again with a smaller "
-            "learning rate, or take an earlier checkpoint."
-        )
-
-
-# MERGED: What a checkpoint file claims to hold, against what it is: asked before anything is unpacked.
-LONGEST_HEADER = 4 * 2**20
-"""Bytes of a safetensors header: enough for some 40,000 tensors."""
-
-_ARCHIVE = b"PK\x03\x04"
-_UNREADABLE = (OSError, zipfile.BadZipFile, NotImplementedError, ValueError)
-
-
 def check_bounds(file: Path) -> None:
-    """Refuse a checkpoint file that claims more than it holds.
+    """Check the sizes that a checkpoint file declares, before anything in it is unpacked.
 
     Args:
         file: A safetensors file by its name, else an archive or a pickle by its first bytes.
 
     Raises:
-        UserError: If it does, or cannot be read, such as an archive that is cut short.
+        UserError: If they are larger than the file, or it cannot be read, such as an archive that
+            is cut short.
     """
     try:
         size = os.path.getsize(file)
@@ -118,13 +83,12 @@ def check_bounds(file: Path) -> None:
             _check_records(file, size)
     except _UNREADABLE as error:
         raise UserError(
-            f"{file} cannot be read: {first_line(error).rstrip('.')}. Copy it again, or take "
-            "another checkpoint."
+            f"{file} cannot be read: {sentence(error)} Copy it again, or take another checkpoint."
         ) from error
 
 
 def _check_header(file: Path, start: bytes, size: int) -> None:
-    """Refuse a long header; one that is longer than the file is left to safetensors to name."""
+    """Refuse a long header. safetensors itself names a header that is longer than the file."""
     claimed = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if LONGEST_HEADER < claimed <= size:
         raise UserError(
@@ -134,11 +98,44 @@ def _check_header(file: Path, start: bytes, size: int) -> None:
 
 
 def _check_records(file: Path, size: int) -> None:
-    """Refuse an archive whose records are larger than itself: torch.save packs none."""
+    """Refuse an archive whose records are larger than itself: torch.save does not compress."""
     with zipfile.ZipFile(file) as archive:
         unpacked = sum(record.file_size for record in archive.infolist())
     if unpacked > size:
         raise UserError(
             f"{file} is refused: its records unpack to {unpacked:,} bytes, more than the file has, "
-            "and those of torch.save are not packed. Save it again with torch.save."
+            "but torch.save does not compress. Save it again with torch.save."
+        )
+
+
+def _check_names(file: Path, found: set[str], expected: dict[str, Tensor]) -> None:
+    """Refuse weights whose names are not those of the network."""
+    missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
+    if missing or unknown:
+        faults = [f"lacks {some(missing, 3)}"] if missing else []
+        faults += [f"has {some(unknown, 3)}"] if unknown else []
+        raise UserError(
+            f"{file} is not of the network that config.json names: it {' and '.join(faults)}. "
+            f"{_TOGETHER}"
+        )
+
+
+def _check_tensor(file: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
+    """Refuse a tensor of another shape or type than the network's, or that is not finite."""
+    if tensor.shape != expected.shape:
+        raise UserError(
+            f"{file}: {name} is {tuple(tensor.shape)}, and the network of config.json takes "
+            f"{tuple(expected.shape)}. {_TOGETHER}"
+        )
+    floating = expected.is_floating_point()
+    if tensor.dtype not in (_FLOATS if floating else (expected.dtype,)):
+        raise UserError(
+            f"{file}: {name} is {tensor.dtype}, and the network takes {expected.dtype}. The "
+            "header is wrong, or the file was converted wrongly. Write the folder again."
+        )
+    if floating and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise UserError(
+            f"{file}: {name} holds {bad} NaN or infinite values. Train again with a smaller "
+            "learning rate, or take an earlier checkpoint."
         )

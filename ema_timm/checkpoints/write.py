@@ -1,4 +1,4 @@
-"""A checkpoint of any origin -> a checkpoint folder in timm's Hub format, not measured yet."""
+"""Write the checkpoint folder of any checkpoint, in timm's Hub format, without metrics."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from ema_timm.checkpoints.layout import RESULTS, WEIGHTS
 from ema_timm.checkpoints.network import check_network, rebuild
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.read import Checkpoint, read_checkpoint
-from ema_timm.checkpoints.results import describe, hide_places, public_name
+from ema_timm.checkpoints.results import describe, hide_local_paths, public_model_name
 from ema_timm.errors import UserError
 
 
@@ -25,7 +25,7 @@ def write_folder(
     model_args: dict,
     output: str | Path,
     labels: Labels | None,
-    told: dict | None = None,
+    overrides: dict | None = None,
 ) -> Path:
     """Write a folder: weights, config.json and a results.json without measurements.
 
@@ -35,13 +35,13 @@ def write_folder(
         model_args: Arguments that rebuild it, beside name and classes.
         output: Folder to write; it must not hold a checkpoint already.
         labels: Names of the classes; None leaves them to the first measurement.
-        told: Preprocessing of the evaluation, over the training's own, by timm's names.
+        overrides: Preprocessing of the evaluation by timm's names, over that of the training.
 
     Raises:
         UserError: If the folder holds a checkpoint or cannot be written.
     """
-    told = {**checkpoint.arguments, **(told or {})}
-    data = preprocessing(network, model_args, told, use_test_size=True)
+    settings = {**checkpoint.arguments, **(overrides or {})}
+    data = preprocessing(network, model_args, settings, use_test_size=True)
     folder = CheckpointWriter(output)
     if (folder.path / WEIGHTS).exists():
         raise UserError(
@@ -56,9 +56,9 @@ def write_folder(
     digest = hashlib.sha256(content).hexdigest()
     classes = names or [str(index) for index in range(network.num_classes)]
     folder.write_json(RESULTS, describe(network, digest, classes, data) | _origin(checkpoint))
-    # Last: a folder with weights is whole, and one without is written anew by the next call.
+    # Last: a folder with weights is complete, and the next call writes one without again.
     folder.write(WEIGHTS, lambda path: path.write_bytes(content))
-    check_network(folder.path)  # what was written loads
+    check_network(folder.path)
     return folder.path
 
 
@@ -81,7 +81,7 @@ def write_converted(
         averaged: Take the averaged weights.
 
     Returns:
-        What was done, with the names that were not used.
+        The conversion, with the names that were not used.
     """
     checkpoint, done = convert_checkpoint(read_checkpoint(source, averaged), model, rename)
     network, model_args = rebuild(checkpoint, done.architecture, done.model_args)
@@ -93,14 +93,14 @@ def write_converted(
 
 
 def _origin(checkpoint: Checkpoint) -> dict:
-    """What is known of the file and of the training, without where files were."""
+    """What is known of the file and of the training, without local paths."""
     known = {"checkpoint": {"file": checkpoint.file.name, "averaged": checkpoint.averaged}}
     if not checkpoint.arguments:
         return known
     known |= {
         "trained_with": "timm train.py",
         "base": _base(checkpoint.arguments),
-        "arguments": hide_places(json.loads(json.dumps(checkpoint.arguments, default=str))),
+        "arguments": hide_local_paths(json.loads(json.dumps(checkpoint.arguments, default=str))),
     }
     if checkpoint.epoch:
         known["epoch"] = checkpoint.epoch
@@ -108,7 +108,7 @@ def _origin(checkpoint: Checkpoint) -> dict:
 
 
 def _base(arguments: dict) -> dict:
-    """What the training started from, by its arguments."""
+    """The initial weights of the training, by its arguments."""
     name = str(arguments.get("model"))
     given = arguments.get("initial_checkpoint") or arguments.get("pretrained_path")
     repository = weights = licence = None
@@ -122,7 +122,7 @@ def _base(arguments: dict) -> dict:
         repository, licence = cfg.hf_hub_id, cfg.license
         weights = repository or "timm's pretrained weights"
     return {
-        "model": public_name(name),
+        "model": public_model_name(name),
         "weights": weights,
         "hub_repository": repository,
         "license": licence,

@@ -1,11 +1,13 @@
 """The command ``ema-timm``: each subcommand parses, makes one library call and prints.
 
-Results go to stdout, messages to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped.
+Results go to stdout, messages to stderr.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from ema_timm import __version__
 from ema_timm.cli import (
@@ -24,7 +26,7 @@ from ema_timm.errors import HubError, InterruptedRunError, UserError, Verificati
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code."""
+    """Run one subcommand and return the exit code."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
@@ -38,28 +40,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ema-timm: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"ema-timm: {error}. What was saved before is whole.", file=sys.stderr)
+        print(f"ema-timm: {error}. Files written before are intact.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("ema-timm: stopped.", file=sys.stderr)
+        print("ema-timm: interrupted.", file=sys.stderr)
         return 130
 
 
 def _message(error: UserError) -> str:
-    """The one line; a loader process wraps it in its traceback, which ends with it."""
+    """The error's one line. A data-loader process wraps it in a traceback that ends with it."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}: "
     return str(error).strip().splitlines()[-1].removeprefix(kind)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Keeps indented lines of a text as they are, so that examples can be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        lines = text.splitlines()
+        return "\n".join(
+            line if line.startswith(" ") else fill(line, width, indent) for line in lines
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, built without importing torch."""
     parser = argparse.ArgumentParser(
         prog="ema-timm",
-        description="EMA attention (Efficient Multi-scale Attention) for timm: train, measure, "
-        "publish. Not an exponential moving average.",
+        description="Train, measure, compare, export and publish timm models with EMA attention "
+        "(Efficient Multi-scale Attention; not an exponential moving average).",
     )
     parser.add_argument("--version", action="version", version=f"ema-timm {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparser = partial(argparse.ArgumentParser, formatter_class=_HelpFormatter)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=subparser
+    )
     for group in (training, recipes, measure, see, checkpoints, publishing, yolo, bench, tune, env):
         group.add_commands(commands)
     return parser

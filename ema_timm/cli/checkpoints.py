@@ -12,39 +12,49 @@ def add_commands(commands) -> None:
     _add_card(commands)
 
 
-_TOLD = (
-    ("license", "ID", "licence of the weights, by the Hub's names: apache-2.0, mit, other, ..."),
-    ("license_name", "NAME", "its name, where --license is other"),
-    ("license_link", "URL", "where its text is, where --license is other"),
-    ("datasets", "ID", "data set on the Hub that it was trained on; may be given several times"),
-    ("base_model", "USER/NAME", "repository of the weights that training started from"),
-    ("repo_id", "USER/NAME", "repository that the folder is for, named in the examples"),
-)
-"""Facts that nobody can measure."""
+_METADATA = {
+    "license": (
+        "--license",
+        "ID",
+        "licence of the weights, as the Hub names it: apache-2.0, mit, other",
+    ),
+    "license_name": ("--license-name", "NAME", "name of the licence, if --license is other"),
+    "license_link": ("--license-link", "URL", "link to the licence, if --license is other"),
+    "datasets": (
+        "--trained-on",
+        "ID",
+        "dataset on the Hub that the model was trained on; repeat the option for several",
+    ),
+    "base_model": ("--base-model", "USER/NAME", "repository of the initial weights"),
+    "repo_id": ("--repo-id", "USER/NAME", "repository of the model, for the examples on the card"),
+}
+"""Options for the fields of the card that no measurement gives."""
 
 
 def _add_convert(commands) -> None:
     command = commands.add_parser(
         "convert",
-        help="turn the authors' or others' EMA checkpoints into a folder",
-        description="Map a checkpoint of a network with EMA attention, such as the authors', onto "
-        "timm's names and write a checkpoint folder. Groups and stages are read off the weights.",
-        epilog="example: ema-timm convert model_best.pth.tar --model mobilenetv2_100_ema --output "
-        "runs/authors; then: ema-timm evaluate runs/authors --data-dir DIR",
+        help="convert a checkpoint of the authors' code into a folder",
+        description="Convert a checkpoint of the authors' code, or of others with EMA attention, "
+        "to timm's names and write a checkpoint folder. The command finds the groups and stages in "
+        "the weights.",
+        epilog="example:\n"
+        "  ema-timm convert model_best.pth.tar --model mobilenetv2_100_ema --output runs/authors\n"
+        "  ema-timm evaluate runs/authors --data-dir DIR",
     )
     command.add_argument("source", metavar="CHECKPOINT", help="checkpoint file")
     command.add_argument("--output", required=True, help="checkpoint folder to write")
-    command.add_argument("--model", default="", help="timm model name, with or without _ema")
+    command.add_argument("--model", default="", help="timm model name (with or without _ema)")
     command.add_argument(
         "--rename",
         nargs="+",
         type=pair,
         default=[],
         metavar="OLD=NEW",
-        help="new names of modules, such as model.7=layer3.5.se",
+        help="rename modules, such as model.7=layer3.5.se",
     )
-    command.add_argument("--labels", default="", help="class names, as in ema-timm evaluate")
-    command.add_argument("--use-averaged", action="store_true", help="take averaged weights")
+    command.add_argument("--labels", default="", help="file of class names, as in evaluate")
+    command.add_argument("--use-averaged", action="store_true", help="use the averaged weights")
     command.set_defaults(run=_convert)
 
 
@@ -65,16 +75,16 @@ def _convert(args: argparse.Namespace) -> int:
 def _add_card(commands) -> None:
     command = commands.add_parser(
         "card",
-        help="write a folder's README.md from its results",
-        description="Write the README.md of a checkpoint folder from results.json. What is "
-        "measured comes from there; what nobody can measure is told by options, once.",
+        help="write the model card of a checkpoint folder",
+        description="Write README.md, the model card, from the measurements in results.json. "
+        "The options give what cannot be measured. The folder remembers them.",
+        epilog="example:\n  ema-timm card runs/flowers --license mit --repo-id USER/flowers",
     )
-    command.add_argument("folder", metavar="FOLDER", help="a checkpoint folder")
-    for name, metavar, help in _TOLD:
+    command.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
+    for name, (flag, metavar, help) in _METADATA.items():
         action = "append" if name == "datasets" else "store"
-        flag = "--dataset" if name == "datasets" else "--" + name.replace("_", "-")
         command.add_argument(flag, dest=name, metavar=metavar, help=help, action=action)
-    command.add_argument("--force", action="store_true", help="replace a card edited by hand")
+    command.add_argument("--force", action="store_true", help="replace a card that you edited")
     command.set_defaults(run=_card)
 
 
@@ -82,14 +92,13 @@ def _card(args: argparse.Namespace) -> int:
     from ema_timm.checkpoints.cards.file import EditedCardError
     from ema_timm.publishing.kinds import kind_of
 
-    told = {name: value for name, *_ in _TOLD if (value := getattr(args, name))}
+    given = {name: value for name in _METADATA if (value := getattr(args, name))}
     try:
-        written = kind_of(args.folder).write_card(args.folder, told, args.force)
+        written = kind_of(args.folder).write_card(args.folder, given, args.force)
     except EditedCardError as error:
         print(error.diff)
         raise
     for name in written.unknown:
-        option = "--" + name.removesuffix("s")
-        print(f"{name}: unknown and left out; tell it with {option}", file=sys.stderr)
+        print(f"{name}: not set; use {_METADATA[name][0]}", file=sys.stderr)
     print(f"{args.folder}/README.md: {'written' if written.changed else 'unchanged'}")
     return 0

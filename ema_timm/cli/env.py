@@ -5,7 +5,9 @@ import argparse
 
 def add_commands(commands) -> None:
     """Add the subcommand to the parser."""
-    command = commands.add_parser("env", help="versions and what can run here, for bug reports")
+    command = commands.add_parser(
+        "env", help="print versions and what can run here, for bug reports"
+    )
     command.set_defaults(run=_env)
 
 

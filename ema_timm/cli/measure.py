@@ -10,12 +10,13 @@ def add_commands(commands) -> None:
     """Add the subcommand to the parser."""
     command = commands.add_parser(
         "evaluate",
-        help="measure a checkpoint on an image folder",
-        description="Measure a checkpoint folder, or a checkpoint file of timm's train script, and "
-        "write results.json and a confusion matrix into its folder. Counts as timm's validate.py "
-        "does, to the last image.",
-        epilog="example: ema-timm evaluate output/train/model_best.pth.tar --data-dir flowers "
-        "--output runs/flowers",
+        help="measure the accuracy of a checkpoint on images",
+        description="Measure a checkpoint folder, or a checkpoint file of timm's train.py. Write "
+        "results.json and a confusion matrix into the folder. The counts equal those of timm's "
+        "validate.py.",
+        epilog="examples:\n"
+        "  ema-timm evaluate runs/flowers --data-dir flowers\n"
+        "  ema-timm evaluate model_best.pth.tar --data-dir flowers --output runs/flowers",
     )
     command.add_argument("source", metavar="CHECKPOINT", help="checkpoint folder or file")
     add_options(command, EvaluateConfig)
@@ -23,7 +24,7 @@ def add_commands(commands) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from ema_timm.measure.evaluation import evaluate
+    from ema_timm.measure import evaluate
 
     config = EvaluateConfig(**given_options(args, EvaluateConfig))
     metrics = evaluate(config)["metrics"]

@@ -15,38 +15,51 @@ def add_commands(commands) -> None:
 def _add_publish(commands) -> None:
     command = commands.add_parser(
         "publish",
-        help="put a checkpoint folder on the Hugging Face Hub, verified",
-        description="Put a checkpoint folder on the Hugging Face Hub in one commit: weights "
-        "(never a pickle), config.json, card, results and pictures. It is loaded back before and "
-        "after. Publishing the same folder twice makes no second commit.",
-        epilog="The token is that of hf auth login, or HF_TOKEN. Uploads do not go through xet; "
-        "HF_HUB_DISABLE_XET=0 lets the client use xet, on which --time-limit has no hold.",
+        help="upload a checkpoint folder to the Hugging Face Hub",
+        description="Upload a checkpoint folder to the Hugging Face Hub in one commit: weights "
+        "(never a pickle), config.json, model card, results and figures. The command loads the "
+        "model before and after the upload. Publishing the same folder again makes no new commit.",
+        epilog="example:\n"
+        "  ema-timm publish runs/flowers --repo-id USER/flowers --dry-run\n"
+        "Log in with hf auth login, or set HF_TOKEN. Uploads do not use xet unless you set "
+        "HF_HUB_DISABLE_XET=0; --time-limit cannot interrupt them then.",
     )
     command.add_argument(
-        "folder", metavar="FOLDER", help="a checkpoint folder, or one of ema-timm yolo --folder"
+        "folder",
+        metavar="FOLDER",
+        help="checkpoint folder, or one that ema-timm yolo --folder wrote",
     )
-    command.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the repository")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
-    command.add_argument("--revision", default="main", help="branch (default: %(default)s)")
-    command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     command.add_argument(
-        "--force", action="store_true", help="replace a card on the Hub that was edited by hand"
+        "--repo-id", required=True, metavar="USER/NAME", help="repository to upload to"
+    )
+    command.add_argument(
+        "--private", action="store_true", help="make the repository private if it is new"
+    )
+    command.add_argument(
+        "--revision", default="main", help="branch to commit to (default: %(default)s)"
+    )
+    command.add_argument(
+        "--create-pr", action="store_true", help="open a pull request instead of a commit"
+    )
+    command.add_argument(
+        "--force", action="store_true", help="replace a card that was edited on the Hub"
     )
     command.add_argument(
         "--time-limit",
         type=float,
         default=3600.0,
         metavar="SECONDS",
-        help="for everything on the network (default: %(default).0f)",
+        help="stop all network operations after this time (default: %(default).0f)",
     )
     command.add_argument(
-        "--dry-run", action="store_true", help="check, print what would be sent; no network"
+        "--dry-run", action="store_true", help="check the folder and list the files, offline"
     )
     command.set_defaults(run=_publish)
 
 
 def _publish(args: argparse.Namespace) -> int:
-    # Read when the client is imported. Without xet every step is under the time limit.
+    # The client reads this when it is imported. The time limit can interrupt only uploads
+    # without xet.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from ema_timm.checkpoints.cards.file import EditedCardError
     from ema_timm.hub.commit import Destination
@@ -70,14 +83,19 @@ def _publish(args: argparse.Namespace) -> int:
 def _add_export(commands) -> None:
     command = commands.add_parser(
         "export",
-        help="write the network of a checkpoint folder as ONNX, TorchScript or torch.export (.pt2)",
+        help="write a model as an ONNX, TorchScript or torch.export file",
         description="Write the network of a checkpoint folder as one file into that folder. Batch, "
-        "height and width stay free unless --batch or --img-size fixes them. The file is opened "
-        "again and compared with the network on three inputs before it gets its name.",
+        "height and width stay free unless --batch-size or --img-size fixes them. The file "
+        "is opened again and compared with the network on three inputs before it gets its name.",
         epilog="example: ema-timm export runs/flowers --format onnx --img-size 224",
     )
     command.add_argument("folder", metavar="FOLDER", help="a checkpoint in timm's format")
-    command.add_argument("--format", required=True, choices=("onnx", "torchscript", "pt2"))
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=("onnx", "torchscript", "pt2"),
+        help="file format; pt2 is torch.export",
+    )
     command.add_argument(
         "--img-size",
         type=int,
@@ -85,7 +103,7 @@ def _add_export(commands) -> None:
         metavar="PIXELS",
         help="fix the image size (one number, or height and width): fewer and faster operators",
     )
-    command.add_argument("--batch", type=int, metavar="IMAGES", help="fix the batch size, too")
+    command.add_argument("--batch-size", type=int, metavar="IMAGES", help="fix the batch size, too")
     command.add_argument(
         "--reparam", action="store_true", help="fold the weights of other layers, as timm does"
     )
@@ -106,16 +124,16 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(
             f"--int8 and --exporter need --format onnx, got --format {args.format}. Leave them out."
         )
-    if args.batch is not None and args.batch < 1:
-        raise UserError(f"--batch must be at least 1, got {args.batch}.")
-    if args.int8 and args.batch not in (None, 1):
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    if args.int8 and args.batch_size not in (None, 1):
         raise UserError(
-            f"--int8 compares one image at a time, got --batch {args.batch}. Leave --batch out, "
-            "or give --batch 1."
+            f"--int8 compares one image at a time, got --batch-size {args.batch_size}. Leave it out, or "
+            "give --batch-size 1."
         )
     from ema_timm.export import InputSize, export, quantize_int8
 
-    fixed = InputSize(_image_size(args.img_size), args.batch)
+    fixed = InputSize(_image_size(args.img_size), args.batch_size)
     done = export(args.folder, args.format, args.reparam, args.exporter, fixed)
     sizes = ", ".join("x".join(map(str, size)) for size in done.sizes)
     print(f"{done.path}: agrees with the network at {sizes} to {done.difference:.1e}")

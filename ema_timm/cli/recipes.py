@@ -8,14 +8,15 @@ def add_commands(commands) -> None:
     """Add the subcommand to the parser."""
     command = commands.add_parser(
         "recipes",
-        help="settings for train.py: the paper's experiments and a fine-tuning run",
-        description="Without NAME, list the recipes; with it, print one. What is printed is YAML "
-        "for timm's train.py, or for the paper's detectors a model YAML of YOLOv5, written from "
-        "the clone in which the command runs.",
-        epilog="example: ema-timm recipes finetune_warm_start > finetune.yaml; "
-        "train.py -c finetune.yaml --data-dir flowers",
+        help="print settings for timm's train.py, such as those of the paper",
+        description="Print a recipe, or without NAME the list of recipes. A recipe is a YAML file "
+        "for timm's train.py. For the paper's detectors it is a model YAML of YOLOv5; run the "
+        "command in a clone of YOLOv5 then.",
+        epilog="example:\n"
+        "  ema-timm recipes finetune_warm_start > finetune.yaml\n"
+        "  python train.py -c finetune.yaml --data-dir flowers",
     )
-    command.add_argument("name", nargs="?", metavar="NAME", help="the recipe to print")
+    command.add_argument("name", nargs="?", metavar="NAME", help="recipe to print")
     command.set_defaults(run=_recipes)
 
 

@@ -13,16 +13,16 @@ def add_commands(commands) -> None:
     _add_predict(commands)
 
 
-_CHECKPOINT = "a checkpoint folder, a timm name or hf-hub:USER/NAME"
+_CHECKPOINT = "checkpoint folder, timm name or hf-hub:USER/NAME"
 
 
 def _add_attend(commands) -> None:
     command = commands.add_parser(
         "attend",
         help="draw where EMA attention looks in images",
-        description="Draw the gate map of each stage over images, with the gates along height and "
-        "width at its edges, and Grad-CAM. Images are rows, stages are columns.",
-        epilog="example: ema-timm attend runs/flowers rose.jpg tulip.jpg --output attend.png",
+        description="Draw the attention map of each stage over the images, the gates along height "
+        "and width at its edges, and Grad-CAM. Each image is a row, each stage a column.",
+        epilog="example:\n  ema-timm attend runs/flowers rose.jpg tulip.jpg --output attend.png",
     )
     command.add_argument("source", metavar="CHECKPOINT", help=_CHECKPOINT)
     command.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
@@ -31,7 +31,7 @@ def _add_attend(commands) -> None:
 
 
 def _attend(args: argparse.Namespace) -> int:
-    from ema_timm.see.attention import attend
+    from ema_timm.see import attend
 
     done = attend(AttendConfig(**given_options(args, AttendConfig)))
     for row in done.rows:
@@ -44,14 +44,17 @@ def _attend(args: argparse.Namespace) -> int:
 def _add_predict(commands) -> None:
     command = commands.add_parser(
         "predict",
-        help="labels and probabilities of images",
+        help="print labels and probabilities of images",
         description="Classify images with the preprocessing of a checkpoint, as timm's "
-        "inference.py does. Unreadable images are reported and skipped, and the exit code is 1.",
-        epilog="example: ema-timm predict runs/flowers photos --output predictions.csv "
-        "--sheet sheet.png",
+        "inference.py does. The command skips unreadable images with a message, and the exit code "
+        "is then 1.",
+        epilog="example:\n"
+        "  ema-timm predict runs/flowers photos --output predictions.csv --sheet sheet.png",
     )
     command.add_argument(
-        "source", metavar="CHECKPOINT", help=f"{_CHECKPOINT}, or an .onnx file in such a folder"
+        "source",
+        metavar="CHECKPOINT",
+        help=f"{_CHECKPOINT}, or an .onnx file in a checkpoint folder",
     )
     command.add_argument("images", metavar="IMAGE", nargs="+", help="image files and folders")
     add_options(command, PredictConfig)
@@ -59,7 +62,7 @@ def _add_predict(commands) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ema_timm.see.classify import predict
+    from ema_timm.see import predict
 
     config = PredictConfig(**given_options(args, PredictConfig))
     done = predict(config)
@@ -69,8 +72,8 @@ def _predict(args: argparse.Namespace) -> int:
             print("\t".join([row.filename, *best]))
     else:
         print(f"{config.output}: {len(done.rows)} images")
-    if done.left_off:
-        print(f"{config.sheet}: without the last {done.left_off} images", file=sys.stderr)
+    if done.omitted:
+        print(f"{config.sheet}: does not show the last {done.omitted} images", file=sys.stderr)
     for line in done.unreadable:
         print(line, file=sys.stderr)
     return 1 if done.unreadable else 0

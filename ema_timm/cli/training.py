@@ -3,9 +3,9 @@
 import argparse
 import os
 
-from ema_timm.compare.settings import ATTENTION, CompareConfig, make_plan
+from ema_timm.compare.settings import ATTENTION, CompareConfig, make_comparison
 from ema_timm.errors import UserError
-from ema_timm.options import add_options, given_options, read_settings
+from ema_timm.options import add_options, given_options, option_name, read_settings
 from ema_timm.training.settings import FinetuneConfig
 
 
@@ -21,18 +21,17 @@ def _add_finetune(commands) -> None:
         "finetune",
         help="fine-tune a timm model on an image folder",
         description="Fine-tune any timm model on an image folder and write a checkpoint folder "
-        "in timm's Hub format. Also runs under torchrun.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="example: ema-timm finetune --model resnet50_ema --data-dir flowers "
-        "--output runs/flowers; after an interruption: "
-        "ema-timm finetune --resume --output runs/flowers",
+        "in timm's Hub format. Run it under torchrun to use several GPUs.",
+        epilog="examples:\n"
+        "  ema-timm finetune --model resnet50_ema --data-dir flowers --output runs/flowers\n"
+        "  ema-timm finetune --resume --output runs/flowers",
     )
     add_options(command, FinetuneConfig)
     command.add_argument(
         "--resume",
         action="store_true",
-        help="continue the interrupted run in --output, with its settings; a finished one "
-        "with more --epochs, as a new run from its last weights",
+        help="continue the run in --output with its settings; train a finished one for more "
+        "--epochs",
     )
     _add_config(command)
     command.set_defaults(run=_finetune)
@@ -44,18 +43,14 @@ def _add_config(command) -> None:
         "--config",
         metavar="FILE.yaml",
         default=argparse.SUPPRESS,
-        help="settings from a YAML file; those on the command line win over it",
+        help="read settings from a YAML file; the command line overrides it",
     )
 
 
 def _given(args: argparse.Namespace) -> dict:
-    """The settings of finetune that were given, in the file and on the command line."""
-    given = given_options(args, FinetuneConfig)
-    return (
-        {**read_settings(args.config, FinetuneConfig), **given}
-        if hasattr(args, "config")
-        else given
-    )
+    """The settings of finetune that were given in the file or on the command line."""
+    file = read_settings(args.config, FinetuneConfig) if hasattr(args, "config") else {}
+    return {**file, **given_options(args, FinetuneConfig)}
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -66,13 +61,13 @@ def _finetune(args: argparse.Namespace) -> int:
 
     results = continue_run(given) if args.resume else finetune(FinetuneConfig(**given))
     metrics = results["metrics"]
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if os.environ.get("RANK", "0") == "0":  # only one process prints
         print(f"{given['output']}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")
     return 0
 
 
 def _check_given(given: dict, required: list[str]) -> None:
-    missing = [f"--{name.replace('_', '-')}" for name in required if not given.get(name)]
+    missing = [option_name(name) for name in required if not given.get(name)]
     if missing:
         raise UserError(f"finetune needs {', '.join(missing)}; see ema-timm finetune --help.")
 
@@ -80,31 +75,35 @@ def _check_given(given: dict, required: list[str]) -> None:
 def _add_compare(commands) -> None:
     command = commands.add_parser(
         "compare",
-        help="train one network with several attention layers, several seeds each",
-        description="Put each attention layer into the same slots of the same network, train all "
-        "with the same settings, seeds and images, and make a table of accuracy and cost. What is "
-        "done is skipped, what was begun continues. All options of finetune are taken.",
-        epilog="example: ema-timm compare --model resnet50 --attention none se eca cbam coord ema "
-        "--data-dir flowers --seeds 5 --output runs/compare; to go on, or to make the table: "
-        "ema-timm compare --output runs/compare",
+        help="train one network with several attention layers and seeds",
+        description="Train the same network with different attention layers in the same places, "
+        "with the same settings, seeds and images, and write a table of accuracy and cost. "
+        "Finished runs are skipped and interrupted runs resume. All options of finetune apply.",
+        epilog="examples:\n"
+        "  ema-timm compare --model resnet50 --attention none se ema --data-dir flowers \\\n"
+        "      --seeds 5 --output runs/compare\n"
+        "  ema-timm compare --output runs/compare",
     )
     command.add_argument(
         "--attention",
         nargs="+",
         metavar="LAYER",
-        help="none, ema, ema-no-cross-spatial and names of timm's create_attn; arguments follow "
+        help="none, ema, ema-no-cross-spatial or names of timm's create_attn; add arguments after "
         f"an @, as in ema@groups=8 (default: {' '.join(ATTENTION)})",
     )
     command.add_argument(
-        "--devices", nargs="+", metavar="DEVICE", help="devices to run on side by side"
+        "--devices",
+        nargs="+",
+        metavar="DEVICE",
+        help="run on these devices in parallel, such as cuda:0 cuda:1",
     )
     add_options(command, CompareConfig)
     kind = command.add_mutually_exclusive_group()
     kind.add_argument(
-        "--list", action="store_true", help="train nothing: print a finetune command for each run"
+        "--list", action="store_true", help="only print a finetune command for each run"
     )
     kind.add_argument(
-        "--collect", action="store_true", help="train nothing: make the table of what is there"
+        "--collect", action="store_true", help="only make the table of the finished runs"
     )
     add_options(command, FinetuneConfig)
     _add_config(command)
@@ -113,16 +112,16 @@ def _add_compare(commands) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     own = given_options(args, CompareConfig)
-    plan = make_plan(_given(args), args.attention, own.get("seeds"))
+    comparison = make_comparison(_given(args), args.attention, own.get("seeds"))
 
-    from ema_timm.compare.comparison import collect, compare, list_commands
+    from ema_timm.compare.comparison import compare, list_commands
     from ema_timm.compare.report import markdown
 
     if args.list:
-        print(*list_commands(plan), sep="\n")
+        print(*list_commands(comparison), sep="\n")
         return 0
     devices, config = args.devices or [None], CompareConfig(**own)
-    table = collect(plan, devices[0], config) if args.collect else compare(plan, devices, config)
+    table = compare(comparison, devices, config, train=not args.collect)
     print(markdown(table))
     return 1 if any(row["why_not"] for row in table["rows"]) and not args.collect else 0
 
@@ -130,9 +129,10 @@ def _compare(args: argparse.Namespace) -> int:
 def _add_quickstart(commands) -> None:
     command = commands.add_parser(
         "quickstart",
-        help="train a small EMA model on handwritten digits, offline, in about a minute",
-        description="Fine-tune a small EMA model on the handwritten digits of scikit-learn, "
-        "reload it by name in a fresh process and check that it is the same. Needs no network.",
+        help="train a small EMA model on handwritten digits, offline",
+        description="Train a small EMA model on scikit-learn's handwritten digits, offline, in "
+        "about a minute. Reload it by name in a new process and check that the accuracy is the "
+        "same.",
     )
     command.add_argument(
         "--output", default="runs/quickstart", help="folder to write (default: %(default)s)"

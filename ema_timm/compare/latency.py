@@ -1,4 +1,4 @@
-"""The time of one image in the networks of a comparison, side by side."""
+"""Latency of one image in each network of a comparison, measured in turn."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.bench.model import inference
-from ema_timm.bench.timing import machine, round_robin
-from ema_timm.checkpoints.network import check_network, load_network
-from ema_timm.environment import pick_device
+from ema_timm.bench.timing import Clock, round_robin
+from ema_timm.checkpoints.network import open_network
+from ema_timm.environment import machine, pick_device
 from ema_timm.errors import UserError, VerificationError, first_line
 from ema_timm.export.formats import open_onnx
 from ema_timm.export.write import export
@@ -18,29 +18,29 @@ _ROUNDS = 20
 
 
 def latencies(folders: Mapping[str, Path], device: str) -> dict:
-    """Time an inference of one image by PyTorch.
+    """Time the inference of one image in PyTorch.
 
     Args:
-        folders: A checkpoint folder of each variant.
-        device: Where.
+        folders: A checkpoint folder for each variant.
+        device: The device.
 
     Returns:
-        ``machine``, and ``ms``: of each variant the median, lowest and highest of the rounds.
+        ``machine``, and ``ms``: median, lowest and highest time of the rounds for each variant.
     """
     where = torch.device(pick_device(device))
     calls = {}
     for name, folder in folders.items():
         network, image = _network(folder)
         calls[name] = inference(network.to(where), image.to(where))
-    times = round_robin(calls, _ROUNDS, where, "latency")
+    times = round_robin(calls, _ROUNDS, Clock(where), "latency")
     return {"machine": machine(where), "ms": {n: t._asdict() for n, t in times.items()}}
 
 
 def exported_latencies(folders: Mapping[str, Path]) -> dict:
-    """The same of each network as ONNX Runtime runs its exported file, on the CPU.
+    """Time the exported networks in ONNX Runtime on the CPU.
 
     Returns:
-        As `latencies`, and ``why_not`` of the variants that cannot be exported.
+        As `latencies`, and ``why_not`` for variants that cannot be exported.
     """
     calls, why_not = {}, {}
     for name, folder in folders.items():
@@ -52,13 +52,12 @@ def exported_latencies(folders: Mapping[str, Path]) -> dict:
         _, image = _network(folder)
         calls[name] = lambda run=run, image=image: run(image)
     where = torch.device("cpu")
-    times = round_robin(calls, _ROUNDS, where, "exported latency") if calls else {}
+    times = round_robin(calls, _ROUNDS, Clock(where), "exported latency") if calls else {}
     ms = {name: timing._asdict() for name, timing in times.items()}
     return {"machine": machine(where), "ms": ms, "why_not": why_not}
 
 
 def _network(folder: Path) -> tuple[nn.Module, Tensor]:
-    """A network, and an image of its size."""
-    config = check_network(folder)
-    network = load_network(folder, config)
-    return network, torch.zeros(1, *config["pretrained_cfg"]["input_size"])
+    """A network, and an image of its input size."""
+    network, _ = open_network(folder)
+    return network, torch.zeros(1, *network.pretrained_cfg["input_size"])

@@ -1,7 +1,7 @@
-"""The picture of a comparison: accuracy against cost, and the differences to the plain network.
+"""The figure of a comparison: accuracy against cost, and the differences to the plain network.
 
-The rows of the right panel name the marks of the left one. Colours are Okabe and Ito's, which
-colour-blind readers can tell apart, and each has a mark of its own.
+The right panel is the legend of the left one. Colours are Okabe and Ito's, which colour-blind
+readers can tell apart, and each variant has its own marker.
 """
 
 from itertools import cycle
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from ema_timm.compare.rows import BETTER, NO_DIFFERENCE, WORSE
 from ema_timm.compare.variants import NONE
+from ema_timm.figures import OKABE_ITO
 
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 
 
@@ -27,7 +27,7 @@ def save_comparison(content: dict, path: Path) -> None:
     rows = [row for row in content["rows"] if "top1" in row]
     looks = [
         {"color": colour, "marker": mark, "linestyle": "none", "capsize": 3, "markersize": 6}
-        for _, colour, mark in zip(rows, cycle(_COLOURS), cycle(_MARKS), strict=False)
+        for _, colour, mark in zip(rows, cycle(OKABE_ITO.values()), cycle(_MARKS), strict=False)
     ]
     figure = Figure(figsize=(10, 1.9 + 0.3 * max(len(rows), 6)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))

@@ -1,24 +1,44 @@
-"""The rows as a Markdown table with what its reader must know, and as CSV."""
+"""The files of a comparison: compare.json, the table in Markdown and as CSV, the figure."""
 
 import csv
 import io
-from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from ema_timm.checkpoints.folder import CheckpointWriter
 
 _MACS = (
-    "Multiply-accumulates are of one image: convolutions, linear layers and matrix products count, "
-    "EMA attention in the closed form that runs. Images/s and peak memory are of the training "
-    "process, as the runs measured them"
+    "Multiply-accumulates are for one image. Convolutions, linear layers and matrix products "
+    "count; EMA attention counts in the closed form that runs. Images/s and peak memory are those "
+    "of the training process"
 )
+_LATENCIES = ("latency", "exported_latency")
+_TEXTS = ("attention", "start", "missing")
+
+
+def write_report(content: dict, output: Path) -> None:
+    """Write compare.json, compare.md, compare.csv and, if matplotlib is installed, compare.png.
+
+    Args:
+        content: The content of compare.json.
+        output: The folder.
+    """
+    folder = CheckpointWriter(output)
+    folder.write_json("compare.json", content)
+    folder.write_text("compare.md", markdown(content))
+    folder.write_text("compare.csv", as_csv(content))
+    if find_spec("matplotlib") and any("top1" in row for row in content["rows"]):
+        from ema_timm.compare.picture import save_comparison
+
+        folder.write("compare.png", lambda path: save_comparison(content, path))
 
 
 def markdown(content: dict) -> str:
     """The table, its notes and the command.
 
     Args:
-        content: Content of compare.json.
+        content: The content of compare.json.
     """
     rows = content["rows"]
     columns = [[title, *(cell(row, content) for row in rows)] for title, cell in _COLUMNS]
@@ -30,10 +50,10 @@ def markdown(content: dict) -> str:
 
 
 def as_csv(content: dict) -> str:
-    """The numbers, not rounded, one row a variant.
+    """The numbers, not rounded, with one row for each variant.
 
     Args:
-        content: Content of compare.json.
+        content: The content of compare.json.
     """
     rows = [_flat(row, content) for row in content["rows"]]
     text = io.StringIO()
@@ -52,7 +72,7 @@ def _flat(row: dict, content: dict) -> dict:
         flat[f"difference_{key}"] = (row.get("difference") or {}).get(key)
     for key in ("parameters", "macs", "macs_by_definition", "images_per_second", "peak_memory_mib"):
         flat[key] = row.get(key)
-    for key in ("latency", "exported_latency"):
+    for key in _LATENCIES:
         flat[f"{key}_ms"] = _median(key, row, content)
     return {**flat, "start": row.get("start"), "why_not": "; ".join(row["why_not"])}
 
@@ -62,30 +82,28 @@ def _notes(content: dict) -> str:
     which = f"seed {seeds[0]}"
     if len(seeds) > 1:
         which = f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]})"
-    counts = ", ".join(
-        f"{images[part]} {part}" for part in ("train", "val", "test") if part in images
-    )
+    parts = [part for part in ("train", "val", "test") if part in images]
+    counts = ", ".join(f"{images[part]} {part}" for part in parts)
     chosen = (
-        "the epoch was chosen on the validation images"
+        "and the epoch was chosen on the validation images"
         if images["measured_on"] == "test"
-        else "on which the epoch was chosen as well, so that they are somewhat too good"
+        else "which the epoch was chosen on as well, so they are slightly too high"
     )
-    machine = " and ".join(
-        sorted({content[key]["machine"]["name"] for key in _LATENCIES if key in content})
-    )
-    return (
-        f"{content['model']}, {which}; images: {counts or 'none yet'}. Accuracies are of the "
+    notes = (
+        f"{content['model']}, {which}; images: {counts or 'none yet'}. Accuracies are on the "
         f"{images['measured_on']} images, {chosen}; ± is the standard deviation over the seeds. "
-        "With one seed every variant starts from the same weights outside its attention layers and "
-        "sees the same images in the same order. Differences to `none` are paired by seed, with "
-        f"Student's {content['confidence']:.0%} interval. Of twenty such intervals one misses zero "
-        f"by chance where nothing differs.\n\n{_MACS}."
-        + (
-            f" Latencies are of one image, the median of rounds in turn, on {machine}."
-            if machine
-            else ""
-        )
+        "With the same seed, all variants start from the same weights outside their attention "
+        "layers and see the same images in the same order. Differences to `none` are paired by "
+        f"seed, with Student's {content['confidence']:.0%} confidence interval. About one such "
+        f"interval in twenty excludes zero by chance.\n\n{_MACS}."
     )
+    machines = {content[key]["machine"]["name"] for key in _LATENCIES if key in content}
+    if machines:
+        notes += (
+            " Latencies are for one image, the median of rounds in turn, "
+            f"on {' and '.join(sorted(machines))}."
+        )
+    return notes
 
 
 def _name(row: dict, content: dict) -> str:
@@ -123,7 +141,7 @@ def _latency(key: str, row: dict, content: dict) -> str:
 
 
 def _median(key: str, row: dict, content: dict) -> float | None:
-    """Median time in ms of one image, where it was measured."""
+    """Median latency in ms, if it was measured."""
     return content.get(key, {}).get("ms", {}).get(row["variant"], {}).get("median")
 
 
@@ -135,48 +153,18 @@ def _missing(row: dict, content: dict) -> str:
     return "; ".join(row["why_not"]).replace("|", "\\|")
 
 
-def _of(key: str, cell: Callable[[str, dict, dict], str]) -> Callable[[dict, dict], str]:
-    """A cell of one of several numbers that are written alike."""
-    return lambda row, content: cell(key, row, content)
-
-
-_LATENCIES = ("latency", "exported_latency")
-_TEXTS = ("attention", "start", "missing")
-
 _COLUMNS = (
     ("attention", _name),
-    ("top-1 (%)", _of("top1", _accuracy)),
-    ("top-5 (%)", _of("top5", _accuracy)),
+    ("top-1 (%)", partial(_accuracy, "top1")),
+    ("top-5 (%)", partial(_accuracy, "top5")),
     ("difference to `none` (points)", _difference),
-    ("parameters", _of("parameters", _rounded)),
+    ("parameters", partial(_rounded, "parameters")),
     ("MACs (M)", _macs),
-    ("images/s", _of("images_per_second", _rounded)),
-    ("peak memory (MiB)", _of("peak_memory_mib", _rounded)),
-    ("latency (ms)", _of("latency", _latency)),
-    ("latency, ONNX (ms)", _of("exported_latency", _latency)),
+    ("images/s", partial(_rounded, "images_per_second")),
+    ("peak memory (MiB)", partial(_rounded, "peak_memory_mib")),
+    ("latency (ms)", partial(_latency, "latency")),
+    ("latency, ONNX (ms)", partial(_latency, "exported_latency")),
     ("start", _start),
     ("missing", _missing),
 )
-"""Title and cell; a column without any cell is left out."""
-
-
-# MERGED: compare.json, the table in Markdown and CSV, and the picture where matplotlib is there.
-try:
-    from ema_timm.compare.picture import save_comparison
-except ImportError:  # matplotlib is an extra
-    save_comparison = None
-
-
-def write_report(content: dict, output: Path) -> None:
-    """Write compare.json, compare.md, compare.csv and compare.png.
-
-    Args:
-        content: What compare.json will hold.
-        output: The folder.
-    """
-    folder = CheckpointWriter(output)
-    folder.write_json("compare.json", content)
-    folder.write_text("compare.md", markdown(content))
-    folder.write_text("compare.csv", as_csv(content))
-    if save_comparison is not None and any("top1" in row for row in content["rows"]):
-        folder.write("compare.png", lambda path: save_comparison(content, path))
+"""Title and cell. A column with only empty cells is omitted."""

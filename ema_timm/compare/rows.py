@@ -1,37 +1,37 @@
-"""Run folders -> the rows of the table.
+"""The rows of the table, from the results of the runs, with confidence intervals.
 
-Every number is one of a results.json, or the mean of such numbers.
+Every number comes from a results.json, or is the mean of such numbers.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from ema_timm.compare.runs import PlannedRun, Stand
-from ema_timm.compare.schedule import reason
-from ema_timm.compare.variants import NONE, Variant, start_of
+from ema_timm.compare.runs import PlannedRun, Status
+from ema_timm.compare.schedule import failure_reason
+from ema_timm.compare.variants import NONE, Variant, describe_start
 
+CONFIDENCE = 0.95
 NO_DIFFERENCE, BETTER, WORSE = "no difference shown", "better", "worse"
 
 
 def measured_runs(runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[dict]:
-    """What each run has measured, or why it has not.
+    """The numbers of each run, or why it has none.
 
     Args:
         runs: All runs of the comparison.
         failed: Why runs failed just now, by their names.
 
     Returns:
-        An object a run: ``variant``, ``seed``, ``folder``, and either ``why_not`` or its numbers.
+        An object for each run: ``variant``, ``seed``, ``folder``, and either ``why_not`` or its
+        numbers.
     """
     objects, first = [], None
     for run in runs:
         entry = {"variant": run.variant.name, "seed": run.seed, "folder": run.folder.name}
-        stand = run.stand()
-        results = run.results()
-        if stand is not Stand.DONE or results is None:
-            objects.append(entry | {"why_not": failed.get(run.name) or _why_not(run, stand)})
+        status, results = run.status(), run.results()
+        if status is not Status.DONE or results is None:
+            objects.append(entry | {"why_not": failed.get(run.name) or _why_not(run, status)})
             continue
         first = first or (run.folder.name, _images(results))
         other = _other_images(results, *first)
@@ -39,17 +39,17 @@ def measured_runs(runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[di
     return objects
 
 
-def _why_not(run: PlannedRun, stand: Stand) -> str:
-    if stand is Stand.TRAINED or not run.log.is_file():
-        return stand.value
-    return reason(run.log)
+def _why_not(run: PlannedRun, status: Status) -> str:
+    if status is Status.TRAINED or not run.log.is_file():
+        return status.value
+    return failure_reason(run.log)
 
 
 def _other_images(results: dict, name: str, images: dict) -> str:
-    """Why a run cannot be compared with the one called ``name``, of these images; else empty."""
+    """Why a run cannot be compared with the run ``name`` on ``images``; empty if it can."""
     for part, data in _images(results).items():
         if data != images.get(part):
-            return f"its {part} images are not those of {name}"
+            return f"its {part} images differ from those of {name}"
     return ""
 
 
@@ -61,17 +61,15 @@ def _images(results: dict) -> dict:
 
 
 def _numbers(results: dict) -> dict:
-    history = results["history"]
+    history, macs = results["history"], results["macs"]
     speeds = [e["images_per_second"] for e in history if e.get("images_per_second")]
     peaks = [e["peak_memory_mib"] for e in history if e.get("peak_memory_mib")]
     return {
         **results["metrics"],
         "best_epoch": results["best_epoch"],
         "parameters": results["parameters"],
-        "macs": results["macs"]["total"],
-        "macs_by_definition": results["macs"]["total"]
-        - results["macs"]["ema"]
-        + results["macs"]["ema_definition"],
+        "macs": macs["total"],
+        "macs_by_definition": macs["total"] - macs["ema"] + macs["ema_definition"],
         "images_per_second": statistics.median(speeds) if speeds else None,
         "peak_memory_mib": max(peaks, default=None),
         "weights_sha256": results["weights_sha256"],
@@ -82,19 +80,20 @@ def _numbers(results: dict) -> dict:
 def make_rows(
     measured: Sequence[dict], variants: Sequence[Variant], model_kwargs: dict
 ) -> list[dict]:
-    """One row a variant.
+    """One row for each variant.
 
     Args:
-        measured: As `measured_runs` gives them.
+        measured: From `measured_runs`.
         variants: The variants, in the order of the table.
-        model_kwargs: What every network was made with.
+        model_kwargs: Arguments of every network.
 
     Returns:
-        ``variant``, ``model``, ``model_kwargs``, ``seeds`` that are done, ``why_not`` of the
-        others; and where some are done ``top1`` and ``top5`` (``mean``, ``std`` over the seeds, in
-        %), ``difference`` (to the plain network, paired by seed: ``mean``, ``low`` and ``high`` of
-        its 95% interval in percentage points, ``pairs``, ``verdict``), ``parameters``, ``macs``,
-        ``images_per_second`` (mean), ``peak_memory_mib`` (highest), ``start``.
+        For each variant ``variant``, ``model``, ``model_kwargs``, ``seeds`` of its finished runs,
+        and ``why_not`` of the others. If some are finished also ``top1`` and ``top5`` (``mean``
+        and ``std`` over the seeds, in %), ``difference`` to the plain network, paired by seed
+        (``mean``, ``low`` and ``high`` of its 95% interval in percentage points, ``pairs``,
+        ``verdict``), ``parameters``, ``macs``, ``images_per_second`` (mean), ``peak_memory_mib``
+        (highest) and ``start``.
     """
     by_variant = {v.name: [m for m in measured if m["variant"] == v.name] for v in variants}
     plain = {m["seed"]: m["top1"] for m in by_variant.get(NONE, []) if "why_not" not in m}
@@ -107,17 +106,17 @@ def make_rows(
             "model": variant.model,
             "model_kwargs": kwargs,
             "seeds": [m["seed"] for m in done],
-            "why_not": _why(by_variant[variant.name]),
+            "why_not": _reasons(by_variant[variant.name]),
         }
         if done:
             row |= _summary(done)
-            row["start"] = start_of(variant, kwargs, done[0]["weights"])
+            row["start"] = describe_start(variant, kwargs, done[0]["weights"])
             row["difference"] = None if variant.name == NONE else _difference(done, plain)
         rows.append(row)
     return rows
 
 
-def _why(entries: Sequence[dict]) -> list[str]:
+def _reasons(entries: Sequence[dict]) -> list[str]:
     """Why runs are missing: each reason once, with its seeds."""
     seeds: dict[str, list[int]] = {}
     for entry in entries:
@@ -141,7 +140,7 @@ def _summary(done: Sequence[dict]) -> dict:
 
 
 def _over_seeds(values: list[float]) -> dict:
-    return {"mean": statistics.fmean(values), "std": spread(values)}
+    return {"mean": statistics.fmean(values), "std": standard_deviation(values)}
 
 
 def _difference(done: Sequence[dict], plain: dict[int, float]) -> dict | None:
@@ -149,56 +148,42 @@ def _difference(done: Sequence[dict], plain: dict[int, float]) -> dict | None:
     differences = [m["top1"] - plain[m["seed"]] for m in done if m["seed"] in plain]
     if not differences:
         return None
-    found = {"mean": statistics.fmean(differences), "pairs": len(differences)}
-    bounds = interval(differences)
-    if bounds is None:
-        return found | {"low": None, "high": None, "verdict": "one seed tells nothing of chance"}
-    verdict = NO_DIFFERENCE if bounds.holds_zero else BETTER if bounds.mean > 0 else WORSE
-    return found | {"low": bounds.low, "high": bounds.high, "verdict": verdict}
+    low, high = confidence_interval(differences)
+    if low is None:
+        verdict = "one seed gives no interval"
+    else:
+        verdict = BETTER if low > 0 else WORSE if high < 0 else NO_DIFFERENCE
+    row = {"mean": statistics.fmean(differences), "pairs": len(differences)}
+    return row | {"low": low, "high": high, "verdict": verdict}
 
 
-# MERGED: Mean, spread and Student's interval of a few numbers; no more than a table of seeds needs.
-LEVEL = 0.95
-
-
-class Interval(NamedTuple):
-    """A mean and the bounds of its confidence interval, in the unit of the numbers."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def holds_zero(self) -> bool:
-        """Whether zero is among the values that are not excluded."""
-        return self.low <= 0 <= self.high
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation with n - 1 in the denominator; None of fewer than two values."""
+def standard_deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation with n - 1 in the denominator; None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
-    """Student's confidence interval of the mean of independent values, normally distributed.
+def confidence_interval(
+    values: Sequence[float], level: float = CONFIDENCE
+) -> tuple[float, float] | tuple[None, None]:
+    """Student's confidence interval of the mean of independent, normally distributed values.
 
     Args:
         values: The values.
-        level: Part of such intervals that hold the true mean.
+        level: Fraction of such intervals that contain the true mean.
 
     Returns:
-        None of fewer than two values, which tell nothing of their spread.
+        Its bounds; None and None for fewer than two values.
     """
-    deviation = spread(values)
+    deviation = standard_deviation(values)
     if deviation is None:
-        return None
+        return None, None
     mean, count = statistics.fmean(values), len(values)
     half = t_quantile(0.5 + level / 2, count - 1) * deviation / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half)
+    return mean - half, mean + half
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The value that a Student-t variable is below with a probability, by bisection.
+    """Quantile of Student's t distribution, by bisection.
 
     Args:
         probability: From 0.5 up to below 1.
@@ -219,7 +204,7 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 
 def _t_within(t: float, degrees: int) -> float:
-    """Probability that a Student-t variable lies in [-t, t]: a finite sum for whole degrees.
+    """Probability of a Student-t variable in [-t, t]: a finite sum for whole degrees of freedom.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
     """

@@ -1,6 +1,7 @@
 """The runs of a comparison: ordinary finetune runs, and how far each of them is."""
 
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,34 +11,34 @@ from typing import NamedTuple
 
 from ema_timm.checkpoints.layout import RESULTS
 from ema_timm.checkpoints.results import read_results
-from ema_timm.compare.settings import Plan
+from ema_timm.compare.settings import Comparison
 from ema_timm.compare.variants import Variant
 from ema_timm.errors import UserError
-from ema_timm.options import spelled
+from ema_timm.options import command_arguments, option_name
 from ema_timm.training.checkpoint import public_arguments
-from ema_timm.training.data import find_test
+from ema_timm.training.data import find_test_folder
 from ema_timm.training.resume import RunState
 from ema_timm.training.settings import FinetuneConfig
 
 
-class Stand(Enum):
+class Status(Enum):
     """How far a run is."""
 
     NEW = "not begun"
     BEGUN = "begun"
-    TRAINED = "trained, not measured on the test images"
+    TRAINED = "trained, not evaluated on the test images"
     DONE = "done"
 
 
 class PlannedRun(NamedTuple):
-    """One variant with one seed.
+    """The run of one variant with one seed.
 
     Args:
         variant: The variant.
         seed: The seed.
-        settings: All settings of `FinetuneConfig` that differ from its own, by name.
-        test: The folder of test images, where there are some.
-        log: What the run tells, while `compare` runs it.
+        settings: The settings of `FinetuneConfig` that are not left at their defaults, by name.
+        test: The folder of test images, if there is one.
+        log: The file for the output of the run.
     """
 
     variant: Variant
@@ -53,14 +54,19 @@ class PlannedRun(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The run's name in messages."""
         return f"{self.variant.name}, seed {self.seed}"
 
+    @property
+    def config(self) -> FinetuneConfig:
+        """All settings of the run."""
+        return FinetuneConfig(**self.settings)
+
     def results(self) -> dict | None:
-        """What the run has measured, or None before its first epoch's end.
+        """The run's results, or None before the end of its first epoch.
 
         Raises:
-            UserError: If the folder is another run's, or results.json is damaged.
+            UserError: If the folder belongs to another run, or results.json is damaged.
         """
         file = self.folder / RESULTS
         if not file.is_file():
@@ -70,90 +76,72 @@ class PlannedRun(NamedTuple):
         return results
 
     def _check_own(self, arguments: dict) -> None:
-        wanted = public_arguments(FinetuneConfig(**self.settings))
-        for name, value in wanted.items():
+        expected = public_arguments(dataclasses.asdict(self.config))
+        for name, value in json.loads(json.dumps(expected)).items():  # tuples become lists
             if name in FinetuneConfig.ANYTIME or name not in arguments:
                 continue
-            if _as_json(arguments[name]) != _as_json(value):
+            if arguments[name] != value:
                 raise UserError(
-                    f"{self.folder} was trained with --{name.replace('_', '-')} "
-                    f"{arguments[name]!r}, and this comparison has {value!r}. Give another "
-                    "--output."
+                    f"{self.folder} was trained with {option_name(name)} {arguments[name]!r}, but "
+                    f"this comparison has {value!r}. Use another --output."
                 )
 
-    def stand(self) -> Stand:
-        """How far the run is; raises as `results` does."""
+    def status(self) -> Status:
+        """How far the run is. Raises as `results` does."""
         results = self.results()
         if results is None or not is_trained(results):
             state = RunState(self.folder)
-            return Stand.BEGUN if state.file.exists() or state.before.exists() else Stand.NEW
-        return Stand.DONE if self.test is None or self.is_tested(results) else Stand.TRAINED
-
-    def is_tested(self, results: dict) -> bool:
-        """Whether ``metrics`` are those of the test images."""
+            begun = state.file.exists() or state.before.exists()
+            return Status.BEGUN if begun else Status.NEW
+        if self.test is None:
+            return Status.DONE
         split = results.get("evaluation", {}).get("data", {}).get("split")
-        return self.test is not None and split == self.test.name
+        return Status.DONE if split == self.test.name else Status.TRAINED
 
     def arguments(self, device: str | None = None) -> list[str]:
         """``finetune`` and its options, to start the run or to continue it.
 
         Args:
-            device: Where it runs; None leaves what the settings say.
+            device: The device to run on; None means that of the settings.
         """
         settings = {**self.settings, **({"device": device} if device else {})}
-        resume = ["--resume"] if self.stand() is Stand.BEGUN else []
-        return ["finetune", *spelled(settings, FinetuneConfig), *resume]
+        resume = ["--resume"] if self.status() is Status.BEGUN else []
+        return ["finetune", *command_arguments(settings, FinetuneConfig), *resume]
 
 
 def is_trained(results: dict) -> bool:
-    """Whether a run has come to its end."""
+    """Whether a run has trained all its epochs, or stopped early."""
     history = results.get("history") or [{}]
     return "stopped_early" in results or history[-1].get("epoch") == results["arguments"]["epochs"]
 
 
-def plan_runs(plan: Plan, variants: Sequence[Variant]) -> list[PlannedRun]:
-    """All runs of a comparison, a seed after the other, so that every variant has come as far.
-
-    Args:
-        plan: What is compared.
-        variants: Its variants.
-    """
-    test = find_test(FinetuneConfig(**plan.settings))
+def plan_runs(comparison: Comparison, variants: Sequence[Variant]) -> list[PlannedRun]:
+    """All runs of a comparison, ordered by seed, so that all variants get equally far."""
+    config, given, output = comparison.config, comparison.settings, comparison.output
+    test = find_test_folder(config.data_dir, config.dataset, config.split)
+    fields = [field.name for field in dataclasses.fields(FinetuneConfig)]
     runs = []
-    for seed in plan.seed_numbers:
+    for seed in comparison.seed_numbers:
         for variant in variants:
             name = f"{variant.folder}-seed{seed}"
             settings = {
-                **plan.settings,
+                **given,
                 "model": variant.model,
-                "model_kwargs": {**plan.settings.get("model_kwargs", {}), **variant.model_kwargs},
-                "output": (plan.output / name).as_posix(),
+                "model_kwargs": {**config.model_kwargs, **variant.model_kwargs},
+                "output": (output / name).as_posix(),
                 "seed": seed,
             }
-            log = plan.output / "logs" / f"{name}.txt"
-            runs.append(PlannedRun(variant, seed, _in_order(settings), test, log))
+            ordered = {field: settings[field] for field in fields if field in settings}
+            log = output / "logs" / f"{name}.txt"
+            runs.append(PlannedRun(variant, seed, ordered, test, log))
     return runs
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """``ema-timm ARGUMENTS`` as a shell takes it."""
+    """``ema-timm ARGUMENTS``, quoted for a shell."""
     return shlex.join(["ema-timm", *arguments])
 
 
 def process_arguments(arguments: Sequence[str]) -> list[str]:
-    """The same as a process is told, by this interpreter."""
+    """``ema-timm ARGUMENTS`` as a process of this Python interpreter."""
     return [sys.executable, "-m", "ema_timm", *arguments]
-
-
-def _in_order(settings: dict) -> dict:
-    """Settings in the order in which ``--help`` has them."""
-    return {
-        f.name: settings[f.name] for f in dataclasses.fields(FinetuneConfig) if f.name in settings
-    }
-
-
-def _as_json(value):
-    """Tuples as the lists that they come back as from a file."""
-    if isinstance(value, dict):
-        return {key: _as_json(each) for key, each in value.items()}
-    return [_as_json(each) for each in value] if isinstance(value, list | tuple) else value

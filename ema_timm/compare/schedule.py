@@ -1,4 +1,4 @@
-"""Runs in processes of their own, one on each device at a time, and what is told meanwhile."""
+"""Trains runs in processes, one on each device at a time, and reports their progress."""
 
 import subprocess
 import sys
@@ -18,18 +18,18 @@ _POLL_SECONDS = 0.1
 
 @dataclass
 class _Child:
-    """A run under way."""
+    """A run that is training."""
 
     run: PlannedRun
     device: str | None
     process: subprocess.Popen
     started: float
-    asked: bool = False
+    stopping: bool = False
 
-    def ask_to_stop(self) -> None:
-        """Let it end after the step under way, once: a second request would not wait for that."""
-        if not self.asked:
-            self.asked = True
+    def stop(self) -> None:
+        """Let it end after the current step. A second signal would end it at once, so send one."""
+        if not self.stopping:
+            self.stopping = True
             self.process.terminate()
 
 
@@ -39,14 +39,15 @@ def run_all(
     finish: Callable[[PlannedRun, str | None], str],
     progress: bool = True,
 ) -> dict[str, str]:
-    """Run what is left, side by side on the devices.
+    """Train runs in parallel on the devices.
 
     Args:
-        runs: What is left to be trained.
-        devices: Where; one named twice runs two at a time, and None is what the settings say.
-        finish: Called with each run that has ended well and its device; measures it, and returns
-            what is told of it.
-        progress: Tell on stderr what is done, what is left and when it will end.
+        runs: The runs to train.
+        devices: The devices. A device named twice trains two runs at a time; None is the device
+            of the settings.
+        finish: Called with each run that ended successfully and its device. It evaluates the run
+            and returns a message about it.
+        progress: Report finished and remaining runs and the expected end on stderr.
 
     Returns:
         Why runs failed, by their names.
@@ -55,27 +56,27 @@ def run_all(
         InterruptedRunError: After Ctrl-C or SIGTERM. Every run can be continued.
     """
     left, free = deque(runs), deque(devices)
-    under_way: list[_Child] = []
-    told, failed = _Progress(len(runs), len(devices), progress), {}
+    training: list[_Child] = []
+    report, failed = _Progress(len(runs), len(devices), progress), {}
     with stop_on_signal() as stop:
         try:
-            while under_way or (left and not stop.requested):
+            while training or (left and not stop.requested):
                 while left and free and not stop.requested:
-                    under_way.append(_start(left.popleft(), free.popleft()))
-                for child in [c for c in under_way if c.process.poll() is not None]:
-                    under_way.remove(child)
+                    training.append(_start(left.popleft(), free.popleft()))
+                for child in [c for c in training if c.process.poll() is not None]:
+                    training.remove(child)
                     free.append(child.device)
                     if not stop.requested:
-                        why = _end(child, finish, told)
+                        why = _end(child, finish, report)
                         failed.update({child.run.name: why} if why else {})
-                _wait(under_way, stop)
+                _wait(training, stop)
         finally:
-            for child in under_way:  # a second Ctrl-C has come, or an error
+            for child in training:  # after a second Ctrl-C, or an error
                 child.process.kill()
                 child.process.wait()
-    if stop.requested and told.left:
+    if stop.requested and report.left:
         raise InterruptedRunError(
-            f"stopped with {told.left} of {len(runs)} runs to do; the same command goes on"
+            f"stopped with {report.left} of {len(runs)} runs to do; the same command continues"
         )
     return failed
 
@@ -88,38 +89,38 @@ def _start(run: PlannedRun, device: str | None) -> _Child:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for this process, which passes it on
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops them
         )
     return _Child(run, device, process, time.monotonic())
 
 
-def _end(child: _Child, finish: Callable, told: "_Progress") -> str:
-    """Finish a run that has ended; why it failed, or nothing."""
+def _end(child: _Child, finish: Callable, report: "_Progress") -> str:
+    """Finish a run whose process has ended; returns why it failed, or an empty text."""
     code = child.process.returncode
-    why = reason(child.run.log, code) if code else ""
+    why = failure_reason(child.run.log, code) if code else ""
     try:
         line = f"failed: {why}" if why else finish(child.run, child.device)
     except UserError as error:
         why = first_line(error)
-        line = f"not measured: {why}"
-    told.done(child.run, line, time.monotonic() - child.started)
+        line = f"not evaluated: {why}"
+    report.done(child.run, line, time.monotonic() - child.started)
     return why
 
 
-def _wait(under_way: Sequence[_Child], stop: Stop) -> None:
+def _wait(training: Sequence[_Child], stop: Stop) -> None:
     if stop.requested:
-        for child in under_way:
-            child.ask_to_stop()
-    if under_way:
+        for child in training:
+            child.stop()
+    if training:
         time.sleep(_POLL_SECONDS)
 
 
-def reason(log: Path, code: int | None = None) -> str:
-    """Why a run has ended as it did: the last line of what it told.
+def failure_reason(log: Path, code: int | None = None) -> str:
+    """Why a run failed: the last line of its output.
 
     Args:
-        log: What it told.
-        code: Its exit code, where that is known; below 0 the signal that ended it.
+        log: The file with its output.
+        code: Its exit code, if known. A negative code is the signal that ended it.
     """
     if code is not None and code < 0:
         return f"ended by signal {-code}"
@@ -128,31 +129,27 @@ def reason(log: Path, code: int | None = None) -> str:
 
 
 class _Progress:
-    """Lines on stderr: what is done, what is left, when it will end."""
+    """Lines on stderr: finished and remaining runs, and the expected end."""
 
-    def __init__(self, total: int, side_by_side: int, shown: bool):
-        self.total, self.side_by_side, self.shown = total, side_by_side, shown
+    def __init__(self, total: int, parallel: int, shown: bool):
+        self.total, self.parallel, self.shown = total, parallel, shown
         self.left, self.seconds = total, 0.0
 
     def done(self, run: PlannedRun, line: str, seconds: float) -> None:
-        """Tell of a run that has ended."""
+        """Report a run that has ended."""
         self.left -= 1
         self.seconds += seconds
-        count = self.total - self.left
-        self._tell(
-            f"[{count}/{self.total}] {run.name}: {line}, {seconds:.0f} s{self._ahead(count)}"
-        )
+        if self.shown:
+            count = self.total - self.left
+            line = f"[{count}/{self.total}] {run.name}: {line}, {seconds:.0f} s{self._rest(count)}"
+            print(line, file=sys.stderr, flush=True)
 
-    def _ahead(self, count: int) -> str:
+    def _rest(self, count: int) -> str:
         if not self.left:
             return ""
-        seconds = self.seconds / count * self.left / min(self.side_by_side, self.left)
+        seconds = self.seconds / count * self.left / min(self.parallel, self.left)
         end = datetime.now() + timedelta(seconds=seconds)
         return f"; {self.left} left, about {_duration(seconds)}, until {end:%a %H:%M}"
-
-    def _tell(self, line: str) -> None:
-        if self.shown:
-            print(line, file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a comparison can be told beside what its runs are told. No torch, so `--help` is instant."""
+"""Settings of a comparison. Imports no torch, so that ``--help`` is instant."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -7,11 +7,11 @@ from typing import Any
 
 from ema_timm.errors import UserError
 from ema_timm.files import write_whole
-from ema_timm.options import option
+from ema_timm.options import command_arguments, option, option_name
 from ema_timm.training.settings import FinetuneConfig
 
 ATTENTION = ("none", "se", "eca", "cbam", "coord", "ema")
-PLAN = "plan.json"
+FILE = "plan.json"
 
 
 @dataclass
@@ -19,22 +19,20 @@ class CompareConfig:
     """Settings of `ema_timm.compare`, beside those of its runs."""
 
     seeds: int = option(5, "runs of each variant, with the seeds --seed, --seed + 1, ...")
-    latency: bool = option(
-        False, "measure the time of one image in each network, side by side", flag=True
-    )
+    latency: bool = option(False, "measure the time of one image in each network", flag=True)
     exported_latency: bool = option(
-        False, "the same of the network exported to ONNX, in ONNX Runtime on the CPU", flag=True
+        False, "measure that of the ONNX files in ONNX Runtime on the CPU", flag=True
     )
 
 
 @dataclass
-class Plan:
-    """What is compared: enough to go on with it, or to make its table.
+class Comparison:
+    """What is compared. Its folder stores it, so that the comparison can be continued.
 
     Args:
         attention: The variants, as `ema_timm.compare.variants` reads them.
-        seeds: Runs of each.
-        settings: The settings of `FinetuneConfig` that were given, by name; ``model`` is the plain
+        seeds: Number of runs of each variant.
+        settings: The settings of `FinetuneConfig` that were given, by name. ``model`` is the plain
             network, ``output`` the folder of the comparison, ``seed`` the first seed.
     """
 
@@ -48,70 +46,80 @@ class Plan:
         return Path(self.settings["output"])
 
     @property
+    def config(self) -> FinetuneConfig:
+        """The settings of the plain network's run, with the defaults of those not given."""
+        return FinetuneConfig(**self.settings)
+
+    @property
     def seed_numbers(self) -> list[int]:
         """The seeds of the runs."""
-        first = self.settings.get("seed", FinetuneConfig.seed)
+        first = self.config.seed
         return list(range(first, first + self.seeds))
 
+    def arguments(self) -> list[str]:
+        """``compare`` and its options, which make this comparison."""
+        settings = command_arguments(self.settings, FinetuneConfig)
+        return ["compare", *settings, "--attention", *self.attention, "--seeds", str(self.seeds)]
+
     def save(self) -> None:
-        """Write the plan, from which the comparison goes on, into its folder."""
+        """Write the comparison into its folder, from which `make_comparison` reads it."""
         text = json.dumps(asdict(self), indent=2) + "\n"
-        write_whole(self.output / PLAN, lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(self.output / FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def make_plan(settings: dict, attention: list[str] | None, seeds: int | None) -> Plan:
-    """The plan that settings ask for; what they leave out is as in the folder's own plan.
+def make_comparison(
+    settings: dict[str, Any], attention: list[str] | None = None, seeds: int | None = None
+) -> Comparison:
+    """Set up a comparison, or continue the one in the folder ``settings["output"]``.
 
     Args:
-        settings: Of `FinetuneConfig`, by name, those that were given.
-        attention: The variants; None is those of the folder, or `ATTENTION`.
-        seeds: Runs of each; None likewise.
+        settings: Settings of `FinetuneConfig`, by name. A comparison that continues needs only
+            ``output``, and keeps its other settings.
+        attention: The variants; None means those in the folder, or `ATTENTION`.
+        seeds: Number of runs of each variant; None means as many as in the folder, or 5.
 
     Raises:
-        UserError: If something is missing, or is not what the runs in the folder were trained with.
+        UserError: If a setting is missing, or differs from the one that runs in the folder have.
     """
-    settings = json.loads(json.dumps(settings))  # lists for tuples, as they come back from a file
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     _require(settings, ["output"])
-    saved = _read(Path(settings["output"]) / PLAN)
+    saved = _read(Path(settings["output"]) / FILE)
     if saved:
         _check_same(saved.settings, settings)
-    old = saved or Plan()
-    plan = Plan(
+    old = saved or Comparison()
+    comparison = Comparison(
         attention or old.attention,
         old.seeds if seeds is None else seeds,
         {**old.settings, **settings},
     )
-    _require(plan.settings, ["model"])
-    if not plan.settings.get("data_dir") and not plan.settings.get("dataset"):
-        _require(plan.settings, ["data_dir"])
-    if plan.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {plan.seeds}.")
-    return plan
+    data = "dataset" if comparison.settings.get("dataset") else "data_dir"
+    _require(comparison.settings, ["model", data])
+    if comparison.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {comparison.seeds}.")
+    return comparison
 
 
 def _require(settings: dict, names: list[str]) -> None:
-    missing = [f"--{name.replace('_', '-')}" for name in names if not settings.get(name)]
+    missing = [option_name(name) for name in names if not settings.get(name)]
     if missing:
         raise UserError(f"compare needs {', '.join(missing)}; see ema-timm compare --help.")
 
 
-def _read(file: Path) -> Plan | None:
+def _read(file: Path) -> Comparison | None:
     if not file.is_file():
         return None
     try:
-        return Plan(**json.loads(file.read_text(encoding="utf-8")))
+        return Comparison(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{file} is damaged ({error}). Remove it and give all settings again."
-        ) from error
+        raise UserError(f"{file} is damaged ({error}). Remove it and give all settings.") from error
 
 
 def _check_same(saved: dict, given: dict) -> None:
-    """Refuse settings under which the runs that are there would not be comparable to others."""
+    """Check that no setting changes the outcome, so that all runs stay comparable."""
     for name, value in given.items():
         before = saved.get(name, getattr(FinetuneConfig(), name))
         if name not in FinetuneConfig.ANYTIME and value != before:
             raise UserError(
-                f"cannot go on: --{name.replace('_', '-')} is {value!r}, and the runs in "
-                f"{given['output']} have {before!r}. Leave it out, or give another --output."
+                f"cannot continue: {option_name(name)} is {value!r}, but the runs in "
+                f"{given['output']} have {before!r}. Omit the option, or use another --output."
             )

@@ -1,7 +1,7 @@
-"""The variants of a comparison: one layer each, in the same slots of the same network.
+"""The variants of a comparison: one attention layer each, in the same blocks of a network.
 
-``none`` is the plain network; ``ema`` is EMA attention; ``ema-no-cross-spatial`` is the paper's
-ablation; every other name is one of timm's layers, as its ``create_attn`` takes it. Arguments
+``none`` is the plain network, ``ema`` is EMA attention, ``ema-no-cross-spatial`` is the paper's
+ablation. Every other name is one of timm's layers, as its ``create_attn`` accepts it. Arguments
 follow an ``@``: ``ema@groups=8``, ``se@rd_ratio=0.25,add_maxpool=True``.
 """
 
@@ -24,16 +24,16 @@ _EMA = {
     "ema-no-cross-spatial": {"ema_cross_spatial": False},
 }
 _EMA_OPTIONS = ("groups", "stages", "cross_spatial")
-_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # not those of a tuple or a list
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside tuples and lists
 
 
 class Variant(NamedTuple):
-    """One layer in the slots of a network.
+    """One attention layer in a network.
 
     Args:
-        name: As it was given, and as the table has it.
+        name: Its name in ``--attention`` and in the table.
         model: timm's name of the network with it.
-        model_kwargs: What the network is made with because of it.
+        model_kwargs: Arguments of the network that it needs.
     """
 
     name: str
@@ -42,19 +42,19 @@ class Variant(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """A name for a file: every other character is an underscore."""
+        """Its name with underscores for characters that do not suit a file name."""
         return re.sub(r"[^A-Za-z0-9.-]+", "_", self.name)
 
 
 def read_variants(names: Sequence[str], model: str) -> list[Variant]:
-    """Read variants of a plain network.
+    """Read the variants of a plain network.
 
     Args:
-        names: The variants.
+        names: The variants, as in ``--attention``.
         model: timm's name of the plain network, with or without a tag.
 
     Raises:
-        UserError: If the network has no slots, or a variant is none.
+        UserError: If the network has no place for attention layers, or a variant is unknown.
     """
     _check_model(model)
     variants = [_read(name, model) for name in names]
@@ -67,13 +67,13 @@ def _check_model(model: str) -> None:
     name, _, _ = model.partition(".")
     if ":" in model or not is_model(name):
         raise UserError(
-            f"compare takes timm's name of a plain network, such as resnet50, got {model!r}. "
-            "Weights of your own are given beside it, as --weights FILE."
+            f"--model must be timm's name of a plain network, such as resnet50, got {model!r}. "
+            "Give your own weights as --weights FILE."
         )
     if not is_model(f"{name}_ema"):
         raise UserError(
-            f"{name} has no slots for attention layers. compare takes timm's ResNets and "
-            'MobileNetV2s without attention; timm.list_models("*_ema") names them.'
+            f"{name} has no place for attention layers. compare supports timm's ResNets and "
+            'MobileNetV2s without attention; timm.list_models("*_ema") lists them.'
         )
 
 
@@ -86,31 +86,33 @@ def _read(text: str, model: str) -> Variant:
         kwargs = _ema_kwargs(name, options) if name in _EMA else _timm_kwargs(name, options)
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise UserError(f"--attention {text}: {first_line(error)}") from error
-    return Variant(text, _with_slots(model), kwargs)
+    return Variant(text, _with_attention(model), kwargs)
 
 
 def _ema_kwargs(name: str, options: dict) -> dict:
     unknown = [key for key in options if key not in _EMA_OPTIONS]
     if unknown:
-        raise ValueError(f"EMA attention takes {', '.join(_EMA_OPTIONS)}, got {unknown[0]}.")
+        raise ValueError(
+            f"EMA attention has the arguments {', '.join(_EMA_OPTIONS)}, got {unknown[0]}."
+        )
     return {**_EMA[name], **{f"ema_{key}": value for key, value in options.items()}}
 
 
 def _timm_kwargs(name: str, options: dict) -> dict:
     if name == NONE:
-        raise ValueError("the plain network takes nothing.")
+        raise ValueError("the plain network has no arguments.")
     try:
         require_layer(name)
     except ValueError as error:
         raise ValueError(
-            f"there is no layer {name!r}. Give none, {', '.join(_EMA)} or a name of timm's "
-            "create_attn, such as se, eca, cbam or coord."
+            f"there is no layer {name!r}. Use none, {', '.join(_EMA)} or a name that timm's "
+            "create_attn accepts, such as se, eca, cbam or coord."
         ) from error
     return {"attn": name, **({"attn_kwargs": options} if options else {})}
 
 
-def _with_slots(model: str) -> str:
-    """The name of the network with slots, with the tag that starts from the same weights."""
+def _with_attention(model: str) -> str:
+    """The name of the network with attention layers, with the tag for the same weights."""
     name, _, tag = model.partition(".")
     if not tag:
         return f"{name}_ema"
@@ -118,13 +120,13 @@ def _with_slots(model: str) -> str:
     return f"{name}_ema.{'warm_' if cfg is not None and cfg.has_weights else ''}{tag}"
 
 
-def start_of(variant: Variant, model_kwargs: dict, weights: str | None) -> str:
-    """How a variant's runs started, in words.
+def describe_start(variant: Variant, model_kwargs: dict, weights: str | None) -> str:
+    """How the weights of a variant's runs were initialised, in words.
 
     Args:
         variant: The variant.
-        model_kwargs: What its network was made with.
-        weights: What its runs say of their first weights (``base`` in results.json).
+        model_kwargs: Arguments of its network.
+        weights: The initial weights, as ``base`` in results.json names them.
     """
     if weights is None:
         return ""
@@ -133,4 +135,5 @@ def start_of(variant: Variant, model_kwargs: dict, weights: str | None) -> str:
     if variant.name == NONE:
         return "plain weights"
     neutral = starts_neutral(timm.create_model(variant.model, device="meta", **model_kwargs))
-    return "plain weights, neutral layer" if neutral else "plain weights, layer as timm starts it"
+    layer = "identity initialisation" if neutral else "timm's initialisation"
+    return f"plain weights, layer with {layer}"

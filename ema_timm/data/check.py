@@ -1,4 +1,4 @@
-"""Images looked at before they are used: each is opened, or decoded whole."""
+"""Checks every image before it is used, and remembers the images that passed."""
 
 import contextlib
 import hashlib
@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 import PIL
 from tqdm.auto import tqdm
 
-from ema_timm.data.images import Seen, unreadable
-from ema_timm.data.splits import Dataset
-from ema_timm.errors import UnreadableImageError
+from ema_timm.data.image_folder import LabelledImages
+from ema_timm.data.images import Inspection, unreadable
+from ema_timm.errors import UnreadableImageError, some
 from ema_timm.files import cache_folder, write_whole
 
 _CHUNK = 64
 
 
 def check_readable(
-    dataset: Dataset,
+    dataset: LabelledImages,
     progress: bool = True,
     decode: bool = False,
     share: tuple[int, int] = (0, 1),
@@ -29,109 +29,111 @@ def check_readable(
     Args:
         dataset: The images.
         progress: Show a bar (on a terminal).
-        decode: Read them to their ends, not their headers alone. What was whole once, and has
-            not been changed since, is not read again.
-        share: Look at images I, I + N, I + 2 N ... of (I, N).
+        decode: Decode the images to their ends instead of reading only their headers. Images that
+            passed are not decoded again until one of them changes.
+        share: (I, N): check the images I, I + N, I + 2 N ...
 
     Returns:
-        Sentences on what is not read as a picture viewer would.
+        Sentences on images that are not read as an image viewer shows them.
 
     Raises:
         UnreadableImageError: If there are images that cannot be opened. It names the first ones.
     """
     indices = range(share[0], len(dataset), share[1])
-    known = _Known(dataset, indices) if decode else None
-    found = known.load() if known else None
+    passed = _Passed(dataset, indices) if decode else None
+    found = passed.load() if passed else None
     if found is None:
-        found = _look_at_all(dataset, indices, decode, progress)
-        if known:
-            known.save(found)
-    return _notes(found, dataset)
+        found = _inspect_all(dataset, indices, decode, progress)
+        if passed:
+            passed.save(found)
+    return _notes(found, dataset.split)
 
 
-def _look_at_all(dataset: Dataset, indices: range, decode: bool, progress: bool) -> Seen:
-    rotated = deep = 0
-    faults = []
+def _inspect_all(
+    dataset: LabelledImages, indices: range, decode: bool, progress: bool
+) -> Inspection:
+    found, faults = Inspection(), []
     bar = tqdm(total=len(indices), desc="checking images", disable=None if progress else True,
                leave=False)  # fmt: skip
     with bar:
-        for index, seen in _looks(dataset, indices, decode):
+        for index, each in _inspections(dataset, indices, decode):
             bar.update()
-            if isinstance(seen, Exception):
-                faults.append((index, seen))
+            if isinstance(each, Exception):
+                faults.append((index, each))
             else:
-                rotated, deep = rotated + seen.rotated, deep + seen.deep
+                found = Inspection(*map(sum, zip(found, each, strict=True)))
     if faults:
         raise _all_unreadable(dataset, faults)
-    return Seen(rotated, deep)
+    return found
 
 
-def _looks(
-    dataset: Dataset, indices: range, decode: bool
-) -> Iterator[tuple[int, Seen | Exception]]:
-    """Each image's number and what was seen, in order. Pillow decodes without Python's lock."""
+def _inspections(
+    dataset: LabelledImages, indices: range, decode: bool
+) -> Iterator[tuple[int, Inspection | Exception]]:
+    """Each image's index and what was found, in order. Pillow decodes without Python's lock."""
 
-    def look_at(chunk: range) -> list:
-        return [dataset.look(index, decode) for index in chunk]
+    def inspect(chunk: range) -> list:
+        return [dataset.inspect(index, decode) for index in chunk]
 
     chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for chunk, seen in zip(chunks, pool.map(look_at, chunks), strict=True):
-            yield from zip(chunk, seen, strict=True)
+        for chunk, found in zip(chunks, pool.map(inspect, chunks), strict=True):
+            yield from zip(chunk, found, strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _all_unreadable(dataset: Dataset, faults: list[tuple[int, Exception]]) -> UnreadableImageError:
+def _all_unreadable(
+    dataset: LabelledImages, faults: list[tuple[int, Exception]]
+) -> UnreadableImageError:
     """One line that names the first ones, so that all can be repaired at once."""
     (first, error), *others = faults
-    said = str(unreadable(dataset.file_name(first), error, dataset.remedy))
+    message = str(unreadable(dataset.file_name(first), error, dataset.remedy))
     if others:
-        names = ", ".join(dataset.file_name(index) for index, _ in others[:20])
-        more = " ..." if len(others) > 20 else ""
-        said += f" The same goes for {len(others)} more: {names}{more}"
-    return UnreadableImageError(said)
+        names = [dataset.file_name(index) for index, _ in others]
+        message += f" The same is true of {len(others)} more: {some(names, 20)}"
+    return UnreadableImageError(message)
 
 
-def _notes(seen: Seen, dataset: Dataset) -> list[str]:
+def _notes(found: Inspection, split: str) -> list[str]:
     notes = []
-    if seen.rotated:
+    if found.rotated:
         notes.append(
-            f"{dataset.split}: {seen.rotated} images carry a camera's note to turn them (EXIF). "
-            "They are read as they are stored, as timm reads them."
+            f"{split}: {found.rotated} images have an EXIF rotation, which is not applied (timm "
+            "and torchvision do not apply it either)."
         )
-    if seen.deep:
+    if found.sixteen_bit:
         notes.append(
-            f"{dataset.split}: {seen.deep} images have 16-bit grey. They are scaled to 8 bits; "
-            "timm's scripts cut them off, to white."
+            f"{split}: {found.sixteen_bit} images have 16-bit greyscale. They are scaled to 8 "
+            "bits; timm's scripts clip them to white."
         )
     return notes
 
 
-class _Known:
-    """What is known of images since an earlier look.
+class _Passed:
+    """What was found in images that passed an earlier check.
 
-    The file's name is a digest of all that the outcome depends on: Pillow's version, and place,
-    size and time of every image.
+    The file's name is a hash of all that the outcome depends on: Pillow's version, and path, size
+    and time of every image.
     """
 
-    def __init__(self, dataset: Dataset, indices: range):
+    def __init__(self, dataset: LabelledImages, indices: range):
         digest = hashlib.sha256(f"Pillow {PIL.__version__}\n".encode())
         for index in indices:
-            with contextlib.suppress(FileNotFoundError):  # a broken link; the look says so
+            with contextlib.suppress(FileNotFoundError):  # a broken link; the check names it
                 digest.update(f"{dataset.stamp(index)}\n".encode())
         self.file = cache_folder() / "whole" / f"{digest.hexdigest()}.json"
 
-    def load(self) -> Seen | None:
-        """What was seen, if it is noted."""
+    def load(self) -> Inspection | None:
+        """What was found, or None if there is no file."""
         try:
-            return Seen(**json.loads(self.file.read_text()))
+            return Inspection(**json.loads(self.file.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
-    def save(self, seen: Seen) -> None:
-        """Note it; where that cannot be, the images are read again the next time."""
+    def save(self, found: Inspection) -> None:
+        """Write the file. If that fails, the images are decoded again the next time."""
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.file, lambda path: path.write_text(json.dumps(seen._asdict())))
+            write_whole(self.file, lambda path: path.write_text(json.dumps(found._asdict())))

@@ -1,8 +1,7 @@
-"""What an image folder holds: its splits, their classes, their images; nothing in silence.
+"""The splits, classes and images of an image folder. Everything that is skipped is reported.
 
-A class is a folder directly in its split, and its images lie directly in it. timm's reader takes
-the innermost folder of any depth for the class, torchvision's the outermost: where the two differ,
-the folder is refused.
+A class is a folder directly in its split, and its images are directly in it. timm's reader takes
+the innermost folder for the class, torchvision's the outermost. If the two differ, it is an error.
 """
 
 import os
@@ -13,12 +12,12 @@ from pathlib import Path
 from timm.utils.misc import natural_key
 
 from ema_timm.data.images import image_suffixes
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, some
 
 TRAIN = ("train",)
 VAL = ("val", "validation")
 SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "evaluation"))
-"""Other names of a split's folder; timm knows the same."""
+"""Other names of a split's folder, as timm has them."""
 
 
 @dataclass
@@ -27,10 +26,10 @@ class Listing:
 
     Args:
         root: The folder that holds the class folders.
-        name: What the data are called.
-        split: What their split is called.
+        name: Name of the data.
+        split: Name of the split.
         images: Pairs of a path and its class.
-        notes: Sentences on what was left out.
+        notes: Sentences on what was skipped.
     """
 
     root: Path
@@ -60,46 +59,46 @@ def find_split(data_dir: str | Path, names: tuple[str, ...]) -> Path | None:
 
 
 def list_images(root: Path) -> Listing:
-    """Look through the class folders of a split.
+    """List the images in the class folders of a split.
 
     Args:
-        root: The split.
+        root: The split's folder.
 
     Raises:
-        UserError: If there are no images, images beside the class folders or in folders inside
+        UserError: If there are no images, images outside of class folders or in folders inside
             them, a folder twice, or a class without any image that can be read here.
     """
     listing = Listing(root, root.resolve().parent.name, root.name)
-    left, seen = _Left(), {os.path.realpath(root): str(root)}
+    skipped, seen = _Skipped(), {os.path.realpath(root): str(root)}
     for entry in _entries(root):
         if _hidden(entry.name):
-            left.hidden.append(entry.name)
+            skipped.hidden.append(entry.name)
         elif entry.is_dir():
-            _list_class(entry, listing, left, seen)
+            _list_class(entry, listing, skipped, seen)
         elif _is_image(entry.name):
             raise UserError(
-                f"{entry.path} lies beside the class folders. Move it into the folder of its "
-                "class, or out of the data."
+                f"{entry.path} is not in a class folder. Move it into the folder of its class, or "
+                "out of the data."
             )
     if not listing.images:
-        only = f", only {_some(list(left.others))}" if left.others else ""
+        only = f", only {some(list(skipped.others), 5)}" if skipped.others else ""
         raise UserError(
             f"{root} has no images in class folders{only}. Put them at {root}/CLASS/image.jpg."
         )
-    if left.unread:
+    if skipped.unread:
         raise UserError(
-            f"{left.unread[0]} holds files and none that Pillow reads as an image here "
-            f"({_some(list(left.others))}). Convert them or install Pillow's plug-in for them, or "
-            "move the folder away."
+            f"{skipped.unread[0]} holds files, but none that Pillow reads as an image here "
+            f"({some(list(skipped.others), 5)}). Convert them, install Pillow's plug-in for them, "
+            "or move the folder away."
         )
     listing.images.sort(key=lambda pair: natural_key(pair[0]))
-    listing.notes = left.notes(root)
+    listing.notes = skipped.notes(root)
     return listing
 
 
 @dataclass
-class _Left:
-    """What a listing leaves out; folders with files that are no images are ``unread``."""
+class _Skipped:
+    """What a listing skips. Folders that hold files but no image are ``unread``."""
 
     hidden: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
@@ -109,21 +108,24 @@ class _Left:
     def notes(self, root: Path) -> list[str]:
         notes = []
         if self.hidden:
-            notes.append(f"{root}: {len(self.hidden)} hidden left out ({_some(self.hidden)})")
+            notes.append(
+                f"{root}: {len(self.hidden)} hidden files and folders skipped "
+                f"({some(self.hidden, 5)})"
+            )
         if self.others:
             kinds = [f"{count} {suffix}" for suffix, count in self.others.most_common()]
-            notes.append(f"{root}: files that are no images left out ({_some(kinds)})")
+            notes.append(f"{root}: files skipped because they are not images ({some(kinds, 5)})")
         if self.empty:
-            notes.append(f"{root}: empty folders are no classes ({_some(self.empty)})")
+            notes.append(f"{root}: empty folders skipped ({some(self.empty, 5)})")
         return notes
 
 
-def _list_class(folder: os.DirEntry, listing: Listing, left: _Left, seen: dict) -> None:
+def _list_class(folder: os.DirEntry, listing: Listing, skipped: _Skipped, seen: dict) -> None:
     _check_new(folder, seen)
     images, others = [], Counter()
     for entry in _entries(folder.path):
         if _hidden(entry.name):
-            left.hidden.append(f"{folder.name}/{entry.name}")
+            skipped.hidden.append(f"{folder.name}/{entry.name}")
         elif entry.is_dir():
             _check_no_images(entry, dict(seen))
         elif _is_image(entry.name):
@@ -131,13 +133,13 @@ def _list_class(folder: os.DirEntry, listing: Listing, left: _Left, seen: dict) 
         else:
             others[Path(entry.name).suffix or entry.name] += 1
     if not images:
-        (left.unread if others else left.empty).append(folder.path)
-    left.others += others
+        (skipped.unread if others else skipped.empty).append(folder.path)
+    skipped.others += others
     listing.images += images
 
 
 def _check_new(folder: os.DirEntry, seen: dict) -> None:
-    """Refuse a folder that links lead to a second time, for example one that holds the link."""
+    """Raise UserError for a folder that a link reaches a second time, such as the link's own."""
     place = os.path.realpath(folder.path)
     if place in seen:
         raise UserError(
@@ -147,7 +149,7 @@ def _check_new(folder: os.DirEntry, seen: dict) -> None:
 
 
 def _check_no_images(folder: os.DirEntry, seen: dict) -> None:
-    """Refuse images at any depth in a folder inside a class."""
+    """Raise UserError for images in a folder inside a class, at any depth."""
     _check_new(folder, seen)
     for entry in _entries(folder.path):
         if _hidden(entry.name):
@@ -156,8 +158,8 @@ def _check_no_images(folder: os.DirEntry, seen: dict) -> None:
             _check_no_images(entry, seen)
         elif _is_image(entry.name):
             raise UserError(
-                f"{entry.path} lies in a folder inside a class folder, and which of them is the "
-                "class is not clear. Put all images at CLASS/image.jpg."
+                f"{entry.path} is in a folder inside a class folder, so its class is not clear. "
+                "Put all images at CLASS/image.jpg."
             )
 
 
@@ -167,7 +169,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry]:
             return sorted(entries, key=lambda entry: natural_key(entry.name))
     except OSError as error:
         raise UserError(
-            f"cannot look into {folder}: {error.strerror}. Make it readable."
+            f"cannot read the folder {folder}: {error.strerror}. Make it readable."
         ) from error
 
 
@@ -177,8 +179,3 @@ def _hidden(name: str) -> bool:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_suffixes()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

@@ -2,64 +2,79 @@
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from timm.data import ImageDataset
-from timm.data.readers.reader import Reader
+from PIL.Image import Image
+from torch.utils.data import Dataset
 
 from ema_timm.data.folders import TRAIN, Listing, find_split, list_images
-from ema_timm.data.images import Seen, look, read_image
-from ema_timm.errors import UserError
+from ema_timm.data.images import REMEDY, Inspection, inspect_image, mode_of, read_image
+from ema_timm.errors import UserError, some
 
 
-class FolderReader(Reader):
-    """The files of a split and the numbers of their classes, as timm's reader has them.
+class LabelledImages(Dataset, ABC):
+    """Images with a class each, in a fixed order. An image that cannot be read is an error.
 
-    Args:
-        listing: The files.
-        class_to_idx: Index of each class.
-    """
-
-    def __init__(self, listing: Listing, class_to_idx: dict[str, int]):
-        super().__init__()
-        self.root, self.class_to_idx = str(listing.root), class_to_idx
-        self.samples = [(path, class_to_idx[name]) for path, name in listing.images]
-
-    def __getitem__(self, index: int):
-        path, target = self.samples[index]
-        return open(path, "rb"), target
-
-    def __len__(self):
-        return len(self.samples)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        if basename:
-            return os.path.basename(path)
-        return path if absolute else os.path.relpath(path, self.root)
-
-
-class FolderDataset(ImageDataset):
-    """timm's image folder, except that an unreadable image is an error.
-
-    timm replaces such an image by the next one with a warning, which changes what an accuracy is
-    an accuracy of.
+    timm's own data sets load the next image instead, with a warning. A metric would then be of
+    other images than it says.
 
     Args:
-        listing: The files.
-        class_to_idx: Index of each class.
+        name: Name of the data.
+        split: Name of the split.
+        place: What an error calls them.
+        class_to_idx: Index of each class by its name.
+        notes: Sentences on what was skipped.
+
+    Attributes:
+        transform: Applied to every image; timm's ``create_loader`` sets it.
+        remedy: What the error for an unreadable image says to do.
     """
 
-    def __init__(self, listing: Listing, class_to_idx: dict[str, int]):
-        super().__init__(listing.root, reader=FolderReader(listing, class_to_idx))
-        self.name, self.split, self.notes = listing.name, listing.split, listing.notes
-        self.place = str(listing.root)
-        self.remedy = "Repair or remove it."
+    def __init__(
+        self, name: str, split: str, place: str, class_to_idx: dict[str, int], notes: list[str]
+    ):
+        self.name, self.split, self.place, self.notes = name, split, place, notes
+        self.class_to_idx = class_to_idx
+        self.transform: Callable[[Image], Any] | None = None
+        self.remedy = REMEDY
+        self.mode = "RGB"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample(self, index: int) -> tuple[str | BytesIO | Image, int]:
+        """An image as `read_image` takes it, and the number of its class."""
+
+    @abstractmethod
+    def targets(self) -> list[int]:
+        """The number of each image's class."""
+
+    @abstractmethod
+    def file_name(self, index: int) -> str:
+        """What an error calls an image."""
+
+    @abstractmethod
+    def stamp(self, index: int) -> str:
+        """Text that changes when the image is changed."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex sha256 that identifies the images and their classes; looks at every file."""
 
     def __getitem__(self, index: int):
-        path, target = self.reader.samples[index]
-        return self.transform(read_image(path, self.input_img_mode, path, self.remedy)), target
+        source, target = self.sample(index)
+        image = read_image(source, self.mode, self.file_name(index), self.remedy)
+        return self.transform(image), target
+
+    def inspect(self, index: int, decode: bool) -> Inspection | Exception:
+        """See `ema_timm.data.images.inspect_image`."""
+        return inspect_image(self.sample(index)[0], decode)
 
     def read_channels(self, channels: int) -> None:
         """Read greyscale images for a network of one input channel, RGB for one of three.
@@ -67,12 +82,7 @@ class FolderDataset(ImageDataset):
         Raises:
             UserError: For any other number.
         """
-        self.input_img_mode = mode_of(channels)
-
-    @property
-    def class_to_idx(self) -> dict[str, int]:
-        """Index of each class by its folder's name."""
-        return self.reader.class_to_idx
+        self.mode = mode_of(channels)
 
     @property
     def class_names(self) -> list[str]:
@@ -81,40 +91,56 @@ class FolderDataset(ImageDataset):
 
     def class_counts(self) -> list[int]:
         """Images of each class, in the order of their indices."""
-        counts = Counter(target for _, target in self.reader.samples)
+        counts = Counter(self.targets())
         return [counts[self.class_to_idx[name]] for name in self.class_names]
 
-    def file_name(self, index: int) -> str:
-        """What to call an image in an error."""
-        return self.reader.samples[index][0]
 
-    def look(self, index: int, decode: bool) -> Seen | Exception:
-        """See `ema_timm.data.images.look`."""
-        return look(self.reader.samples[index][0], decode)
+class FolderDataset(LabelledImages):
+    """The images of one split of an image folder.
+
+    Args:
+        listing: The files.
+        class_to_idx: Index of each class.
+    """
+
+    def __init__(self, listing: Listing, class_to_idx: dict[str, int]):
+        place = str(listing.root)
+        super().__init__(listing.name, listing.split, place, class_to_idx, listing.notes)
+        self.root = listing.root
+        self.samples = [(path, class_to_idx[name]) for path, name in listing.images]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int) -> tuple[str, int]:
+        """See `LabelledImages.sample`."""
+        return self.samples[index]
+
+    def targets(self) -> list[int]:
+        """See `LabelledImages.targets`."""
+        return [target for _, target in self.samples]
+
+    def file_name(self, index: int) -> str:
+        """See `LabelledImages.file_name`."""
+        return self.samples[index][0]
 
     def stamp(self, index: int) -> str:
-        """What changes when somebody changes the file."""
-        path = self.reader.samples[index][0]
-        found = os.stat(path)
-        return f"{os.path.abspath(path)}\t{found.st_size}\t{found.st_mtime_ns}"
+        """See `LabelledImages.stamp`."""
+        return file_stamp(self.samples[index][0])
 
     def fingerprint(self) -> str:
         """Sha256 over the relative path and size in bytes of every image, in order."""
         digest = hashlib.sha256()
-        for path, _ in self.reader.samples:
-            relative = Path(path).relative_to(self.reader.root).as_posix()
+        for path, _ in self.samples:
+            relative = Path(path).relative_to(self.root).as_posix()
             digest.update(f"{relative}\t{os.path.getsize(path)}\n".encode())
         return digest.hexdigest()
 
 
-def mode_of(channels: int) -> str:
-    """Pillow's mode for a network of so many input channels; UserError if images have no such."""
-    if channels not in (1, 3):
-        raise UserError(
-            f"image files have 1 or 3 channels, and the network takes {channels}. Use "
-            "--model-kwargs in_chans=1 or 3."
-        )
-    return "L" if channels == 1 else "RGB"
+def file_stamp(path: str) -> str:
+    """Text that changes when a file is changed or replaced."""
+    found = os.stat(path)
+    return f"{os.path.abspath(path)}\t{found.st_size}\t{found.st_mtime_ns}"
 
 
 def open_folder(
@@ -124,12 +150,12 @@ def open_folder(
 
     Args:
         data_dir: Folder with one folder a split, each with one folder a class.
-        names: Names of the split's folder, the first that exists is taken.
+        names: Names of the split's folder; the first that exists is used.
         class_map: Class name to index; None numbers the folders in natural order.
 
     Raises:
-        UserError: If the folder or its images are missing, or hold a class not in ``class_map``,
-            or if what they hold can be understood in two ways.
+        UserError: If the folder or its images are missing, it has a class that is not in
+            ``class_map``, or the class of an image is not clear.
     """
     root = find_split(data_dir, names)
     if root is None:
@@ -144,11 +170,11 @@ def open_folder(
 def split_folder(
     data_dir: str | Path, part: float, class_map: dict | None = None
 ) -> tuple[FolderDataset, FolderDataset]:
-    """Images to train on and to validate on, of a folder that does not divide them.
+    """Split the images of a folder that has no split into training and validation images.
 
-    Of each class ``part`` is set aside, at least one image and never all. Which ones is decided
-    by the sha256 of their names alone: every run and every seed gets the same, a smaller part is
-    within a larger one, and an image added later hardly moves the others.
+    Of each class ``part`` is set aside, at least one image and never all. The sha256 of an image's
+    name decides: every run and every seed gets the same images, a smaller part is within a larger
+    one, and an image that is added later hardly moves the others.
 
     Args:
         data_dir: Folder with one folder a class, or with those in ``train/``.
@@ -156,7 +182,7 @@ def split_folder(
         class_map: Class name to index; None numbers the folders in natural order.
 
     Raises:
-        UserError: As `open_folder`, or if a class has one image alone.
+        UserError: As `open_folder`, or if a class has only one image.
     """
     flat = find_split(data_dir, TRAIN) is None
     whole = list_images(Path(data_dir) if flat else find_split(data_dir, TRAIN))
@@ -175,25 +201,30 @@ def split_folder(
 
 
 def fraction(text: str) -> float | None:
-    """The number in ``--val-split``, or None for the name of a folder.
+    """The number in ``--val-split``, or None if it is empty.
 
     Raises:
-        UserError: If it is not between 0 and 1.
+        UserError: If it is not a number between 0 and 1.
     """
+    if not text:
+        return None
     try:
         part = float(text)
     except ValueError:
-        return None
+        part = 0.0
     if not 0 < part < 1:
-        raise UserError(f"--val-split {text}: a part is between 0 and 1, such as 0.2.")
+        raise UserError(
+            f"--val-split must be a fraction between 0 and 1, such as 0.2, got {text}. To choose a "
+            "split by its name, use --split."
+        )
     return part
 
 
 def _set_aside(paths: list[str], root: Path, part: float) -> list[str]:
     if len(paths) < 2:
         raise UserError(
-            f"{paths[0]} is the only image of its class, and --val-split needs one to train on "
-            "and one to validate on. Add images, or take the class out."
+            f"{paths[0]} is the only image of its class, but --val-split needs one to train on "
+            "and one to validate on. Add images, or remove the class."
         )
 
     def drawn(path: str) -> bytes:
@@ -219,6 +250,6 @@ def number(place: str, classes: list[str], class_map: dict | None) -> dict[str, 
     if unknown:
         raise UserError(
             f"{place} has classes that the training images lack: "
-            f"{', '.join(sorted(unknown)[:5])}. Both splits take the same classes."
+            f"{some(sorted(unknown), 5)}. Both splits take the same classes."
         )
     return class_map

@@ -1,24 +1,23 @@
-"""timm's data sets by name: ``torch/NAME`` and ``hfds/NAME``, read as image folders are."""
+"""timm's data sets by name, ``torch/NAME`` and ``hfds/NAME``, read as image folders are."""
 
 import hashlib
 import os
-from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL.Image import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
-from ema_timm.data.image_folder import mode_of, number
-from ema_timm.data.images import Seen, look, read_image
-from ema_timm.errors import UserError
+from ema_timm.data.image_folder import LabelledImages, file_stamp, number
+from ema_timm.errors import UserError, first_line
 
 _KINDS = ("torch", "hfds")
 
 
-class NamedDataset(Dataset):
-    """A data set that timm opens, except that an unreadable image is an error.
+class NamedDataset(LabelledImages):
+    """A data set that timm opens.
 
     Args:
         inner: What `timm.data.create_dataset` gives: torchvision's data set, or timm's own around
@@ -29,96 +28,66 @@ class NamedDataset(Dataset):
     """
 
     def __init__(self, inner: Dataset, name: str, split: str, class_map: dict | None):
-        self.inner, self.name, self.split = inner, public_name(name), split
-        self.place, self.notes = f"{name}, split {split},", []
-        self.remedy = "Repair or remove it."
-        self.transform, self.input_img_mode = None, "RGB"
-        self.hf = getattr(inner, "reader", None)
+        place = f"{name}, split {split},"
+        self.inner, self.hf = inner, getattr(inner, "reader", None)
         own = self.hf.class_to_idx if self.hf else getattr(inner, "class_to_idx", None)
         if not own or not (self.hf or hasattr(inner, "targets")):
-            raise UserError(f"{self.place} has no names of classes. Take one of another kind.")
-        self.class_to_idx = number(self.place, sorted(own, key=own.__getitem__), class_map)
-        self._index = {index: self.class_to_idx[of_class] for of_class, index in own.items()}
+            raise UserError(f"{place} has no class names. Give another data set.")
+        class_to_idx = number(place, sorted(own, key=own.__getitem__), class_map)
+        super().__init__(public_dataset_name(name), split, place, class_to_idx, [])
+        self._index = {index: class_to_idx[of_class] for of_class, index in own.items()}
         self.paths = None
         if not self.hf and hasattr(inner, "samples"):
             self.paths = [path for path, _ in inner.samples]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.inner)
 
-    def __getitem__(self, index: int):
-        image, target = self._read(index)
-        return self.transform(image), self._index[int(target)]
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        how = (self.input_img_mode, self.file_name(index), self.remedy)
+    def sample(self, index: int) -> tuple[str | BytesIO | Image, int]:
+        """See `LabelledImages.sample`."""
         if self.paths:
-            return read_image(self.paths[index], *how), self.inner.targets[index]
-        if self.hf:
+            source, target = self.paths[index], self.inner.targets[index]
+        elif self.hf:
             file, target = self.hf[index]
             with file:
-                return read_image(file, *how), target
-        image, target = self.inner[index]
-        return image.convert(self.input_img_mode), target
+                source = BytesIO(file.read())
+        else:
+            source, target = self.inner[index]
+        return source, self._index[int(target)]
 
-    def _targets(self) -> list[int]:
+    def targets(self) -> list[int]:
+        """See `LabelledImages.targets`."""
+        return [self._index[target] for target in self._own_targets()]
+
+    def _own_targets(self) -> list[int]:
         targets = self.hf.dataset[self.hf.label_key] if self.hf else self.inner.targets
         return [int(target) for target in targets]
 
-    def read_channels(self, channels: int) -> None:
-        """Read greyscale images for a network of one input channel, RGB for one of three.
-
-        Raises:
-            UserError: For any other number.
-        """
-        self.input_img_mode = mode_of(channels)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Class names in the order of their indices."""
-        return sorted(self.class_to_idx, key=self.class_to_idx.__getitem__)
-
-    def class_counts(self) -> list[int]:
-        """Images of each class, in the order of their indices."""
-        counts = Counter(self._index[target] for target in self._targets())
-        return [counts[self.class_to_idx[name]] for name in self.class_names]
-
     def file_name(self, index: int) -> str:
-        """What to call an image in an error."""
+        """See `LabelledImages.file_name`."""
         return self.paths[index] if self.paths else f"image {index} of {self.name}, {self.split}"
 
-    def look(self, index: int, decode: bool) -> Seen | Exception:
-        """See `ema_timm.data.images.look`; what is held in memory is whole."""
-        if self.paths:
-            return look(self.paths[index], decode)
-        if self.hf:
-            with self.hf[index][0] as file:
-                return look(file, decode)
-        return Seen(0, 0)
-
     def stamp(self, index: int) -> str:
-        """What changes when somebody changes the image."""
+        """See `LabelledImages.stamp`."""
         if self.paths:
-            found = os.stat(self.paths[index])
-            path = os.path.abspath(self.paths[index])
-            return f"{path}\t{found.st_size}\t{found.st_mtime_ns}"
+            return file_stamp(self.paths[index])
         return f"{self.hf.dataset._fingerprint}\t{index}" if self.hf else ""
 
     def fingerprint(self) -> str:
         """Sha256 over the class of every image, and its size in bytes or its pixels."""
-        digest = hashlib.sha256(repr(self._targets()).encode())
-        for index in range(len(self)):
-            if self.paths:
-                size = os.path.getsize(self.paths[index])
-            elif self.hf:
-                with self.hf[index][0] as file:
-                    size = file.seek(0, os.SEEK_END)
-            else:
-                break
-            digest.update(f"\t{size}".encode())
-        if not self.paths and not self.hf:
+        digest = hashlib.sha256(repr(self._own_targets()).encode())
+        if self.paths or self.hf:
+            for index in range(len(self)):
+                digest.update(f"\t{self._size(index)}".encode())
+        else:
             digest.update(np.ascontiguousarray(self.inner.data).tobytes())
         return digest.hexdigest()
+
+    def _size(self, index: int) -> int:
+        if self.paths:
+            return os.path.getsize(self.paths[index])
+        with self.hf[index][0] as file:
+            return file.seek(0, os.SEEK_END)
 
 
 def open_named(
@@ -127,13 +96,13 @@ def open_named(
     """A split of a data set by timm's name.
 
     Args:
-        name: ``torch/NAME`` of torchvision, or ``hfds/NAME`` of Hugging Face, a folder too.
-        data_dir: Where it lies, or where Hugging Face keeps it.
+        name: ``torch/NAME`` of torchvision, or ``hfds/NAME`` of Hugging Face; NAME may be a folder.
+        data_dir: The folder that holds it, or in which Hugging Face caches it.
         split: The split's name.
         class_map: Class name to index; None takes the data set's own numbers.
 
     Raises:
-        UserError: If timm does not open it, or its images cannot be taken by their number.
+        UserError: If timm cannot open it, or its images have no numbers.
     """
     kind = name.partition("/")[0].lower()
     if kind not in _KINDS:
@@ -145,15 +114,14 @@ def open_named(
     try:
         inner = create_dataset(name, root=str(data_dir), split=split)
     except (AssertionError, RuntimeError, ValueError, KeyError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"--dataset {name}: timm cannot open its split {split}: {reason[0]} Is it in "
+            f"--dataset {name}: timm cannot open its split {split}: {first_line(error)} Is it in "
             f"--data-dir {data_dir}, and the split's name right?"
         ) from error
     return NamedDataset(inner, name, split, class_map)
 
 
-def public_name(name: str) -> str:
+def public_dataset_name(name: str) -> str:
     """The name of a data set without the folders of this machine."""
     kind, _, rest = name.partition("/")
     return f"{kind}/{Path(rest).name}" if rest.startswith(("/", ".", "~")) else name

@@ -5,22 +5,27 @@ The names below are imported when they are first used: PyTorch takes long to loa
 
 from typing import TYPE_CHECKING
 
+from ema_timm.lazy import lazy_names
+
 if TYPE_CHECKING:
     from ema_timm.export.formats import FORMATS, open_onnx, write_onnx
     from ema_timm.export.inputs import InputSize
     from ema_timm.export.int8 import quantize_int8
     from ema_timm.export.layers import ready_to_export
     from ema_timm.export.write import export
-
-_HOME = {
-    "FORMATS": "formats",
-    "InputSize": "inputs",
-    "export": "write",
-    "open_onnx": "formats",
-    "quantize_int8": "int8",
-    "ready_to_export": "layers",
-    "write_onnx": "formats",
-}
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "FORMATS": "formats",
+            "InputSize": "inputs",
+            "export": "write",
+            "open_onnx": "formats",
+            "quantize_int8": "int8",
+            "ready_to_export": "layers",
+            "write_onnx": "formats",
+        },
+    )
 
 __all__ = [
     "FORMATS",
@@ -31,13 +36,3 @@ __all__ = [
     "ready_to_export",
     "write_onnx",
 ]
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from ema_timm.checkpoints.network import open_network
 from ema_timm.errors import UserError, first_line
 
 FREE_AXES = {0: "batch", 2: "height", 3: "width"}
@@ -39,18 +38,9 @@ def load_folder(folder: str | Path) -> nn.Module:
     """Load the network of a checkpoint folder, in inference mode.
 
     Raises:
-        UserError: If the folder holds no checkpoint that timm can load.
+        UserError: If the folder holds no checkpoint, or a damaged one.
     """
-    missing = [n for n in ("config.json", "model.safetensors") if not (Path(folder) / n).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} is not a checkpoint in timm's format: {', '.join(missing)} is missing. Give "
-            "the --output of ema-timm finetune, or a folder of timm's save_for_hf."
-        )
-    try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (RuntimeError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"cannot load {folder}: {first_line(error)}") from error
+    return open_network(f"local-dir:{folder}")[0].eval()
 
 
 def check_inputs(model: nn.Module, fixed: InputSize = ALL_FREE) -> list[Tensor]:

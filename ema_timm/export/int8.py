@@ -9,7 +9,7 @@ from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.errors import UserError, require_packages
 from ema_timm.export.formats import FORMATS, Runnable, open_onnx
 from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, load_folder
-from ema_timm.export.write import relative_difference
+from ema_timm.ops.reference import relative_difference
 
 INT8_IMAGES = 32
 """Number of random images on which the int8 file is compared."""
@@ -46,10 +46,10 @@ def quantize_int8(folder: str | Path, fixed: InputSize = ALL_FREE) -> Quantized:
     """
     if fixed.batch not in (None, 1):
         raise UserError(
-            f"--int8 compares one image at a time, got --batch {fixed.batch}. Leave --batch out, "
-            "or give --batch 1."
+            f"--int8 compares one image at a time, got --batch-size {fixed.batch}. Leave it out, or "
+            "give --batch-size 1."
         )
-    require_packages("onnx", "onnxruntime")
+    require_packages(["onnx", "onnxruntime"], "export")
     run, source = CheckpointWriter(folder), Path(folder) / FORMATS["onnx"].file
     size = check_inputs(load_folder(folder), fixed)[0].shape[1:]
     found = []

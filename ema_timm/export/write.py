@@ -18,6 +18,7 @@ from ema_timm.errors import VerificationError, first_line, require_packages
 from ema_timm.export.formats import FORMATS, Format
 from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, load_folder, require_sizes
 from ema_timm.export.layers import ready_to_export
+from ema_timm.ops.reference import relative_difference
 
 EXPORT_TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest magnitude of the network's output."""
@@ -59,7 +60,7 @@ def export(
         VerificationError: If the file does not compute what the network computes.
     """
     kind = FORMATS[format]
-    require_packages(*kind.packages, *kind.exporters.get(exporter, ()))
+    require_packages([*kind.packages, *kind.exporters.get(exporter, ())], "export")
     with set_layer_config(scriptable=kind.scriptable, exportable=kind.exportable):
         model = load_folder(folder)
     if reparam:
@@ -107,8 +108,3 @@ def verify(path: Path, kind: Format, model: nn.Module, inputs: list[Tensor]) -> 
             f"largest output, more than {EXPORT_TOLERANCE:.0e}. Try another --format or --exporter."
         )
     return max(found)
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest magnitude of ``expected``."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()

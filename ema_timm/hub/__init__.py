@@ -1,1 +1,1 @@
-"""A patient client of the Hugging Face Hub: every step limited in time and explained."""
+"""Uploads to and downloads from the Hugging Face Hub, with retries and time limits."""

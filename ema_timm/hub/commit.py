@@ -1,4 +1,4 @@
-"""What goes into a commit on the Hub, where to, and how it is known again."""
+"""What a commit on the Hub is made of, where it goes, and the hashes by which it is found again."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ class Destination:
 
     Attributes:
         repo: USER/NAME.
-        revision: Branch; made where it is missing.
+        revision: Branch; created if it is missing.
         private: Make a new repository private.
         create_pr: Open a pull request instead of committing to the branch.
     """
@@ -26,7 +26,7 @@ class Destination:
 
 
 class File:
-    """One file to publish, with the names that the Hub gives to its content."""
+    """One file to publish, with the hashes that the Hub knows it by."""
 
     def __init__(self, path: Path):
         self.path, self.name, self.size = path, path.name, path.stat().st_size
@@ -34,7 +34,7 @@ class File:
 
     @functools.cached_property
     def git_oid(self) -> str:
-        """Git's name of the content, where it is not in large-file storage."""
+        """The Hub's hash, if the file is not in large-file storage."""
         return git_oid(self.path)
 
 
@@ -54,13 +54,12 @@ class Landed:
 
 
 def digest(files: list[File]) -> str:
-    """One name for all the files together."""
+    """One hash of all files together."""
     lines = sorted(f"{file.name} {file.sha256}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-# MERGED: git's name of a file's content: what the Hub calls a file that is not in large-file storage.
 def git_oid(file: Path) -> str:
-    """Hex sha1 of the blob."""
+    """Hex sha1 of git's blob: the Hub's hash of a file that is not in large-file storage."""
     content = file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,9 +1,8 @@
-"""One repository of the Hub: what it holds, one commit to it, and that commit fetched back.
+"""One repository of the Hub: list its files, make one commit, download that commit.
 
-The commit is the only thing that changes what readers see, so the repository has all of it or
-nothing. It names the parent it was made for: where somebody has committed in between, the Hub
-refuses it. Its description carries a digest of all files, by which a commit whose answer was lost
-is found again instead of being made twice.
+Only the commit changes what readers see, so the repository has all of it or nothing. The commit
+names its parent, so the Hub refuses it if somebody else has committed meanwhile. Its description
+holds a hash of all files, by which a commit whose response was lost is found instead of made twice.
 """
 
 import functools
@@ -20,11 +19,11 @@ from ema_timm.hub.steps import AGAIN, ATTEMPTS, StepError, Steps
 from ema_timm.hub.time_limit import TimeLimit
 
 ANSWER_SECONDS = 90
-"""For a step of small requests; the client itself tries one again for up to half a minute."""
+"""Time limit of a step of small requests; the client itself retries for up to half a minute."""
 
 
 class Repository:
-    """The conversation with the Hub about one repository; each step is limited and explained."""
+    """One repository. Every step has a time limit, retries and one-line errors."""
 
     def __init__(self, api: HfApi, destination: Destination, limit: TimeLimit):
         self.api, self.to, self.limit = api, destination, limit
@@ -33,12 +32,12 @@ class Repository:
         self._branch = {"revision": destination.revision, "create_pr": destination.create_pr}
 
     def open(self) -> None:
-        """Find the repository and its branch, or make them; notes the head that they are at.
+        """Find or create the repository and its branch, and store its head.
 
         Raises:
-            UserError: If it was to be private and is not.
+            UserError: If it must be private but is public.
         """
-        self.head = self._steps.patiently(self._open)
+        self.head = self._steps.with_retries(self._open)
 
     def _open(self) -> str:
         with self._steps.step("reading the repository", seconds=ANSWER_SECONDS):
@@ -65,8 +64,8 @@ class Repository:
             return self.api.repo_info(self.to.repo, revision=self.to.revision).sha
 
     def contents(self) -> dict[str, str]:
-        """Name -> sha256 (large files) or git's name of every file at the head."""
-        return self._steps.patiently(self._contents)
+        """Hash of every file at the head by its name: sha256 of large files, git's of others."""
+        return self._steps.with_retries(self._contents)
 
     def _contents(self) -> dict[str, str]:
         with self._steps.step("listing its files", seconds=ANSWER_SECONDS):
@@ -78,8 +77,8 @@ class Repository:
         """Upload the files and make the commit, once.
 
         Raises:
-            StepError: If it failed; the repository is as it was, or the message says that this is
-                not known.
+            StepError: If it failed. The repository is unchanged, unless the message says that this
+                is not known.
         """
         found = self._find(files) if self.to.create_pr else None
         if found:
@@ -91,18 +90,18 @@ class Repository:
         commit = functools.partial(self._commit, operations, title, mark)
         look = functools.partial(self._look_after, files)
         # A pull request has no parent that would refuse a second one.
-        return self._steps.patiently(commit, 1 if self.to.create_pr else ATTEMPTS, look)
+        return self._steps.with_retries(commit, 1 if self.to.create_pr else ATTEMPTS, look)
 
     def _upload(self, file: File, operation: CommitOperationAdd) -> None:
-        """Upload a large file; a small one goes with the commit.
+        """Upload a large file; a small one is part of the commit.
 
-        One at a time: the client would give several to threads, which no limit can stop.
+        One at a time: the client uploads several in threads, which the timer cannot interrupt.
         """
         try:
             with self._steps.step(f"uploading {file.name}"):
                 self.api.preupload_lfs_files(self.to.repo, [operation], **self._branch)
         except StepError:
-            print(file=sys.stderr)  # the client leaves its bar in the middle of a line
+            print(file=sys.stderr)  # the client's progress bar ends without a newline
             raise
 
     def _commit(self, operations: list[CommitOperationAdd], title: str, mark: str) -> Landed:
@@ -130,8 +129,8 @@ class Repository:
         return found
 
     def _find(self, files: list[File]) -> Landed | None:
-        """The commit of exactly these files, made since the head was read."""
-        return self._steps.patiently(functools.partial(self._find_mark, digest(files)))
+        """The commit of exactly these files since the head was read, if there is one."""
+        return self._steps.with_retries(functools.partial(self._find_mark, digest(files)))
 
     def _find_mark(self, mark: str) -> Landed | None:
         with self._steps.step("looking for the commit", seconds=ANSWER_SECONDS):
@@ -153,15 +152,17 @@ class Repository:
                 return Landed(commit.commit_id, url or self.url(commit.commit_id), new=False)
         return None
 
-    def fetch(self, file: str, commit: str, cache: Path, anew: bool = False) -> Path:
-        """Download one file of a commit into ``cache``; ``anew`` also where it is there."""
-        return self._steps.patiently(functools.partial(self._download, file, commit, cache, anew))
+    def fetch(self, file: str, commit: str, cache: Path, again: bool = False) -> Path:
+        """Download one file of a commit into ``cache``; with ``again`` even if it is there."""
+        return self._steps.with_retries(
+            functools.partial(self._download, file, commit, cache, again)
+        )
 
-    def _download(self, file: str, commit: str, cache: Path, anew: bool) -> Path:
+    def _download(self, file: str, commit: str, cache: Path, again: bool) -> Path:
         with self._steps.step(f"fetching {file} back"):
             return Path(
                 self.api.hf_hub_download(
-                    self.to.repo, file, revision=commit, cache_dir=cache, force_download=anew
+                    self.to.repo, file, revision=commit, cache_dir=cache, force_download=again
                 )
             )
 

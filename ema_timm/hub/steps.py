@@ -1,4 +1,4 @@
-"""Steps on the Hub: their time limit, and what is said when one fails."""
+"""Steps on the Hub: their time limits, retries and error messages."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,8 @@ T = TypeVar("T")
 ATTEMPTS = 3
 _LONGEST_WAIT = 120.0
 
-# The client's errors, whichever HTTP library it is built on; ValueError and KeyError are answers
-# that it cannot read, RuntimeError is how it wraps the failure of an upload.
+# The client's errors, for each HTTP library that it may use. It raises ValueError and KeyError for
+# malformed responses, and RuntimeError for failed uploads.
 CLIENT_ERRORS = (HfHubHTTPError.__bases__[0], OSError, ValueError, KeyError, RuntimeError)
 _UNREADABLE = (ValueError, KeyError)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
@@ -56,10 +56,9 @@ class StepError(HubError):
 
     Attributes:
         what: What failed, without the remedy.
-        status: HTTP status, or None where no answer came.
+        status: HTTP status, or None without a response.
         retry_after: Seconds that the Hub asks to wait, or None.
-        final: Whether trying again at once is in vain: this machine's disk failed, or the client
-            has tried again for long enough itself.
+        final: Whether a retry is useless: the disk failed, or the client has already retried.
     """
 
     def __init__(
@@ -75,24 +74,24 @@ class StepError(HubError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether trying again may help."""
+        """Whether a retry may help."""
         if self.final:
             return False
         return self.status is None or self.status in (408, 409, 429) or self.status >= 500
 
     @property
     def may_have_landed(self) -> bool:
-        """Whether the request, or one like it before, may have taken effect all the same."""
+        """Whether the request may have taken effect although it failed."""
         return self.status is None or self.status in (408, 409, 412) or self.status >= 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """How the steps of one command on one repository are limited and explained.
+    """The steps of one command on one repository.
 
     Attributes:
         repo: USER/NAME.
-        limit: The time of the whole command.
+        limit: Time limit of the whole command.
         token: Kept out of every message.
         writes: Whether the command changes the repository.
     """
@@ -104,11 +103,11 @@ class Steps:
 
     @contextlib.contextmanager
     def step(self, doing: str, seconds: float | None = None) -> Iterator[None]:
-        """Run calls of the client; whatever fails in them is raised as one clear line.
+        """Run calls of the client; their errors are raised as one line.
 
         Args:
             doing: What the step does, such as "uploading model.safetensors".
-            seconds: The time of this step; None is all that is left.
+            seconds: Time limit of this step; None is the time that is left.
 
         Raises:
             StepError: If the step fails or takes too long.
@@ -127,18 +126,19 @@ class Steps:
             # Without its cause: a traceback of the client could show what it sent.
             raise self._failure(doing, error) from None
 
-    def patiently(
+    def with_retries(
         self,
         call: Callable[[], T],
         attempts: int = ATTEMPTS,
         done_already: Callable[[StepError], T | None] = lambda failure: None,
     ) -> T:
-        """Call until it works, as often as that makes sense and within the time.
+        """Call until it succeeds, while a retry may help and within the time limit.
 
         Args:
             call: May be called again after it failed.
-            attempts: So many times at most.
-            done_already: Told why ``call`` failed, looks whether it took effect all the same.
+            attempts: Maximum number of calls.
+            done_already: Gets the error of ``call`` and returns the result if the call took effect
+                all the same.
         """
         for attempt in itertools.count(1):
             try:
@@ -158,7 +158,7 @@ class Steps:
         return min(_LONGEST_WAIT, self.limit.left)
 
     def _failure(self, doing: str, error: BaseException) -> StepError:
-        """What a failure of the client means, and what to do about it."""
+        """The error for a failure of the client, with its remedy."""
         cause = _root(error)
         response = getattr(cause, "response", None)
         status = getattr(response, "status_code", None)
@@ -183,14 +183,14 @@ class Steps:
 
 
 def scrub(text: str, token: str | None) -> str:
-    """``text`` without the token, and without anything that looks like one."""
+    """``text`` without the token, and without whatever looks like one."""
     if token:
         text = text.replace(token, "hf_***")
     return _TOKEN.sub("hf_***", text)
 
 
 def _root(error: BaseException) -> BaseException:
-    """The answer of the Hub that an error goes back to, or its innermost cause."""
+    """The response of the Hub that caused an error, or the innermost cause."""
     while getattr(error, "response", None) is None:
         cause = error.__cause__
         if cause is None:

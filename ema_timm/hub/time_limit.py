@@ -1,8 +1,8 @@
-"""A limit on the time that a step on the network may take.
+"""A time limit for steps on the network.
 
-The client of the Hub has no limit of its own: a server that never answers, or that asks to wait
-for an hour, holds it as long. A timer of the operating system ends any of that. It needs the main
-thread and Unix; elsewhere the limit is only looked at between two steps.
+The client of the Hub has none: it waits for a server that never answers, or that asks to wait for
+an hour. A timer of the operating system interrupts it. The timer needs the main thread and Unix;
+elsewhere the limit is only checked between two steps.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ class TimeUpError(Exception):
 
 
 class _Alarm(BaseException):
-    """Not an Exception, so that the retry loops of the client do not swallow it."""
+    """Not an Exception, because the client's retry loops would catch one."""
 
 
 class TimeLimit:
-    """Seconds for a whole command, from now on."""
+    """The time limit of a command, from now on."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -37,7 +37,7 @@ class TimeLimit:
         """Run the block within ``seconds`` and within what is left of the whole.
 
         Raises:
-            TimeUpError: If the time is used up, also in the middle of a blocking call.
+            TimeUpError: When the time is used up, also in a blocking call.
         """
         allowed = self.left if seconds is None else min(seconds, self.left)
         if not allowed:
@@ -63,7 +63,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         raise _Alarm
 
     before = signal.signal(signal.SIGALRM, ring)
-    # Again after a second: a callback that swallows one alarm does not swallow the next.
+    # Again after a second, in case a callback catches the first alarm.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield

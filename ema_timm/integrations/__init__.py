@@ -1,1 +1,1 @@
-"""EMA attention in other libraries' networks."""
+"""EMA attention with other libraries: detectors, FLOP counters, pruning, int8."""

@@ -1,7 +1,7 @@
-"""Backbone weights for networks around a timm model: detectors, segmenters, transformers' models.
+"""Pretrained weights for the timm backbone of a detector, a segmenter or a transformers model.
 
-Such networks build their backbone from a config and without weights: RT-DETR and D-FINE, say,
-never load any. `load_backbone_weights` puts them in afterwards.
+Such networks build their backbone from a config, without weights; RT-DETR and D-FINE never load
+any. `load_backbone_weights` loads them afterwards.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-_COUNTER = "num_batches_tracked"  # detectors freeze norms into forms that do not count
+_COUNTER = "num_batches_tracked"  # frozen norms of detectors do not have it
 
 
 @torch.no_grad()
@@ -20,24 +20,24 @@ def load_backbone_weights(
 ) -> list[str]:
     """Load pretrained weights into the timm backbone inside ``model``, in place.
 
-    The backbone is recognised by its parameters: every one of them has a counterpart of the same
-    name and shape in the network ``name``, from the stem on. Stages that the backbone leaves out
-    are not missed. Everything else in ``model`` stays as it is.
+    The backbone is recognised by its parameters: each has the name and shape of a parameter of the
+    network ``name``, from the stem on. The backbone may lack later stages. The rest of ``model`` is
+    not changed.
 
     Args:
-        model: A network that holds a timm backbone, from transformers, torchvision,
+        model: A network with a timm backbone, from transformers, torchvision,
             segmentation-models-pytorch or your own.
-        name: The timm name that the backbone was built from, with a tag if another than the
-            default is wanted; ``hf-hub:USER/NAME`` and ``local-dir:FOLDER`` too.
-        weights: A local file to read instead of downloading: weights of ``name``, or of its plain
-            twin, which then go through the warm start.
+        name: The timm name that the backbone was built from, with a tag for other weights than the
+            default; also ``hf-hub:USER/NAME`` and ``local-dir:FOLDER``.
+        weights: A local file to load instead of downloading: weights of ``name``, or of the same
+            network without EMA layers, which are then added by identity initialisation.
 
     Returns:
-        Where in ``model`` weights were loaded, as names of submodules.
+        The names of the submodules of ``model`` whose weights were loaded.
 
     Raises:
-        ValueError: If ``model`` holds no backbone of that kind.
-        RuntimeError: If timm knows no ``name`` or has no weights for it.
+        ValueError: If ``model`` has no such backbone.
+        RuntimeError: If timm does not know ``name`` or has no weights for it.
     """
     overlay = {"file": str(weights)} if weights else None
     if not overlay and ":" not in name and not timm.models.is_model_pretrained(name):
@@ -55,17 +55,17 @@ def load_backbone_weights(
             module.load_state_dict(own)
     if not found:
         raise ValueError(
-            f"weights of {name} fit a backbone built from the same name, and "
-            f"{type(model).__name__} holds none. Build it with that name and as many input "
-            "channels, then load."
+            f"weights of {name} fit a backbone built from the same name, but "
+            f"{type(model).__name__} has none. Build it with that name and as many input channels, "
+            "then load."
         )
     return found
 
 
 def _is_backbone(state: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
-    """Whether ``state`` is the network ``source`` from its first parameter on, perhaps cut.
+    """Whether ``state`` is the network ``source`` from its first parameter on, or its first stages.
 
-    A plain network has all its parameters in its EMA twin too: blocks must have their EMA layer.
+    A network with EMA layers has all parameters of the one without: blocks must have their layer.
     """
     if next(iter(source)) not in state:
         return False

@@ -1,10 +1,9 @@
-"""What counters of operations need to be told, so that they count EMA attention too.
+"""Hooks for FLOP counters, so that they count EMA attention.
 
-On a CPU a C kernel computes the layer: counters that wait for PyTorch's functions or for known
-modules see nothing and report the plain network's number. Each takes what it does not know in a
-way of its own; here it is for thop, ptflops, calflops and fvcore. PyTorch's ``FlopCounterMode``
-needs nothing; torchinfo and PyTorch's profiler take nothing, and stay at the plain network's
-number. All count multiply-accumulates of the closed form, as `ema_timm.ops.macs` does.
+On a CPU a C kernel computes the layer. Counters that trace PyTorch's functions or known modules do
+not see it and report the network without EMA layers. Here are hooks for thop, ptflops, calflops and
+fvcore. PyTorch's ``FlopCounterMode`` needs none; torchinfo and PyTorch's profiler take none and
+cannot count the layer. All count multiply-accumulates of the closed form, as `ema_timm.ops.macs`.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ def thop_ops() -> dict[type, Callable]:
 def ptflops_hooks() -> dict[type, Callable]:
     """For ``ptflops.get_model_complexity_info(..., custom_modules_hooks=ptflops_hooks())``.
 
-    Its backend ``aten`` sees the layer by itself and ignores them.
+    Its backend ``aten`` counts the layer by itself and ignores them.
     """
     return {EmaAttn: _count_for_ptflops}
 
@@ -36,8 +35,8 @@ def calflops_hooks() -> dict[type, Callable]:
 def fvcore_handles() -> dict[str, Callable]:
     """For ``FlopCountAnalysis(model, inputs).set_op_handle(**fvcore_handles())``.
 
-    fvcore sees the layer, but counts a product of a matrix and a stack of matrices as if the stack
-    held one. These handles count every one.
+    fvcore counts the product of a matrix and a stack of matrices as if the stack had one matrix.
+    These handles count all of them.
     """
     return {"aten::matmul": _count_product}
 

@@ -1,4 +1,4 @@
-"""For NNCF and OpenVINO: EMA layers kept in floating point, and no telemetry."""
+"""Keeps EMA layers in floating point when NNCF quantises a network, and turns telemetry off."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ def layer_patterns(model: nn.Module) -> list[str]:
     """Patterns of the operators of every EMA layer, as NNCF finds them in an OpenVINO model.
 
     For ``nncf.quantize(..., ignored_scope=nncf.IgnoredScope(patterns=layer_patterns(model)))``.
-    Only OpenVINO's own converter leaves the names of layers on operators.
+    Only OpenVINO's own converter keeps the names of layers in the names of operators.
 
     Args:
         model: The network that ``openvino.convert_model`` was given.

@@ -23,14 +23,14 @@ def pruners(model: nn.Module) -> dict[type, object]:
         model: The network that is to be pruned.
 
     Raises:
-        ValueError: If a layer is folded or without cross-spatial learning: its operators lie open
-            to torch-pruning, which then looks into them and takes all memory.
+        ValueError: If a layer has no cross-spatial learning. torch-pruning looks into the
+            operators of such a layer and then takes all memory.
     """
     for name, layer in model.named_modules():
-        if isinstance(layer, EmaAttn) and (layer.folded is not None or not layer.cross_spatial):
+        if isinstance(layer, EmaAttn) and not layer.cross_spatial:
             raise ValueError(
-                f"torch-pruning takes EMA layers that are not folded and have cross-spatial "
-                f"learning, and {name} is another. Prune first, then fold."
+                f"{name} is an EMA layer without cross-spatial learning, which torch-pruning "
+                "cannot prune. Build the network with cross_spatial=True."
             )
     from torch_pruning.pruner.function import BasePruningFunc
 

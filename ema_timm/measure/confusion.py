@@ -1,18 +1,19 @@
-"""Which classes a classifier takes for which, as a picture."""
+"""The confusion matrix of a classifier, as a figure."""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from ema_timm.figures import drawable
+
 _NAMED = 30
-"""Up to so many classes the axes carry names, and the cells their counts."""
+"""Most classes whose names are on the axes, with their counts in the cells."""
 
 
 def save_confusion(confusion: Tensor, names: list[str], path: str | Path) -> None:
-    """Draw a confusion matrix; every row is coloured by its part of the class.
+    """Draw a confusion matrix. A cell's colour is its part of the row.
 
     Args:
         confusion: Counts of images by (target, predicted), (classes, classes).
@@ -52,8 +53,7 @@ def save_confusion(confusion: Tensor, names: list[str], path: str | Path) -> Non
 
 
 def _shown(names: list[str]) -> list[str]:
-    """Names as matplotlib can draw them; numbers where its font lacks their letters."""
-    font = get_font(findfont(FontProperties()))
-    if not all(font.get_char_index(ord(letter)) for name in names for letter in name):
+    """Names as matplotlib can draw them; numbers if its font lacks one of their characters."""
+    if not all(map(drawable, names)):
         return [str(index) for index in range(len(names))]
     return [name[:24].replace("$", r"\$") for name in names]  # a pair of $ would be mathematics

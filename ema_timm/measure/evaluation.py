@@ -1,12 +1,13 @@
-"""A checkpoint and images -> results.json: the only source of published numbers.
+"""``evaluate``: metrics of a checkpoint on images, written to results.json.
 
-A checkpoint file is first written as a folder in timm's Hub format, and the folder is measured:
-what is published is what was measured. Images go through timm's own loader as its validation
-script sets it up, so that the accuracies agree to the last image.
+Every published number comes from here. A checkpoint file is first written as a folder in timm's Hub
+format, and the folder is measured. Images go through timm's own loader as its validation script
+sets it up, so that the metrics are the same.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import create_loader
@@ -19,7 +20,8 @@ from ema_timm.checkpoints.network import check_network, load_network
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.checkpoints.results import describe, read_results
 from ema_timm.data.check import check_readable
-from ema_timm.data.splits import Dataset, open_measured
+from ema_timm.data.image_folder import LabelledImages
+from ema_timm.data.splits import open_measured
 from ema_timm.environment import pick_device, versions
 from ema_timm.files import sha256
 from ema_timm.measure.metrics import Tally, tally
@@ -33,13 +35,13 @@ except ImportError:  # matplotlib is an extra; the command says so
 
 CONFUSION = "confusion.png"
 MOST_CLASSES = 1000
-"""Up to so many classes a confusion matrix is drawn."""
+"""Most classes for which a confusion matrix is drawn."""
 
 
-def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
+def evaluate(config: EvaluateConfig, progress: bool = True) -> dict[str, Any]:
     """Measure a checkpoint and write results.json and a confusion matrix into its folder.
 
-    What results.json said of the training is kept.
+    Other entries of results.json, such as those of the training, are kept.
 
     Args:
         config: The checkpoint, the images and how to run.
@@ -63,7 +65,7 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
     if progress:
         print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     folder = CheckpointWriter(path)
-    folder.make()  # said before the measurement, not after it
+    folder.make()  # an error here comes before the measurement
     device = torch.device(pick_device(config.device))
     counts = _count(network, dataset, data, config, device, progress)
     digest = sha256(path / WEIGHTS)
@@ -81,7 +83,7 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict:
 
 def _count(
     network: nn.Module,
-    dataset: Dataset,
+    dataset: LabelledImages,
     data: dict,
     config: EvaluateConfig,
     device: torch.device,
@@ -103,14 +105,14 @@ def _count(
 
 
 def _carried(path: Path, digest: str, progress: bool) -> dict:
-    """What results.json says already; of other weights, what was told for the card alone."""
+    """The content of results.json; if it is of other weights, only the card's fields."""
     if not (path / RESULTS).is_file():
         return {}
     old = read_results(path / RESULTS)
     if old["weights_sha256"] == digest:
         return old
     kept = path / "results.previous.json"
-    # A copy: what was told is lost with results.json where this call does not come to its end.
+    # A copy: results.json must stay until this call has written the new one.
     CheckpointWriter(path).write(
         kept.name, lambda file: file.write_bytes((path / RESULTS).read_bytes())
     )
@@ -120,7 +122,7 @@ def _carried(path: Path, digest: str, progress: bool) -> dict:
 
 
 def _per_class(counts: Tally, names: list[str]) -> dict:
-    """Images of each class, and how many of them were told right."""
+    """Images of each class, and how many of them were predicted correctly."""
     images, correct = (each.tolist() for each in counts.per_class(len(names)))
     return {
         name: {"images": total, "correct": right}
@@ -129,9 +131,9 @@ def _per_class(counts: Tally, names: list[str]) -> dict:
 
 
 def _conditions(
-    config: EvaluateConfig, dataset: Dataset, network: nn.Module, device: torch.device
+    config: EvaluateConfig, dataset: LabelledImages, network: nn.Module, device: torch.device
 ) -> dict:
-    """How the measurement was made, for others to repeat it; no path of this machine."""
+    """Settings and versions, without local paths, so that others can repeat the measurement."""
     return {
         "data": {
             "name": dataset.name,
@@ -148,16 +150,16 @@ def _conditions(
 
 
 def _draw(folder: CheckpointWriter, counts: Tally, results: dict, progress: bool) -> list[str]:
-    """Draw the confusion matrix, where that is possible; the names of all pictures."""
+    """Draw the confusion matrix if that is possible; returns the names of all figures."""
     names = results["classes"]
     others = [name for name in results.get("plots", ()) if name != CONFUSION]
     missing = ""
     if len(names) > MOST_CLASSES:
-        missing = f"{len(names)} classes are more than a picture shows"
+        missing = f"{len(names)} classes are more than a figure shows"
     elif save_confusion is None:
         missing = "matplotlib is missing (pip install 'ema-timm[train]')"
     if missing:
-        (folder.path / CONFUSION).unlink(missing_ok=True)  # it would be of an earlier measurement
+        (folder.path / CONFUSION).unlink(missing_ok=True)  # it is of an earlier measurement
         if progress:
             print(f"no {CONFUSION}: {missing}", file=sys.stderr)
         return others

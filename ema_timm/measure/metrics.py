@@ -1,4 +1,4 @@
-"""A network and images -> counted metrics."""
+"""Metrics of a classifier on images."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 
 
 class Metrics(NamedTuple):
-    """What an evaluation counted.
+    """The metrics of an evaluation.
 
     Attributes:
         top1: Top-1 accuracy in %.
-        top5: Top-5 accuracy in %; None with fewer than six classes, where it says nothing.
+        top5: Top-5 accuracy in %; None with fewer than six classes.
         loss: Mean cross-entropy.
         correct: Images whose class was predicted.
         images: Images evaluated.
@@ -33,12 +33,12 @@ class Tally:
 
     def __init__(self):
         self._sums = torch.zeros(4, dtype=torch.float64)  # correct, in the top 5, loss, images
-        self._classes = 0  # stays so in a process whose shard is empty
+        self._classes = 0  # stays 0 in a process whose shard is empty
         self.predicted: list[Tensor] = []
         self.targets: list[Tensor] = []
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Count one batch: (B, classes) and (B,). Ties fall as in timm's own ``accuracy``."""
+        """Count one batch: (B, classes) and (B,). Ties are broken as in timm's ``accuracy``."""
         self._classes = logits.shape[1]
         best = logits.topk(min(5, self._classes), 1, True, True).indices
         hits = best == targets[:, None]
@@ -76,7 +76,7 @@ class Tally:
 def measure(model: nn.Module, loader, device: torch.device, **options) -> Metrics:
     """Evaluate a classifier; under DDP, over the shards of all processes.
 
-    Takes what `outputs` takes, and returns exact counts over all images.
+    Takes what `outputs` takes. The counts are exact over all images.
     """
     return tally(model, loader, device, **options).metrics(device)
 
@@ -107,8 +107,8 @@ def outputs(
         device: Where to run.
         amp_dtype: Type for autocast, or None.
         channels_last: Memory format of the images.
-        images_here: Use only so many images of this process' shard: samplers pad shards to one
-            length by repeating images.
+        images_here: Number of images in this process' shard: samplers repeat images to pad all
+            shards to one length, and those are not used.
         progress: Show a bar (on a terminal).
 
     Yields:
@@ -132,7 +132,7 @@ def outputs(
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Mixed precision in ``dtype``, or nothing where that is None."""
+    """Mixed precision in ``dtype``, or nothing if that is None."""
     return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation can be told. No torch here, so that ``--help`` is instant."""
+"""Settings of an evaluation. Imports no torch, so that ``--help`` is instant."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,46 +8,47 @@ from ema_timm.options import option
 
 @dataclass
 class EvaluateConfig:
-    """Settings of `ema_timm.measure.evaluation.evaluate`; the command line is made from these fields.
+    """Settings of `ema_timm.measure.evaluate`. Each field is an option of the command line.
 
     ``source`` is the checkpoint: a folder in timm's Hub format, or a file.
     """
 
     source: str
-    data_dir: str = option("", "image folder with val/CLASS/*.png (and train/, for class names)")
-    split: str = option("", "name of the folder to measure on (default: val or validation)")
+    data_dir: str = option("", "image folder with val/CLASS/*.jpg (and train/, for class names)")
+    split: str = option("", "name of the split to measure on (default: val or validation)")
     dataset: str = option(
-        "", "timm's data set by name, torch/NAME or hfds/NAME, which lies in --data-dir"
+        "", "timm dataset, such as torch/cifar10 or hfds/USER/NAME; --data-dir is its root"
     )
     val_split: str = option(
-        "", "measure on the part that finetune --val-split set aside, such as 0.2"
+        "", "measure on the fraction that finetune --val-split held out, such as 0.2"
     )
     labels: str = option(
-        "", "class names in the order of the outputs: one a line, or JSON with descriptions"
+        "", "file of class names in output order: one per line, or JSON with descriptions"
     )
     batch_size: int = option(64, "images in a batch")
-    workers: int = option(2, "data loading processes")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: int = option(2, "data-loader processes")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")
     amp_dtype: str = option(
-        "", "mixed precision type (default: none)", choices=("bfloat16", "float16")
+        "", "use mixed precision with this dtype (default: off)", choices=("bfloat16", "float16")
     )
 
     output: str = option(
-        "", "checkpoint folder to write; needed for checkpoint files, like what follows"
+        "", "checkpoint folder to write (required)", group="only for checkpoint files"
     )
-    model: str = option("", "timm model name (default: as the file says)")
+    model: str = option("", "timm model name (default: from the file)")
     model_kwargs: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "arguments for the model, as KEY=VALUE ...", "pairs": True},
+        metadata={
+            "help": "arguments of the model, such as ema_groups=8",
+            "pairs": True,
+        },
     )
-    use_averaged: bool = option(False, "take the averaged weights of timm's --model-ema", flag=True)
-    img_size: int = option(0, "image size in pixels (default: as validate.py has it)")
-    crop_pct: float = option(0.0, "part of the image to crop; 0 is as validate.py has it")
-    interpolation: str = option(
-        "", "interpolation, such as bicubic (default: as validate.py has it)"
-    )
+    use_averaged: bool = option(False, "use the averaged weights of timm's --model-ema", flag=True)
+    img_size: int = option(0, "image size in pixels (default: from the model)")
+    crop_pct: float = option(0.0, "centre-crop fraction (default: from the model)")
+    interpolation: str = option("", "interpolation, such as bicubic (default: from the model)")
 
     OF_A_FILE = (
         "output", "model", "model_kwargs", "use_averaged", "img_size", "crop_pct", "interpolation",
     )  # fmt: skip
-    """Fields that a folder decides itself, in its config.json."""
+    """Fields for checkpoint files only: a folder gives them in its config.json."""

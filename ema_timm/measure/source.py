@@ -1,4 +1,4 @@
-"""What an evaluation is told, settled: the folder to measure, its images' split, its classes."""
+"""What an evaluation measures: the folder, the images and the class names of its settings."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from ema_timm.measure.settings import EvaluateConfig
 
 
 def folder_to_measure(config: EvaluateConfig) -> Path:
-    """The checkpoint folder; that of a checkpoint file is written first.
+    """The checkpoint folder. For a checkpoint file it is written first.
 
     Raises:
-        UserError: If there is no checkpoint, or the options are not for one of its kind.
+        UserError: If there is no checkpoint, or an option is not for this kind of checkpoint.
     """
     source = Path(config.source)
     if not source.exists():
@@ -31,10 +31,10 @@ def folder_to_measure(config: EvaluateConfig) -> Path:
 
 
 def images_of(config: EvaluateConfig) -> tuple[str, str, str, str]:
-    """What names the images: folder, split, part held out, timm's data set.
+    """The settings that name the images: folder, split, part held out, timm's data set.
 
     Raises:
-        UserError: If there are no images to measure on.
+        UserError: If none are given.
     """
     if not config.data_dir:
         raise UserError("evaluate needs --data-dir; see ema-timm evaluate --help.")
@@ -42,15 +42,15 @@ def images_of(config: EvaluateConfig) -> tuple[str, str, str, str]:
 
 
 def with_class_names(saved: dict, path: Path, config: EvaluateConfig) -> dict:
-    """A folder's config.json with names of its classes: its own, else those that are told.
+    """A folder's config.json with class names: its own, else those of the settings.
 
     Args:
         saved: Content of config.json.
         path: The folder.
-        config: May tell the names.
+        config: The settings.
 
     Raises:
-        UserError: If other names are told than it has, or too many or few.
+        UserError: If the settings give other names than it has, or too many or too few.
     """
     own = saved.get("label_names")
     if not own:
@@ -70,7 +70,7 @@ def _refuse_options_of_a_file(config: EvaluateConfig) -> None:
     if given:
         option = "--" + given[0].replace("_", "-")
         raise UserError(
-            f"{option} is for checkpoint files: {config.source} is a folder, and its config.json "
+            f"{option} is for checkpoint files, but {config.source} is a folder, whose config.json "
             f"decides. Leave {option} out."
         )
 
@@ -85,13 +85,13 @@ def _write_folder_of(source: Path, config: EvaluateConfig) -> Path:
             "orders the classes. Give their names in that order with --labels FILE."
         )
     labels = _labels(config, network.num_classes)
-    told = {key: getattr(config, key) for key in ("img_size", "crop_pct", "interpolation")}
-    told = {key: value for key, value in told.items() if value}
-    return write_folder(checkpoint, network, model_args, config.output, labels, told)
+    given = {key: getattr(config, key) for key in ("img_size", "crop_pct", "interpolation")}
+    given = {key: value for key, value in given.items() if value}
+    return write_folder(checkpoint, network, model_args, config.output, labels, given)
 
 
 def _labels(config: EvaluateConfig, classes: int) -> Labels:
-    """Class names where the checkpoint has none: as told, else those of the class folders."""
+    """Class names of a checkpoint without any: those of --labels, else of the class folders."""
     if config.labels:
         labels = read_labels(config.labels)
     else:

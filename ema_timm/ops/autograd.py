@@ -1,6 +1,5 @@
-"""What autograd sees of the closed form: one node, whose backward is written out by hand."""
+"""The closed form as one node of autograd, with a hand-written backward."""
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
@@ -10,16 +9,16 @@ from torch import Tensor
 from ema_timm.ops.cpu import chunks, native
 from ema_timm.ops.formula import closed_form, statistics_type
 from ema_timm.ops.gpu import passes
-from ema_timm.ops.saved import Saved, restored
-from ema_timm.ops.weights import EmaWeights, FoldedWeights
+from ema_timm.ops.saved import Saved, is_recorded, restored
+from ema_timm.ops.weights import EmaWeights
 
 
 def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """`ema_timm.ops.formula.closed_form`, computed and differentiated without a graph.
 
-    Keeps for the backward, beyond ``x`` and the parameters, the gates along H and W, the gate map
-    and three numbers a channel. Differentiable any number of times: a backward that is itself
-    recorded goes through the traceable form.
+    Saves for the backward, beyond ``x`` and the parameters, the gates along H and W, the gate map
+    and a few vectors a tile. Differentiable any number of times: a backward that is itself recorded
+    uses the formula.
 
     Args:
         x: Feature map, (B, C, H, W), floating point.
@@ -29,65 +28,47 @@ def closed_form_eager(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
     """
-    x = _with_memory(x)
-    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+    if x._is_zerotensor():  # autograd's tensor of zeros has no memory
+        x = x.clone()
+    if is_recorded(x, weights):
         return _ClosedForm.apply(x, groups, *weights)
     chosen = kernel(x, weights)
     return chosen.forward(x, chosen.fold(statistics_type(x, weights)), groups, save=False)[0]
 
 
-def closed_form_folded_eager(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
-    """`closed_form_eager` from folded weights, for inference only.
-
-    Args:
-        x: Feature map, (B, C, H, W), floating point.
-        weights: Folded parameters of one layer in the type of the statistics.
-        groups: G; divides C.
-
-    Returns:
-        (B, C, H, W), the dtype and memory format of ``x``, owning its memory.
-    """
-    x = _with_memory(x)
-    return kernel(x, weights).forward(x, weights, groups, save=False)[0]
-
-
 def kernel(x: Tensor, others: Iterable[Tensor]) -> ModuleType:
-    """Who computes on ``x``, (B, C, H, W): the native kernel where it can, else PyTorch operators.
+    """The module whose passes run on ``x``, (B, C, H, W).
 
-    `passes` on CUDA, `chunks` elsewhere. All have a ``fold``, a ``forward`` and a ``backward`` of
-    one signature; `native.takes` says what the arguments are.
+    `passes` on CUDA, else `native` if it can run, else `chunks`. All have functions ``fold``,
+    ``forward`` and ``backward`` of the same signatures; `native.takes` explains ``others``.
     """
     if passes.takes(x):
         return passes
     return native if native.takes(x, others) else chunks
 
 
-def saved_type(x: Tensor) -> type[Saved] | type[passes.Saved]:
-    """How what the forward of ``x`` saved is called: the passes on CUDA keep other things."""
-    return passes.Saved if passes.takes(x) else Saved
+def saved_type(x: Tensor) -> type[Saved] | type[passes.PassesSaved]:
+    """The class of the tensors that the forward of ``x`` saved, which differ on CUDA."""
+    return passes.PassesSaved if passes.takes(x) else Saved
 
 
-def outside_autocast(backward: Callable) -> Callable:
-    """``backward(grad, x, ...)``, which may be called inside autocast, without it.
+def outside_autocast(function: Callable, x: Tensor, *rest):
+    """Call ``function(x, *rest)`` with autocast switched off on the device of ``x``.
 
-    Products of weights in half precision would reach the kernels as if they were float32.
+    Inside autocast, products of weights in half precision would reach the kernels as if they were
+    float32.
     """
-
-    @functools.wraps(backward)
-    def run(grad, x, *rest):
-        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
-            return backward(grad, x, *rest)
-        with torch.autocast(x.device.type, enabled=False):
-            return backward(grad, x, *rest)
-
-    return run
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(x, *rest)
+    with torch.autocast(device, enabled=False):
+        return function(x, *rest)
 
 
-@outside_autocast
 def hand_written_backward(
     grad: Tensor,
     x: Tensor,
-    saved: Saved | passes.Saved,
+    saved: Saved | passes.PassesSaved,
     weights: EmaWeights,
     groups: int,
     need_x: bool,
@@ -101,14 +82,15 @@ def hand_written_backward(
         saved: From the forward.
         weights: Parameters of the layer.
         groups: G.
-        need_x: Whether the gradient of ``x`` is wanted.
-        need_weights: Whether the gradients of the parameters are wanted.
+        need_x: Whether the gradient of ``x`` is needed.
+        need_weights: Whether the gradients of the parameters are needed.
 
     Returns:
         The gradient of ``x`` in its type and layout, and those of the parameters; None where not
-        wanted.
+        needed.
     """
-    grad = _with_memory(grad)
+    if grad._is_zerotensor():  # as in the forward
+        grad = grad.clone()
     if passes.takes(x):
         weights = statistics_type(x, weights)
         return passes.backward(grad, x, saved, weights, groups, need_x, need_weights)
@@ -117,13 +99,8 @@ def hand_written_backward(
     return chosen.backward(grad, x, saved, weights, groups, need_x, need_weights)
 
 
-def _with_memory(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy where it is autograd's tensor of zeros that has no memory."""
-    return tensor.clone() if tensor._is_zerotensor() else tensor
-
-
 def _is_hidden(x: Tensor) -> bool:
-    """Whether a dispatch mode is on that would not see what computes on ``x``: the C kernel."""
+    """Whether a dispatch mode is on that would not see the passes on ``x``: the C kernel."""
     return native.is_watched() and not passes.takes(x)
 
 
@@ -152,9 +129,11 @@ class _ClosedForm(torch.autograd.Function):
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or _is_batched(grad) or _is_hidden(x):
             # create_graph, whose result must be differentiable again; or vmap, or a tracer.
-            dx, dw = differentiable_backward(grad, x, weights, ctx.groups, need_x, need)
+            arguments = grad, x, weights, ctx.groups, need_x, need
+            dx, dw = outside_autocast(differentiable_backward, *arguments)
             return dx, None, *dw
-        dx, dw = hand_written_backward(grad, x, saved, weights, ctx.groups, need_x, any(need))
+        arguments = grad, x, saved, weights, ctx.groups, need_x, any(need)
+        dx, dw = outside_autocast(hand_written_backward, *arguments)
         if dw is None:
             return dx, None, *[None] * 6
         dw = [d.to(w.dtype) if n else None for d, w, n in zip(dw, weights, need, strict=True)]
@@ -162,14 +141,13 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        """Refused: a call with dual tensors takes the traceable form."""
+        """An error: dispatch gives calls with dual tensors to the formula."""
         raise RuntimeError(
             "This call of EMA attention was not set up for forward-mode differentiation. Make the "
             "dual tensors before the call, or use impl='reference'."
         )
 
 
-@outside_autocast
 def differentiable_backward(
     grad: Tensor,
     x: Tensor,
@@ -185,11 +163,11 @@ def differentiable_backward(
         x: The input, (B, C, H, W).
         weights: Parameters of one layer.
         groups: G.
-        need_x: Whether the gradient of ``x`` is wanted.
-        need: Whether that of each parameter is wanted.
+        need_x: Whether the gradient of ``x`` is needed.
+        need: Whether that of each parameter is needed.
 
     Returns:
-        The gradient of ``x``, (B, C, H, W), and those of the parameters; None where not wanted.
+        The gradient of ``x``, (B, C, H, W), and those of the parameters; None where not needed.
     """
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -58,24 +58,9 @@ def fold(w: EmaWeights) -> FoldedWeights:
     )
 
 
-def drop_common_vote(w: FoldedWeights) -> FoldedWeights:
-    """The same function without the part of the votes that the softmax cancels.
-
-    Softmax takes the same number off every logit, so the first channel's row is subtracted from
-    all and left out. 9n + 1 numbers go and 9n, the kernel k, came by folding: no exact folding of
-    this layer can save more, since nothing else in it is redundant.
-    """
-    return w._replace(
-        vote_weight=w.vote_weight[1:] - w.vote_weight[:1],
-        vote_bias=w.vote_bias[1:] - w.vote_bias[:1],
-    )
-
-
-def vote(means: Tensor, w: FoldedWeights) -> Tensor:
-    """The softmax weights u of the local branch, (..., n), from shifted means (..., 9n)."""
-    logits = means @ w.vote_weight.t() + w.vote_bias
-    # A row left out votes 0. Never a branch: the tracer would burn it in, and says so.
-    return F.pad(logits, (w.gn_bias.shape[0] - w.vote_bias.shape[0], 0)).softmax(-1)
+def cross_spatial_weights(means: Tensor, w: FoldedWeights) -> Tensor:
+    """The softmax weights u of the local branch, (..., n), from shifted means, (..., 9n)."""
+    return (means @ w.vote_weight.t() + w.vote_bias).softmax(-1)
 
 
 def shifted_means(g: Tensor, row: Tensor, col: Tensor) -> Tensor:
@@ -132,11 +117,11 @@ def convolve_to_one_channel(g: Tensor, kernel: Tensor) -> Tensor:
 
 
 def convolve_by_sums(g: Tensor, kernel: Tensor) -> Tensor:
-    """`convolve_to_one_channel` for Inductor, which takes the nine sums in one pass over ``g``.
+    """`convolve_to_one_channel` for Inductor, which fuses the nine sums into one pass over ``g``.
 
-    A product of matrices is a kernel of a library, before which Inductor writes ``g`` out in
-    float32; but where nobody fuses, sums are nine passes. Each sum is shifted by a pad of its own:
-    the gradients of nine crops of one padded map are nine such maps, written out and added up.
+    Inductor calls a library for a product of matrices and writes ``g`` out in float32 before it.
+    Without operator fusion, sums are nine passes. Each sum has its own pad, because the gradients
+    of nine crops of one padded map are nine such maps, written out and added up.
     """
     out = (g * kernel[4][:, None, None]).sum(2)
     for t in range(9):
@@ -165,7 +150,7 @@ def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
     y = g * gate_h[..., None] * gate_w[..., None, :]
     centred = y - y.mean((3, 4), keepdim=True)
     r = (centred.square().mean((3, 4)) + eps).rsqrt()  # (B, G, n)
-    u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
+    u = cross_spatial_weights(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
 
     coef = u * w.gn_weight * r
     # A product, also for counters of operations: they see none in a sum.
@@ -176,14 +161,15 @@ def gate_logits(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
 
 
 def gate_logits_by_sums(g: Tensor, w: FoldedWeights, eps: float = EPS) -> Tensor:
-    """`gate_logits` for Inductor on a GPU: no product with the map, all else in the order it likes.
+    """`gate_logits` for Inductor on a GPU: no product of matrices with the map.
 
-    The votes come before the centred map, because a map that is used again behind a product of
-    matrices is kept in float32 instead of worked out anew. The gates are multiplied first: of
-    g·s_h·s_w from the left, g·s_h is a map to keep and to read three times in the backward.
+    u comes before the centred map, because Inductor keeps a map in float32 that is used again after
+    a product of matrices, instead of computing it again. The gates are multiplied first, because
+    from the left g·s_h·s_w would leave g·s_h, a map to keep and to read three times in the
+    backward.
     """
     row, col, gate_h, gate_w = pools_and_gates(g, w)
-    u = vote(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
+    u = cross_spatial_weights(shifted_means(g, row, col).flatten(2), w)  # (B, G, n)
     local = convolve_by_sums(g, w.kernel)
 
     y = g * (gate_h[..., None] * gate_w[..., None, :])
@@ -206,7 +192,16 @@ def closed_form(x: Tensor, weights: EmaWeights, groups: int, for_inductor: bool 
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``.
     """
-    return closed_form_folded(x, fold(statistics_type(x, weights)), groups, for_inductor)
+    w = fold(statistics_type(x, weights))
+    batch, channels, height, width = x.shape
+    g = x.view(batch, groups, channels // groups, height, width).to(w.gn_weight.dtype)
+    logits = gate_logits_by_sums(g, w) if for_inductor else gate_logits(g, w)
+    gated = (g * logits.sigmoid().unsqueeze(2)).to(x.dtype)
+    if torch.jit.is_tracing():  # neither the tracer nor the legacy ONNX exporter knows the other
+        return gated.flatten(1, 2)
+    # A plain flatten is a view in autograd's books, and ResNet adds the shortcut in place: hooks
+    # on the output (Grad-CAM) would then miss their gradient. This one owns its history.
+    return torch.ops.aten._unsafe_view(gated, x.shape)
 
 
 def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
@@ -231,28 +226,3 @@ def statistics_type(x: Tensor, w: EmaWeights) -> EmaWeights:
         w.gn_weight.to(dtype),
         w.gn_bias.to(dtype),
     )
-
-
-def closed_form_folded(
-    x: Tensor, w: FoldedWeights, groups: int, for_inductor: bool = False
-) -> Tensor:
-    """`closed_form` from folded weights.
-
-    Args:
-        x: Feature map, (B, C, H, W), floating point.
-        w: Folded parameters of one layer in the type of the statistics.
-        groups: G; divides C.
-        for_inductor: As `closed_form` takes it.
-
-    Returns:
-        (B, C, H, W), the dtype and memory format of ``x``.
-    """
-    batch, channels, height, width = x.shape
-    g = x.view(batch, groups, channels // groups, height, width).to(w.gn_weight.dtype)
-    logits = gate_logits_by_sums(g, w) if for_inductor else gate_logits(g, w)
-    gated = (g * logits.sigmoid().unsqueeze(2)).to(x.dtype)
-    if torch.jit.is_tracing():  # neither the tracer nor the legacy ONNX exporter knows the other
-        return gated.flatten(1, 2)
-    # A plain flatten is a view in autograd's books, and ResNet adds the shortcut in place: hooks
-    # on the output (Grad-CAM) would then miss their gradient. This one owns its history.
-    return torch.ops.aten._unsafe_view(gated, x.shape)

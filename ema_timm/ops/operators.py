@@ -1,10 +1,10 @@
-"""EMA attention as operators of PyTorch's library, which `torch.compile` takes as they are.
+"""EMA attention as custom operators, which `torch.compile` calls without looking inside.
 
-``ema_timm::closed_form`` calls the kernels that eager mode runs on the CPU: Inductor, left to fuse
-the traceable form, spent minutes on the backward of a ResNet and then ran it slower than eager.
-``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.gpu.fused.launch`.
+``ema_timm::closed_form`` calls the kernels that eager mode runs on the CPU. If Inductor fuses the
+formula instead, it takes minutes to compile the backward of a ResNet, and the result is slower than
+eager mode. ``ema_timm::fused`` launches the Triton kernels of `ema_timm.ops.gpu.fused.launch`.
 
-Import this module late: registering takes longer than all the rest of this package's import.
+Import this module late: registering takes longer than the rest of this package's import.
 """
 
 from collections.abc import Callable
@@ -16,23 +16,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ema_timm.ops import autograd
 from ema_timm.ops.formula import fold, statistics_type
-from ema_timm.ops.gpu import gpu_fold
+from ema_timm.ops.gpu.steps import fold_in_few_operators
 from ema_timm.ops.macs import closed_form_macs
-from ema_timm.ops.saved import Saved, new_saved
-from ema_timm.ops.weights import EmaWeights, FoldedWeights, fits, misfit
+from ema_timm.ops.saved import Saved, is_recorded, new_saved
+from ema_timm.ops.weights import EmaWeights, fits, misfit
 
 # Schemas are spelled out: PyTorch 2.5 does not infer them from tuple[...] and list[...].
 _PARAMETERS = (
     "Tensor conv1x1_weight, Tensor conv1x1_bias, Tensor conv3x3_weight, Tensor conv3x3_bias, "
     "Tensor gn_weight, Tensor gn_bias"
 )
-_FOLDED = (
-    "Tensor mix_weight, Tensor mix_bias, Tensor kernel, Tensor vote_weight, Tensor vote_bias, "
-    "Tensor gn_weight, Tensor gn_bias"
-)
 
 
-def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
+def closed_form_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """`ema_timm.ops.formula.closed_form` as the operator ``ema_timm::closed_form``.
 
     Args:
@@ -43,24 +39,15 @@ def closed_form_opaque(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     Returns:
         (B, C, H, W), the dtype and memory format of ``x``.
     """
-    return _closed_form(x, *weights, groups, _recorded(x, weights))[0]
+    return _closed_form(x, *weights, groups, is_recorded(x, weights))[0]
 
 
 def fused_operator(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
-    """`closed_form_opaque` by Triton kernels, as the operator ``ema_timm::fused``.
+    """`closed_form_operator` by Triton kernels, as the operator ``ema_timm::fused``.
 
-    The caller has asked `ema_timm.ops.gpu.fused.tiling.unavailable` first.
+    The caller has checked `ema_timm.ops.gpu.fused.available.require_fused` first.
     """
-    return _fused(x, *weights, groups, _recorded(x, weights))[0]
-
-
-def fused_folded_operator(x: Tensor, weights: FoldedWeights, groups: int) -> Tensor:
-    """`fused_operator` from folded weights, for inference: ``ema_timm::fused_folded``."""
-    return _fused_folded(x, *weights, groups)
-
-
-def _recorded(x: Tensor, weights: EmaWeights) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    return _fused(x, *weights, groups, is_recorded(x, weights))[0]
 
 
 def _register(
@@ -88,10 +75,10 @@ def _register_forward(name: str, forward: Callable, folding: Callable) -> Callab
         "-> (Tensor, Tensor, Tensor, Tensor)",
     )
     def operator(x, *rest):
-        """Output and, where asked for, what the backward needs; else empty tensors."""
+        """The output and, if ``save``, the saved tensors; else empty tensors."""
         weights, (groups, save) = EmaWeights(*rest[:6]), rest[6:]
         n = x.shape[1] // groups
-        if not fits(weights, n):  # whoever calls the operator by name has passed no other check
+        if not fits(weights, n):  # a call of the operator by name has passed no other check
             raise ValueError(misfit(weights, n))
         folded = folding(statistics_type(x, weights))
         out, saved = forward(x, folded, groups, save)
@@ -124,7 +111,8 @@ def _register_backward(name: str, backward: Callable) -> Callable:
         """The gradient of ``x``, empty where not needed, then those of the parameters."""
         weights, (groups, need_x, need_weights) = rest[:6], rest[6:]
         saved = Saved(gates, gate_map, vectors)
-        dx, dw = backward(grad, x, saved, EmaWeights(*weights), groups, need_x, need_weights)
+        found = x, saved, EmaWeights(*weights), groups, need_x, need_weights
+        dx, dw = autograd.outside_autocast(backward, grad, *found)
         found = [x.new_empty(0) if dx is None else dx]
         if dw is not None:
             found += [d.to(w.dtype) for d, w in zip(dw, weights, strict=True)]
@@ -152,9 +140,8 @@ def _differentiate(gradient: Callable, ctx, grad: Tensor, *_) -> tuple:
     need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:7]
     if torch.is_grad_enabled():  # create_graph: the result must be differentiable again
         x, *rest = ctx.saved_tensors
-        dx, dw = autograd.differentiable_backward(
-            grad, x, EmaWeights(*rest[3:]), ctx.groups, need_x, need
-        )
+        arguments = grad, x, EmaWeights(*rest[3:]), ctx.groups, need_x, need
+        dx, dw = autograd.outside_autocast(autograd.differentiable_backward, *arguments)
         return dx, *dw, None, None
     dx, *dw = gradient(grad, *ctx.saved_tensors, ctx.groups, need_x, any(need))
     dw = [d if n else None for d, n in zip(dw or [None] * 6, need, strict=True)]
@@ -171,7 +158,6 @@ def _fused_forward(*arguments):
     return launch.forward(*arguments)
 
 
-@autograd.outside_autocast
 def _fused_backward(grad, x, saved, weights, *rest):
     from ema_timm.ops.gpu.fused import launch
 
@@ -179,22 +165,7 @@ def _fused_backward(grad, x, saved, weights, *rest):
 
 
 _closed_form = _register("closed_form", _closed_form_forward, autograd.hand_written_backward)
-_fused = _register("fused", _fused_forward, _fused_backward, gpu_fold.fold)
-
-
-@torch.library.custom_op(
-    "ema_timm::fused_folded",
-    mutates_args=(),
-    schema=f"(Tensor x, {_FOLDED}, SymInt groups) -> Tensor",
-)
-def _fused_folded(x, *rest):
-    *weights, groups = rest
-    return _fused_forward(x, FoldedWeights(*weights), groups, False)[0]
-
-
-@_fused_folded.register_fake
-def _(x, *rest):
-    return torch.empty_like(x)
+_fused = _register("fused", _fused_forward, _fused_backward, fold_in_few_operators)
 
 
 def _flops(x_shape: torch.Size, n: int) -> int:
@@ -203,9 +174,7 @@ def _flops(x_shape: torch.Size, n: int) -> int:
     return 2 * closed_form_macs(batch * (channels // n), n, height, width)
 
 
-@register_flop_formula(
-    [torch.ops.ema_timm.closed_form, torch.ops.ema_timm.fused, torch.ops.ema_timm.fused_folded]
-)
+@register_flop_formula([torch.ops.ema_timm.closed_form, torch.ops.ema_timm.fused])
 def _count_forward(x_shape, weight_shape, *rest, **_) -> int:
     """For `torch.utils.flop_counter.FlopCounterMode`, which sees operators and not kernels."""
     return _flops(x_shape, weight_shape[0])

@@ -45,5 +45,10 @@ def reference(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     u = x2.mean((2, 3)).softmax(1)[:, :, None, None]
     logits = (v * x2).sum(1, keepdim=True) + (u * x1).sum(1, keepdim=True)  # (B·G, 1, H, W)
     gated = (g * logits.sigmoid()).reshape(x.shape).to(x.dtype)
-    # A buffer of its own, laid out like x.
+    # A new buffer, laid out like x.
     return torch.empty_like(x).copy_(gated)
+
+
+def relative_difference(found: Tensor, want: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest value of ``want``."""
+    return float((found - want).abs().max() / want.abs().max().clamp(min=1e-30))

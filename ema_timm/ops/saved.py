@@ -1,11 +1,14 @@
-"""What a hand-written forward keeps for its backward, beyond the input and the weights."""
+"""What the hand-written backwards share: saved tensors, and the gradients of the parameters.
+
+Saved are only the tensors beyond the input and the weights.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ema_timm.ops.weights import EmaWeights, shapes
+from ema_timm.ops.weights import EmaWeights, FoldedWeights, shapes
 
 
 class Saved(NamedTuple):
@@ -21,6 +24,11 @@ class Saved(NamedTuple):
     gates: Tensor
     gate_map: Tensor
     vectors: Tensor
+
+
+def is_recorded(x: Tensor, weights: EmaWeights) -> bool:
+    """Whether autograd records a call with these tensors, so that a backward may follow."""
+    return torch.is_grad_enabled() and (x.requires_grad or any([w.requires_grad for w in weights]))
 
 
 def new_saved(x: Tensor, groups: int, dtype: torch.dtype) -> Saved:
@@ -65,7 +73,7 @@ def restored(
         (tiles, n, height + width),
         (tiles, height, width),
         (4, tiles, n),
-        *shapes(weights, n),
+        *shapes(n),
     ):
         raise RuntimeError(
             "A hook on saved tensors must give back the shape that it was given; EMA attention "
@@ -76,3 +84,25 @@ def restored(
     wide = [t if t.dtype is dtype else t.to(dtype) for t in (*saved, *weights)]
     x = x if x.dtype is grad.dtype else x.to(grad.dtype)
     return x, Saved(*[t.contiguous() for t in wide[:3]]), EmaWeights(*wide[3:])
+
+
+def finish_weights(found: FoldedWeights, logits: Tensor, w: EmaWeights) -> EmaWeights:
+    """Gradients of the layer's parameters from those of the folded parameters.
+
+    Args:
+        found: Gradients of the folded parameters. That of β is still without its part in v.
+        logits: The sum of dL over all tiles and pixels, (1,).
+        w: The layer's parameters in the type of the statistics.
+    """
+    n = w.gn_bias.shape[0]
+    v = w.gn_bias.softmax(0)
+    kernel = found.kernel.t().reshape(9 * n)
+    dv = torch.mv(w.conv3x3_weight.reshape(n, 9 * n), kernel).addcmul_(w.conv3x3_bias, logits)
+    return EmaWeights(
+        found.mix_weight.view_as(w.conv1x1_weight),
+        found.mix_bias,
+        torch.addr(found.vote_weight, v, kernel).view_as(w.conv3x3_weight),
+        torch.addcmul(found.vote_bias, v, logits),
+        found.gn_weight,
+        found.gn_bias + torch._softmax_backward_data(dv, v, 0, dv.dtype),
+    )

@@ -1,4 +1,4 @@
-"""The parameters of one EMA attention layer, as every implementation takes them."""
+"""The parameters of one EMA attention layer, and the check that a feature map fits them."""
 
 from typing import NamedTuple
 
@@ -29,17 +29,16 @@ class EmaWeights(NamedTuple):
 
 
 class FoldedWeights(NamedTuple):
-    """The parameters of one layer with everything that depends on weights alone worked out.
+    """The parameters of one layer with every product of weights already computed.
 
     Attributes:
         mix_weight: The 1×1 convolution, (n, n).
         mix_bias: (n,).
         kernel: Identity b, k of the collapsed 3×3 convolution, (9, n).
-        vote_weight: Makes the logits of u from the shifted means; (n, 9n), or (n - 1, 9n) where
-            the first channel's row has been subtracted from the others and is left out.
-        vote_bias: (n,) or (n - 1,).
+        vote_weight: Makes the logits of u from the shifted means, (n, 9n).
+        vote_bias: (n,).
         gn_weight: γ, (n,).
-        gn_bias: β + v·b₃, (n,); as Σ_c u_c = 1, the constant of identity b rides on β.
+        gn_bias: β + v·b₃, (n,). The constant of identity b is added to β, because Σ_c u_c = 1.
     """
 
     mix_weight: Tensor
@@ -51,27 +50,59 @@ class FoldedWeights(NamedTuple):
     gn_bias: Tensor
 
 
-def shapes(weights: EmaWeights | FoldedWeights, n: int) -> tuple[tuple[int, ...], ...]:
-    """What the shapes of ``weights`` must be in groups of ``n`` channels, in their order."""
-    if isinstance(weights, EmaWeights):
-        return (n, n, 1, 1), (n,), (n, n, 3, 3), (n,), (n,), (n,)
-    votes = n if weights.vote_bias.numel() == n else n - 1
-    return (n, n), (n,), (9, n), (votes, 9 * n), (votes,), (n,), (n,)
+def shapes(n: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of `EmaWeights` for groups of ``n`` channels, in the order of its fields."""
+    return (n, n, 1, 1), (n,), (n, n, 3, 3), (n,), (n,), (n,)
 
 
-def fits(weights: EmaWeights | FoldedWeights, n: int) -> bool:
+def fits(weights: EmaWeights, n: int) -> bool:
     """Whether all ``weights`` are of groups of ``n`` channels."""
-    return tuple([w.shape for w in weights]) == shapes(weights, n)
+    return tuple([w.shape for w in weights]) == shapes(n)
 
 
-def misfit(weights: EmaWeights | FoldedWeights, n: int) -> str:
+def misfit(weights: EmaWeights, n: int) -> str:
     """The error for ``weights`` that are not of groups of ``n`` channels."""
     wrong = [
         f"{name} must be {shape}, got {tuple(w.shape)}"
-        for name, w, shape in zip(weights._fields, weights, shapes(weights, n), strict=True)
+        for name, w, shape in zip(weights._fields, weights, shapes(n), strict=True)
         if w.shape != shape
     ]
     return (
         f"The layer's weights do not fit together; in groups of {n} channels {', '.join(wrong)}. "
         "Give the layer the parameters that it was made with."
     )
+
+
+def require_fit(x: Tensor, weights: EmaWeights, groups: int) -> None:
+    """Check that ``x`` is a map that ``weights`` and ``groups`` fit.
+
+    Raises:
+        ValueError: If the shapes do not fit together, or ``groups`` is below 1.
+        TypeError: If ``x`` is not floating point, or ``groups`` is not an int.
+    """
+    if x.dim() != 4:
+        raise ValueError(
+            f"x must be a feature map of 4 dimensions (B, C, H, W), got {x.dim()} with shape "
+            f"{tuple(x.shape)}. Add the batch dimension with x.unsqueeze(0), or reshape tokens to "
+            "a map first."
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must be floating point, got {x.dtype}. Convert it first, for example with "
+            "x.float()."
+        )
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {groups!r} ({type(groups).__name__}).")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}.")
+    n = weights.gn_weight.numel()
+    if not fits(weights, n):
+        raise ValueError(misfit(weights, x.shape[1] // groups))
+    if x.shape[1] != groups * n:
+        raise ValueError(
+            f"The layer's weights are for {groups * n} channels ({groups} groups of {n}), got "
+            f"input with {x.shape[1]} channels, shape {tuple(x.shape)}. Build the layer as "
+            f"EmaAttn({x.shape[1]}) or give it the feature map it was made for."
+        )
+    if 0 in x.shape[2:]:
+        raise ValueError(f"H and W must be at least 1, got shape {tuple(x.shape)}.")

@@ -1,4 +1,4 @@
-"""What is published where, settled before anything is sent."""
+"""The files and the destination of a commit, checked before anything is sent."""
 
 import re
 import shutil
@@ -15,15 +15,15 @@ from ema_timm.publishing.kinds import FolderKind, kind_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What is published where."""
+    """The files of a folder, and where they are published."""
 
     kind: FolderKind
     folder: CheckedFolder
     files: list[File]
-    to: Destination
+    destination: Destination
 
     def __str__(self) -> str:
-        to = self.to
+        to = self.destination
         where = f"a pull request on {to.repo}" if to.create_pr else f"{to.repo}, {to.revision}"
         lines = [f"{where}{' (private, if it is new)' if to.private else ''}:"]
         width = max(len(file.name) for file in self.files)
@@ -32,16 +32,16 @@ class Plan:
         return "\n".join([*lines, f"  {'together':{width}} {total:>13,} bytes in one commit"])
 
 
-def make_plan(folder: str | Path, to: Destination) -> Plan:
+def make_plan(folder: str | Path, destination: Destination) -> Plan:
     """Check the folder and the destination's name; no network.
 
     Raises:
         UserError: For a folder or a name that cannot be published.
     """
-    _check_destination(to)
+    _check_destination(destination)
     kind = kind_of(folder)
     checked = kind.check(folder)
-    return Plan(kind, checked, [File(checked.path / name) for name in checked.files], to)
+    return Plan(kind, checked, [File(checked.path / name) for name in checked.files], destination)
 
 
 def _check_destination(to: Destination) -> None:
@@ -52,13 +52,13 @@ def _check_destination(to: Destination) -> None:
     if to.repo.count("/") != 1:
         raise UserError(f"--repo-id must be USER/NAME, got {to.repo!r}.")
     if re.fullmatch(r"[0-9a-f]{40}", to.revision):
-        raise UserError(f"--revision must name a branch, and {to.revision} is a commit.")
+        raise UserError(f"--revision must name a branch, but {to.revision} is a commit.")
     if to.create_pr and to.revision != "main":
         raise UserError("--create-pr is for the branch main: leave out --revision.")
 
 
 def check_space(plan: Plan, scratch: Path) -> None:
-    """See that the files fit into the folder that they are fetched back into.
+    """Check that there is space to download the files again.
 
     Raises:
         UserError: If not.
@@ -66,6 +66,6 @@ def check_space(plan: Plan, scratch: Path) -> None:
     needed, free = sum(file.size for file in plan.files), shutil.disk_usage(scratch).free
     if free < needed:
         raise UserError(
-            f"{scratch.parent} has {free:,} bytes free, and fetching the files back takes "
+            f"{scratch.parent} has {free:,} bytes free, but fetching the files back takes "
             f"{needed:,}. Free space, or set TMPDIR to another disk."
         )

@@ -1,4 +1,4 @@
-"""The same model, loaded somewhere else: what it answers to a fixed input."""
+"""A model loaded in another process, and its outputs for a fixed input."""
 
 import json
 import os
@@ -13,36 +13,36 @@ from ema_timm.errors import HubError
 
 Outputs = list[list[float]]
 
-# Rounding alone: the order of a sum may differ between two processes. Weights that differ at all
-# are told apart by their sha256.
-TOLERANCE = 1e-5
+# For rounding: the order of a sum may differ between two processes. Different weights are detected
+# by their sha256.
+RELOAD_TOLERANCE = 1e-5
 _SECONDS = 600
 
-TIMM = """
+LOAD_WITH_TIMM = """
 import json, sys
 import timm
-import ema_timm  # where it is not found by itself
-from ema_timm.publishing.reload import outputs
-print(json.dumps(outputs(timm.create_model(sys.argv[1], pretrained=True))))
+import ema_timm  # in case timm does not find it
+from ema_timm.publishing.reload import fixed_logits
+print(json.dumps(fixed_logits(timm.create_model(sys.argv[1], pretrained=True))))
 """
 
 
 @torch.inference_mode()
-def outputs(model: nn.Module) -> Outputs:
+def fixed_logits(model: nn.Module) -> Outputs:
     """Logits of ``model`` for two fixed random images of its own input size, (2, classes)."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *model.pretrained_cfg["input_size"], generator=generator)
     return model.eval()(images).double().tolist()
 
 
-def reload_elsewhere(name: str, env: Mapping[str, str], code: str = TIMM) -> Outputs:
-    """Load a model by its name in a fresh process, without network.
+def reload_elsewhere(name: str, env: Mapping[str, str], code: str = LOAD_WITH_TIMM) -> Outputs:
+    """Load a model by its name in a new process, offline.
 
     Args:
         name: ``local-dir:FOLDER``, or ``hf-hub:USER/NAME@COMMIT`` whose files are in the cache; or
-            what another kind of folder calls these.
-        env: Environment variables that differ from this process'.
-        code: What the process runs: it prints what the model of its argument answers, as JSON.
+            names of another kind of folder.
+        env: Environment variables that differ from this process.
+        code: Code of the process, which prints the outputs of the model of its argument as JSON.
 
     Raises:
         HubError: If it does not load.
@@ -56,7 +56,7 @@ def reload_elsewhere(name: str, env: Mapping[str, str], code: str = TIMM) -> Out
             text=True,
             env=env,
             timeout=_SECONDS,
-            cwd=os.sep,  # a folder timm/ where the user stands would shadow the installed one
+            cwd=os.sep,  # a folder timm/ in the current one would shadow the installed package
         )
     except subprocess.TimeoutExpired as error:
         raise HubError(f"{name} did not load within {_SECONDS} s in a fresh process.") from error
@@ -67,8 +67,8 @@ def reload_elsewhere(name: str, env: Mapping[str, str], code: str = TIMM) -> Out
 
 
 def same(first: Outputs, second: Outputs) -> bool:
-    """Whether two models answered the same, up to `TOLERANCE` of the largest logit."""
+    """Whether two outputs are equal up to `RELOAD_TOLERANCE` of the largest logit."""
     a, b = torch.tensor(first), torch.tensor(second)
     if a.shape != b.shape or not torch.isfinite(a).all():
         return False
-    return bool((a - b).abs().max() <= TOLERANCE * max(1.0, float(a.abs().max())))
+    return bool((a - b).abs().max() <= RELOAD_TOLERANCE * max(1.0, float(a.abs().max())))

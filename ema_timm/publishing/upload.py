@@ -1,8 +1,9 @@
-"""A checkpoint folder -> one commit on the Hub, verified; the only writer to the network.
+"""``publish``: one verified commit of a checkpoint folder on the Hub.
 
-Before: the folder is checked, and loaded back in a fresh process whose outputs must be those of
-the source model. After: every file is fetched at the returned commit and compared by sha256, and
-the model is loaded from there in a fresh process and compared again.
+Nothing else in the package writes to the network. Before the commit, the folder is checked and
+loaded in a new process, whose outputs must be those of the source model. After it, every file is
+downloaded from the commit and compared by sha256, and the model is loaded from there in a new
+process and compared again.
 """
 
 import re
@@ -32,7 +33,7 @@ _PICKLES = re.compile(r"\.(bin|pth|pt|pth\.tar|pkl)$")
 
 def publish(
     folder: str | Path,
-    to: Destination,
+    destination: Destination,
     *,
     force: bool = False,
     time_limit: float = TIME_LIMIT,
@@ -42,30 +43,30 @@ def publish(
     """Publish a checkpoint folder.
 
     Args:
-        folder: What `ema_timm.checkpoints.check.check_folder` accepts, or
+        folder: What `ema_timm.checkpoints.check.check_publishable` accepts, or
             `ema_timm.integrations.yolo.check.check_detector`.
-        to: Where to.
+        destination: The repository and branch.
         force: Replace a card on the Hub that was edited by hand.
-        time_limit: Seconds for everything on the network.
-        reload: Loads a model by its name in another process and returns what it answers there;
-            that of the folder's kind by default.
-        api: Client of the Hub; one with the user's own token and endpoint by default.
+        time_limit: Time limit in seconds for all network operations.
+        reload: Loads a model by its name in another process and returns its outputs; by default
+            that of the folder's kind.
+        api: Client of the Hub; by default one with the user's token and endpoint.
 
     Returns:
-        The commit; it holds the folder's files, whether this run made it or an earlier one.
+        The commit that holds the folder's files, made by this run or an earlier one.
 
     Raises:
         UserError: For a folder or a destination that cannot be published; nothing was sent.
         EditedCardError: If the card on the Hub was edited by hand and ``force`` is off.
-        HubError: If the Hub failed. It holds the whole commit or nothing of it.
+        HubError: If the Hub failed. It has the whole commit or nothing of it.
     """
-    plan = _plan(folder, to)
+    plan = _plan(folder, destination)
     reload = reload or plan.kind.reload
     api = _client(api)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         check_space(plan, Path(scratch))
         expected = check_loads_back(plan, reload, Path(scratch))
-        repository = Repository(api, to, TimeLimit(time_limit))
+        repository = Repository(api, destination, TimeLimit(time_limit))
         landed = _push(plan, repository, Path(scratch), force)
         try:
             _verify(plan, landed, repository, expected, reload, Path(scratch))
@@ -76,29 +77,28 @@ def publish(
     return landed
 
 
-def rehearse(folder: str | Path, to: Destination, *, reload: Reload | None = None) -> Plan:
-    """All that `publish` does before it needs the network; raises what it raises."""
-    plan = _plan(folder, to)
+def rehearse(folder: str | Path, destination: Destination, *, reload: Reload | None = None) -> Plan:
+    """All that `publish` does before it needs the network; raises the same errors."""
+    plan = _plan(folder, destination)
     with tempfile.TemporaryDirectory(prefix="ema-timm-") as scratch:
         check_loads_back(plan, reload or plan.kind.reload, Path(scratch))
     return plan
 
 
-def _plan(folder: str | Path, to: Destination) -> Plan:
-    plan = make_plan(folder, to)
-    if plan.folder.left_out:
+def _plan(folder: str | Path, destination: Destination) -> Plan:
+    plan = make_plan(folder, destination)
+    if plan.folder.skipped:
         _say(
-            f"not published, for neither {CARD} nor {RESULTS} names it: "
-            f"{some(plan.folder.left_out)}"
+            f"not published, for neither {CARD} nor {RESULTS} names it: {some(plan.folder.skipped)}"
         )
     return plan
 
 
 def check_loads_back(plan: Plan, reload: Reload, scratch: Path) -> Outputs:
-    """Load the folder by its name elsewhere; it must answer as the source model does.
+    """Load the folder by its name in a new process; the outputs must be the source model's.
 
     Raises:
-        UserError: If it answers differently, with numbers that are not finite, or not at all.
+        UserError: If they differ or are not finite, or the folder does not load.
     """
     folder, kind = plan.folder, plan.kind
     expected = kind.outputs(folder)
@@ -123,11 +123,11 @@ def _client(api: HfApi | None) -> HfApi:
 
 
 def _push(plan: Plan, repository: Repository, scratch: Path, force: bool) -> Landed:
-    _say(f"reading {plan.to.repo}")
+    _say(f"reading {plan.destination.repo}")
     repository.open()
     there = repository.contents()
     if all(there.get(file.name) in (file.sha256, file.git_oid) for file in plan.files):
-        _say(_nothing_to_do(plan.to))
+        _say(_nothing_to_do(plan.destination))
         return Landed(repository.head, repository.url(repository.head), new=False)
     if CARD in there and not force:
         _keep_edited_card(plan, repository, scratch)
@@ -135,13 +135,13 @@ def _push(plan: Plan, repository: Repository, scratch: Path, force: bool) -> Lan
     return repository.push(plan.files, plan.kind.title(plan.folder.results))
 
 
-def _nothing_to_do(to: Destination) -> str:
-    """What is said where the files are there already. It is no failure: that is what was asked."""
-    if to.create_pr:
-        return f"no pull request was made: {to.revision} holds these files already"
+def _nothing_to_do(destination: Destination) -> str:
+    """The message if the Hub has the files already, which is a success."""
+    if destination.create_pr:
+        return f"no pull request was made: {destination.revision} holds these files already"
     return (
-        f"{to.revision} holds these files already: nothing to commit, and whether the token may "
-        "write was not asked"
+        f"{destination.revision} holds these files already: nothing to commit, and whether the "
+        "token may write was not asked"
     )
 
 
@@ -155,16 +155,16 @@ def _mention_pickles(there: Iterable[str], what_they_do: str) -> None:
 
 
 def _keep_edited_card(plan: Plan, repository: Repository, scratch: Path) -> None:
-    """Refuse to write over a card on the Hub that is not as ema-timm generated it."""
+    """Refuse to replace a card on the Hub that ema-timm did not generate."""
     file = repository.fetch(CARD, repository.head, scratch / "card")
     ours = plan.folder.path / CARD
     require_unedited(
         file.read_text("utf-8", errors="replace"),
         plan.folder.card,
-        (f"{plan.to.repo}/{CARD}", str(ours)),
-        f"{CARD} of {plan.to.repo} was not written by ema-timm, or was edited, and is kept; the "
-        f"difference is above. Take the edits over into {ours} and publish with --force, which "
-        "replaces it.",
+        (f"{plan.destination.repo}/{CARD}", str(ours)),
+        f"{CARD} of {plan.destination.repo} was not written by ema-timm, or was edited, and is "
+        f"kept; the difference is above. Copy the edits into {ours} and publish with --force, "
+        "which replaces it.",
     )
 
 
@@ -176,12 +176,12 @@ def _verify(
     reload: Reload,
     scratch: Path,
 ) -> None:
-    """Compare what the Hub gives out for the commit with what was published."""
+    """Compare the files and outputs of the commit with those that were published."""
     _say(f"fetching commit {landed.commit[:8]} back")
     cache = scratch / "fetched"
     for file in plan.files:
         _fetch_back(file, landed, repository, cache)
-    name = plan.kind.remote.format(repo=plan.to.repo, commit=landed.commit)
+    name = plan.kind.remote.format(repo=plan.destination.repo, commit=landed.commit)
     _say(f"loading {name} in a fresh process")
     loaded = reload(name, {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": repository.api.endpoint})
     if not same(expected, loaded):
@@ -192,7 +192,7 @@ def _fetch_back(file: File, landed: Landed, repository: Repository, cache: Path)
     got = sha256(repository.fetch(file.name, landed.commit, cache))
     if got != file.sha256:
         _say(f"{file.name} came back damaged; fetching it anew")
-        got = sha256(repository.fetch(file.name, landed.commit, cache, anew=True))
+        got = sha256(repository.fetch(file.name, landed.commit, cache, again=True))
     if got != file.sha256:
         raise HubError(
             f"fetching {file.name} back gave sha256 {got}, not {file.sha256}, twice. {AGAIN}"

@@ -1,6 +1,5 @@
-"""A checkpoint and images -> a picture of where its EMA attention looks."""
+"""``attend``: a figure of the attention maps of a checkpoint, and of Grad-CAM, over images."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,21 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.environment import pick_device
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.files import make_writable
 from ema_timm.see.gates import LayerGates, last_of_stages, layer_gates
-from ema_timm.see.gradcam import Cam, grad_cam, last_stage, require_library
+from ema_timm.see.gradcam import Cam, grad_cam, last_stage
 from ema_timm.see.images import find_images, prepare
-from ema_timm.see.networks import Network, open_network
+from ema_timm.see.networks import Classifier, open_classifier
 from ema_timm.see.predictions import Prediction, top_classes
 from ema_timm.see.settings import AttendConfig
 
 MOST_IMAGES = 24
-"""Rows of one picture."""
+"""Rows of one figure."""
 
 
 class Attended(NamedTuple):
-    """What was drawn.
+    """The result of `attend`.
 
     Attributes:
         pictures: Files that were written.
@@ -39,8 +38,8 @@ def attend(config: AttendConfig) -> Attended:
     """Draw the gates of each stage, and Grad-CAM, over images.
 
     Raises:
-        UserError: If a setting cannot be met, or the network or an image is not there.
-        HubError: If the Hub does not give the network.
+        UserError: If a setting is wrong, or the network or an image is missing.
+        HubError: If a download from the Hub fails.
     """
     _check(config)
     from ema_timm.see.drawing import save_attention, save_groups
@@ -48,10 +47,10 @@ def attend(config: AttendConfig) -> Attended:
     files = find_images(config.images)
     if len(files) > MOST_IMAGES:
         raise UserError(
-            f"a picture has rows for {MOST_IMAGES} images, got {len(files)}. Give some of them."
+            f"a figure has rows for {MOST_IMAGES} images, got {len(files)}. Give fewer."
         )
     device = torch.device(pick_device(config.device))
-    network = open_network(config.source, device)
+    network = open_classifier(config.source, device)
     images, seen = prepare(files, network.data)
     gates = _chosen(layer_gates(network.run, images), network.run, config.layers)
     probabilities = _probabilities(network, images.to(device))
@@ -61,8 +60,8 @@ def attend(config: AttendConfig) -> Attended:
         classes = _classes(rows, network, config.target)
         cams.append(_cam(network, files, classes, config.cam_layer, device))
         if config.beside:
-            twin = _twin(config, network, device)
-            cams.append(_cam(twin, files, classes, config.cam_layer, device))
+            other = _second(config, network, device)
+            cams.append(_cam(other, files, classes, config.cam_layer, device))
     pictures = [Path(config.output)]
     save_attention(seen, gates, cams, rows, pictures[0])
     if config.groups:
@@ -72,11 +71,10 @@ def attend(config: AttendConfig) -> Attended:
 
 
 def _check(config: AttendConfig) -> None:
-    """Refuse what cannot be drawn, before any work."""
-    if find_spec("matplotlib") is None:
-        raise UserError("pictures need matplotlib: pip install 'ema-timm[see]'")
+    """Check the settings, before any work."""
+    require_packages(["matplotlib"], "see", "a picture")
     if config.cam:
-        require_library()
+        require_packages(["pytorch_grad_cam"], "see", "Grad-CAM (which --no-cam leaves out)")
     given = [name for name in ("beside", "target", "cam_layer") if getattr(config, name)]
     if given and not config.cam:
         option = "--" + given[0].replace("_", "-")
@@ -94,18 +92,17 @@ def _chosen(gates: dict[str, LayerGates], model: nn.Module, names: str) -> dict[
     unknown = [name for name in wanted if name not in gates]
     if unknown:
         raise UserError(
-            f"--layers names EMA attention layers, and {unknown[0]!r} is none. There are "
-            f"{', '.join(gates)}."
+            f"--layers: {unknown[0]!r} is not an EMA attention layer. There are {', '.join(gates)}."
         )
     return {name: gates[name] for name in wanted}
 
 
 @torch.inference_mode()
-def _probabilities(network: Network, images: Tensor) -> Tensor:
+def _probabilities(network: Classifier, images: Tensor) -> Tensor:
     return network.run(images).float().softmax(-1)
 
 
-def _classes(rows: list[Prediction], network: Network, target: str) -> list[int]:
+def _classes(rows: list[Prediction], network: Classifier, target: str) -> list[int]:
     """Number of the class that Grad-CAM is for, of each image."""
     if not target:
         return [row.index[0] for row in rows]
@@ -115,24 +112,24 @@ def _classes(rows: list[Prediction], network: Network, target: str) -> list[int]
         index = int(target)
     else:
         raise UserError(
-            f"--target is the name or number of a class, and {network.name} has no {target!r}. It "
+            f"--target is the name or number of a class, but {network.name} has no {target!r}. It "
             f"has {len(network.labels)}, such as {network.labels[0]!r}."
         )
     return [index] * len(rows)
 
 
-def _twin(config: AttendConfig, network: Network, device: torch.device) -> Network:
-    twin = open_network(config.beside, device)
-    if twin.labels != network.labels:
+def _second(config: AttendConfig, network: Classifier, device: torch.device) -> Classifier:
+    other = open_classifier(config.beside, device)
+    if other.labels != network.labels:
         raise UserError(
-            f"--beside takes a network of the same classes, and those of {config.beside} are "
-            f"others than those of {config.source}. Give one that was trained on the same data."
+            f"--beside takes a network of the same classes, but {config.beside} has other classes "
+            f"than {config.source}. Give one that was trained on the same data."
         )
-    return twin
+    return other
 
 
 def _cam(
-    network: Network, files: list[Path], classes: list[int], layer: str, device: torch.device
+    network: Classifier, files: list[Path], classes: list[int], layer: str, device: torch.device
 ) -> Cam:
     images, seen = prepare(files, network.data)
     images = images.to(device)

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from ema_timm.data.images import mode_of, read_image
 from ema_timm.environment import pick_device
-from ema_timm.errors import UnreadableImageError, UserError
+from ema_timm.errors import UnreadableImageError, UserError, require_packages
 from ema_timm.files import make_writable
-from ema_timm.see.images import find_images, image_loader, read_image
-from ema_timm.see.networks import Network, open_exported, open_network
+from ema_timm.see.images import find_images, image_loader
+from ema_timm.see.networks import Classifier, open_classifier, open_exported
 from ema_timm.see.predictions import (
     Prediction,
     check_output,
@@ -24,29 +25,29 @@ ONNX = ".onnx"
 
 
 class Predicted(NamedTuple):
-    """What came of it.
+    """The result of `predict`.
 
     Attributes:
         rows: One for each image that could be read, in order.
-        unreadable: One line for each other.
-        left_off: Images that the contact sheet has no room for.
+        unreadable: One line for each image that could not.
+        omitted: Number of images that are not on the contact sheet.
     """
 
     rows: list[Prediction]
     unreadable: list[str]
-    left_off: int = 0
+    omitted: int = 0
 
 
 def predict(config: PredictConfig, progress: bool = True) -> Predicted:
-    """Classify images as timm's ``inference.py`` does, and write what the settings ask for.
+    """Classify images as timm's ``inference.py`` does, and write the files of the settings.
 
     Args:
         config: Network, images and outputs.
         progress: Show a bar on stderr (on a terminal).
 
     Raises:
-        UserError: If a setting cannot be met, or the network or an image is not there.
-        HubError: If the Hub does not give the network.
+        UserError: If a setting is wrong, or the network or an image is missing.
+        HubError: If a download from the Hub fails.
     """
     if config.topk < 1 or config.batch_size < 1:
         raise UserError("--topk and --batch-size must be at least 1.")
@@ -57,25 +58,24 @@ def predict(config: PredictConfig, progress: bool = True) -> Predicted:
     files = find_images(config.images)
     device = torch.device(pick_device(config.device))
     if config.source.endswith(ONNX):
-        device = torch.device("cpu")  # ONNX Runtime takes its input from there
+        device = torch.device("cpu")  # ONNX Runtime reads its input there
         network = open_exported(Path(config.source))
     else:
-        network = open_network(config.source, device)
+        network = open_classifier(config.source, device)
     done = classify(network, files, device, config, progress)
     if config.output:
         write_predictions(done.rows, min(config.topk, len(network.labels)), config.output)
     if config.sheet:
         channels = network.data["input_size"][0]
-        done = done._replace(left_off=save_sheet(done.rows, channels, Path(config.sheet)))
+        done = done._replace(omitted=save_sheet(done.rows, channels, Path(config.sheet)))
     return done
 
 
 def _sheet(file: str):
-    """The function that draws the contact sheet, once it is clear that it can be written."""
-    try:
-        from ema_timm.see.sheet import save_sheet
-    except ModuleNotFoundError as error:
-        raise UserError("--sheet needs matplotlib: pip install 'ema-timm[see]'") from error
+    """The function that draws the contact sheet, after a check that the file can be written."""
+    require_packages(["matplotlib"], "see", "--sheet")
+    from ema_timm.see.sheet import save_sheet
+
     if Path(file).suffix != ".png":
         raise UserError(f"--sheet is a .png file, got {file}. Give such a name.")
     make_writable(Path(file).parent)
@@ -84,7 +84,7 @@ def _sheet(file: str):
 
 @torch.inference_mode()
 def classify(
-    network: Network,
+    network: Classifier,
     files: Sequence[Path],
     device: torch.device,
     config: PredictConfig,
@@ -108,10 +108,10 @@ def classify(
     return Predicted(rows, unreadable)
 
 
-def _why(file: Path, network: Network) -> str:
-    """Why an image could not be read; the loader's processes can hand on numbers alone."""
+def _why(file: Path, network: Classifier) -> str:
+    """Why an image could not be read; loader processes return only numbers."""
     try:
-        read_image(file, network.data["input_size"][0])
+        read_image(file, mode_of(network.data["input_size"][0]))
     except UnreadableImageError as error:
         return str(error)
     return f"{file} could not be read at first, and can be now"

@@ -1,8 +1,7 @@
-"""The pictures of `ema_timm.see.attention`: images are rows, stages are columns.
+"""The figures of ``attend``: images are rows, stages are columns.
 
-Every column has one colour scale for all its rows, with its numbers below. Colours are of maps that
-grow lighter evenly (viridis, Blues, inferno), so that they hold in grey and for colour-blind
-readers.
+Each column has one colour scale for all rows, with its numbers below. The colour maps grow lighter
+evenly (viridis, Blues, inferno), so that they can be read in grey and with colour blindness.
 """
 
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from ema_timm.figures import class_name, file_name, fitted
 from ema_timm.files import write_whole
 from ema_timm.see.gates import LayerGates
 from ema_timm.see.gradcam import Cam
-from ema_timm.see.lettering import class_name, file_name, fitted
 from ema_timm.see.predictions import Prediction
 
 _DPI = 160
@@ -31,7 +30,7 @@ _DARK, _LIGHT = 0.35, 0.95  # an image under a map: a wider range would hide the
 
 
 class _Scale(NamedTuple):
-    """A colour scale: the colours, and the numbers that they stand for; over an image or plain."""
+    """A colour scale: a colour map and its range, over an image or without one."""
 
     colours: str
     norm: Normalize
@@ -39,13 +38,13 @@ class _Scale(NamedTuple):
     over_image: bool = False
 
     @property
-    def look(self) -> dict:
-        """How matplotlib draws in it."""
+    def style(self) -> dict:
+        """Arguments of matplotlib's ``imshow``."""
         return {"cmap": self.colours, "norm": self.norm, "alpha": _OVER if self.over_image else 1}
 
 
 def group_maps(gates: LayerGates) -> Tensor:
-    """One map a group, (B, G, H, W); of a gate a channel, the mean over the group's channels."""
+    """One map per group, (B, G, H, W): the mean over its channels if each channel has a map."""
     return gates.gate_map.unflatten(1, (gates.along_height.shape[1], -1)).mean(2)
 
 
@@ -58,8 +57,8 @@ def save_attention(
 ) -> None:
     """Draw each layer's gate map, mean over groups, over each image, and Grad-CAM.
 
-    The strips at a map's right and lower edge are the gates along height and width, means over
-    channels and groups.
+    The strips at the right and lower edge of a map are the gates along height and width, means
+    over channels and groups.
 
     Args:
         seen: Images as the network sees them, (B, C, H, W), 0 to 1.
@@ -83,7 +82,7 @@ def save_attention(
 def save_groups(
     seen: Tensor, gates: dict[str, LayerGates], rows: Sequence[Prediction], path: Path
 ) -> None:
-    """Draw the maps of all groups of each layer, a contact sheet for each image; as above."""
+    """Draw the maps of all groups of each layer for each image; see `save_attention`."""
     page = _Page(len(seen), 1 + len(gates), scales=1, panel=2.6)
     page.captions(rows)
     for row, image in enumerate(seen):
@@ -101,7 +100,7 @@ def save_groups(
 
 
 class _Page:
-    """A figure whose panels stand where they are put, in inches from the upper left."""
+    """A figure whose panels are placed in inches from the upper left."""
 
     def __init__(self, rows: int, columns: int, scales: int, panel: float = _PANEL):
         self.cell = panel + _STRIP + 0.03
@@ -134,17 +133,17 @@ class _Page:
         return self.axes(left + edge, top, _STRIP, size), self.axes(left, top + edge, size, _STRIP)
 
     def text(self, left: float, top: float, text: str, **options) -> None:
-        """Text by its place."""
+        """Text at a place."""
         options = {"fontsize": 8, "va": "top", "parse_math": False, **options}
         self.figure.text(left / self.width, 1 - top / self.height, text, **options)
 
     def title(self, column: int, text: str) -> None:
-        """What stands above a column."""
+        """The text above a column."""
         left, _ = self.corner(0, column)
         self.text(left + self.panel_size / 2, _TOP - 0.06, text, ha="center", va="bottom")
 
     def captions(self, rows: Sequence[Prediction]) -> None:
-        """What stands at the left of the rows."""
+        """The text to the left of the rows."""
         for row, each in enumerate(rows):
             _, top = self.corner(row, 0)
             name = fitted(file_name(Path(each.filename).name), 19, 3)
@@ -154,15 +153,15 @@ class _Page:
             self.text(0.1, top + 0.08 + 0.13 * len(name.split("\n")), lines, linespacing=1.3)
 
     def scale(self, column: int, scale: _Scale, place: int) -> None:
-        """A colour scale with its numbers below a column; ``place`` counts from the top."""
+        """Draw a colour scale with its numbers below a column; ``place`` counts from the top."""
         left, _ = self.corner(0, column)
         top = _TOP + self.rows * (self.cell + _GAP) - _GAP + 0.1 + _SCALE * place
         axes = self.axes(left, top, self.panel_size, 0.1)
         low, high = scale.norm.vmin, scale.norm.vmax
-        where = {"extent": (low, high, 0, 1), "aspect": "auto"}
+        box = {"extent": (low, high, 0, 1), "aspect": "auto"}
         if scale.over_image:  # the colours as they are over a medium grey
-            axes.imshow([[(_DARK + _LIGHT) / 2]], cmap="gray", vmin=0, vmax=1, **where)
-        axes.imshow(np.linspace(low, high, 256)[None], **scale.look, **where)
+            axes.imshow([[(_DARK + _LIGHT) / 2]], cmap="gray", vmin=0, vmax=1, **box)
+        axes.imshow(np.linspace(low, high, 256)[None], **scale.style, **box)
         ticks = [low, (low + high) / 2, high]
         digits = 2 if high - low > 0.04 else 4
         axes.set_xticks(ticks, [f"{tick:.{digits}f}" for tick in ticks])
@@ -187,7 +186,7 @@ def _draw_gates(page: _Page, column: int, name: str, gates: LayerGates, seen: Te
         _cover(page.panel(row, column), seen[row], maps[row], scale)
         right, below = page.strips(row, column)
         for axes, line in ((right, along_height[row, :, None]), (below, along_width[row, None])):
-            axes.imshow(_numpy(line), **edges.look, aspect="auto")
+            axes.imshow(_numpy(line), **edges.style, aspect="auto")
     page.scale(column, scale, 0)
     page.scale(column, edges, 1)
 
@@ -199,36 +198,36 @@ def _draw_cam(page: _Page, column: int, cam: Cam) -> None:
         axes = page.panel(row, column)
         _cover(axes, image, cam.maps[row], scale)
         name = class_name(cam.labels[row], cam.classes[row])
-        what = f"{fitted(name, 20)}: {100 * cam.probs[row]:.1f}%"
-        if not cam.maps[row].any():  # its gradient speaks against the class everywhere
-            what += ", zero everywhere"
-        axes.set_xlabel(what, fontsize=7, labelpad=2, parse_math=False)
+        label = f"{fitted(name, 20)}: {100 * cam.probs[row]:.1f}%"
+        if not cam.maps[row].any():  # its gradient is against the class everywhere
+            label += ", zero everywhere"
+        axes.set_xlabel(label, fontsize=7, labelpad=2, parse_math=False)
     page.scale(column, scale, 0)
 
 
 def _show(axes: Axes, image: Tensor) -> None:
-    """An image (C, H, W) as it is."""
+    """Draw an image (C, H, W) in its own colours."""
     pixels = _numpy(image).transpose(1, 2, 0)
     axes.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], "gray", vmin=0, vmax=1)
 
 
 def _cover(axes: Axes, image: Tensor, values: Tensor, scale: _Scale) -> None:
-    """A map (h, w) over an image (C, H, W) in grey, each cell over the pixels it stands for."""
+    """Draw a map (h, w) over an image (C, H, W) in grey, each cell over its pixels."""
     grey = _DARK + (_LIGHT - _DARK) * _numpy(image).mean(0)
     extent = (0, grey.shape[1], grey.shape[0], 0)
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
-    axes.imshow(_numpy(values), **scale.look, extent=extent, interpolation="bilinear")
+    axes.imshow(_numpy(values), **scale.style, extent=extent, interpolation="bilinear")
 
 
 def _show_tiles(axes: Axes, maps: np.ndarray, scale: _Scale) -> None:
-    """Maps (G, H, W) side by side, each with its number."""
+    """Draw maps (G, H, W) side by side, each with its number."""
     groups = len(maps)
     across = ceil(sqrt(groups))
     for group, values in enumerate(maps):
         down, right = divmod(group, across)
         left, top = right * 1.06, down * 1.06
         extent = (left, left + 1, top + 1, top)
-        axes.imshow(values, **scale.look, extent=extent)
+        axes.imshow(values, **scale.style, extent=extent)
         number = axes.text(left + 0.05, top + 0.05, str(group), fontsize=5, va="top", color="white")
         number.set_path_effects([withStroke(linewidth=1, foreground="black")])
     down = -(-groups // across)
@@ -237,7 +236,7 @@ def _show_tiles(axes: Axes, maps: np.ndarray, scale: _Scale) -> None:
 
 
 def _range(*values: Tensor) -> Normalize:
-    """From the smallest to the largest number; a constant is given room."""
+    """From the smallest to the largest number, with a margin if they are equal."""
     low = min(each.min().item() for each in values)
     high = max(each.max().item() for each in values)
     if high - low < 1e-4:

@@ -1,9 +1,8 @@
-"""The gates that a network's EMA attention layers compute for given images.
+"""The attention maps that a network's EMA attention layers compute for given images.
 
-Every layer multiplies its input by its gate map, whoever computes the product: the definition, the
-closed form in C or in PyTorch operators, Triton kernels, folded weights. So the maps come from what
-all of them have in common, the layer's input and its weights, by the formula of
-`ema_timm.ops.formula`; never from output / input, which is 0 / 0 where a ReLU was.
+Every layer multiplies its input by its map, whichever implementation runs. The maps are computed
+from the layer's input and its weights by the formula of `ema_timm.ops.formula`, not as output /
+input, which is 0 / 0 after a ReLU.
 
 B batch, C channels, G groups, n = C / G, H height, W width.
 """
@@ -14,25 +13,24 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
 from ema_timm.backbones.modes import evaluating
 from ema_timm.backbones.slots import find_slots
 from ema_timm.errors import UserError
-from ema_timm.ops.formula import fold, gate_logits, statistics_type
-from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
+from ema_timm.ops.formula import fold, gate_logits, pools_and_gates, statistics_type
+from ema_timm.ops.parallel import channel_logits
 
 _SHOW_LAYERS = "Give the network that it was made from."
 
 
 class LayerGates(NamedTuple):
-    """What one layer computed for one batch, in float32 (float64 for float64 input).
+    """The gates of one layer for one batch, in float32 (float64 for float64 input).
 
     Attributes:
-        gate_map: A; the layer's output is its input times this. (B, G, H, W), one map a group; of
-            a layer without cross-spatial learning (B, C, H, W), where each channel has its own.
+        gate_map: A; the layer's output is its input times this. (B, G, H, W), one map per group;
+            without cross-spatial learning (B, C, H, W), one map per channel.
         along_height: Gate of each row, (B, G, n, H).
         along_width: Gate of each column, (B, G, n, W).
     """
@@ -51,32 +49,32 @@ def attention_maps(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[
 
     Args:
         model: Any network that holds `EmaAttn` layers: a classifier, timm's ``features_only``, a
-            detector. It runs once, in eval mode and without gradients, and is left as it was.
-        images: What the network takes, prepared as it takes them: (B, C, H, W), or a list of
-            (C, H, W) for torchvision's detectors. Moved to the network's device and type.
+            detector. It runs once, in eval mode and without gradients; its modes are restored.
+        images: Prepared images: (B, C, H, W), or a list of (C, H, W) for torchvision's detectors.
+            They are moved to the network's device and type.
 
     Returns:
-        By the layer's name in ``model``, in the order in which they ran: (B, G, H, W), on the
-        layer's device; (B, C, H, W) of a layer without cross-spatial learning.
+        The map of each layer by its name in ``model``, in the order in which the layers ran:
+        (B, G, H, W), on the layer's device; (B, C, H, W) without cross-spatial learning.
 
     Raises:
-        UserError: If the network does not show its layers, as a compiled one, or none of them ran.
+        UserError: If the layers are hidden, as in a compiled network, or none of them ran.
     """
     return {name: gates.gate_map for name, gates in layer_gates(model, images).items()}
 
 
 def layer_gates(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[str, LayerGates]:
-    """`attention_maps` with the gates along height and width that each map was made with."""
+    """`attention_maps` with the gates along height and width of each map."""
     layers = _layers(model)
     found: dict[str, LayerGates] = {}
 
     def keep(name: str, layer: EmaAttn, inputs: tuple[Tensor, ...]) -> None:
         if name in found:
             raise UserError(
-                f"attention maps are of layers that run once an image, and {name} ran twice. Give "
+                f"attention maps need layers that run once per image, but {name} ran twice. Give "
                 "the part of the network that runs it once."
             )
-        # Now, while nobody has changed the input in place. The layer, too, leaves autocast.
+        # At once: later modules may change the input in place. The layer leaves autocast as well.
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):
             found[name] = _gates(layer, x)
@@ -90,7 +88,7 @@ def layer_gates(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[str
     if not found:
         raise UserError(
             f"none of the {len(layers)} EMA attention layers of {type(model).__name__} ran. Give "
-            "the network that computes with them."
+            "the network that runs them."
         )
     return found
 
@@ -98,8 +96,8 @@ def layer_gates(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[str
 def last_of_stages(model: nn.Module, gates: dict[str, LayerGates]) -> list[str]:
     """The last layer of each stage of ``model``, in the order in which they ran.
 
-    A stage is what the names count (``layer1``, ``blocks.3``); elsewhere, as in a detector's neck,
-    it is all layers on maps of one size.
+    Stages are those of the names (``layer1``, ``blocks.3``). Elsewhere, as in a detector's neck,
+    layers on maps of one size are a stage.
     """
     stages = {f"{slot.path}.se": slot.stage for slot in find_slots(model)}
     last = {stages.get(name, each.gate_map.shape[2:]): name for name, each in gates.items()}
@@ -107,26 +105,25 @@ def last_of_stages(model: nn.Module, gates: dict[str, LayerGates]) -> list[str]:
 
 
 def _layers(model: nn.Module) -> dict[str, EmaAttn]:
-    """The layers by name; refuses networks whose layers cannot be watched."""
+    """The layers by name; UserError for networks whose layers cannot be hooked."""
     for name, module in model.named_modules():
         kind = type(module).__name__
-        # PyTorch keeps a compiled forward apart from the module's own, and does not look at hooks
-        # that come later.
+        # A compiled forward ignores hooks that are registered later.
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise UserError(
-                f"attention maps need the layers to run one by one, and {name or 'the network'} "
+                f"attention maps need the layers to run one by one, but {name or 'the network'} "
                 f"({kind}) is compiled. {_SHOW_LAYERS}"
             )
         if isinstance(module, nn.DataParallel):
             raise UserError(
-                f"attention maps are of one device, and {name or 'the network'} ({kind}) spreads "
-                "a batch over several. Give its .module."
+                f"attention maps are computed on one device, but {name or 'the network'} ({kind}) "
+                "spreads a batch over several. Give its .module."
             )
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, EmaAttn)}
     if not layers:
         raise UserError(
-            f"attention maps are of EMA attention layers, and {type(model).__name__} shows none. "
-            f"A scripted, traced or exported network hides them. {_SHOW_LAYERS}"
+            f"attention maps are of EMA attention layers, but {type(model).__name__} has none, or "
+            f"hides them as scripted, traced and exported networks do. {_SHOW_LAYERS}"
         )
     return layers
 
@@ -138,39 +135,13 @@ def _moved(images: Tensor | Sequence[Tensor], like: Tensor) -> Tensor | list[Ten
 
 
 def _gates(layer: EmaAttn, x: Tensor) -> LayerGates:
-    weights = _weights(layer, x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    g = x.reshape(x.shape[0], layer.groups, -1, *x.shape[2:]).to(dtype)  # (B, G, n, H, W)
-    along = directional_gates(g, weights)
+    weights = layer.weights()
+    folded = fold(statistics_type(x, weights))
+    g = x.reshape(x.shape[0], layer.groups, -1, *x.shape[2:])  # (B, G, n, H, W)
+    g = g.to(folded.gn_weight.dtype)
+    _, _, along_height, along_width = pools_and_gates(g, folded)
     if layer.cross_spatial:
-        logits = gate_logits(g, weights)
+        logits = gate_logits(g, folded)
     else:
-        logits = _channel_logits(g, *along, statistics_type(x, layer.weights()))
-    return LayerGates(logits.sigmoid(), *along)
-
-
-def _weights(layer: EmaAttn, x: Tensor) -> FoldedWeights:
-    """The layer's folded weights in the type of the statistics, whether it was folded or not."""
-    if layer.folded is None:
-        return fold(statistics_type(x, layer.weights()))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    names = FoldedWeights._fields
-    return FoldedWeights(*[getattr(layer.folded, name).to(dtype) for name in names])
-
-
-def directional_gates(g: Tensor, w: FoldedWeights) -> tuple[Tensor, Tensor]:
-    """The gates along height, (B, G, n, H), and width, (B, G, n, W), of ``g`` (B, G, n, H, W)."""
-    pooled = torch.cat([g.mean(4), g.mean(3)], -1)
-    mixed = torch.matmul(w.mix_weight, pooled) + w.mix_bias[:, None]
-    gate_h, gate_w = mixed.sigmoid().split(list(g.shape[3:]), -1)
-    return gate_h, gate_w
-
-
-def _channel_logits(g: Tensor, gate_h: Tensor, gate_w: Tensor, w: EmaWeights) -> Tensor:
-    """The logits (B, C, H, W) of `ema_timm.ops.parallel`, which has one map a channel."""
-    y = g * gate_h[..., None] * gate_w[..., None, :]
-    centred = y - y.mean((3, 4), keepdim=True)
-    scale = w.gn_weight / (centred.square().mean((3, 4)) + EPS).sqrt()  # (B, G, n)
-    bias = w.conv3x3_bias + w.gn_bias
-    local = F.conv2d(g.flatten(0, 1), w.conv3x3_weight, bias, padding=1).view_as(g)
-    return (centred * scale[..., None, None] + local).flatten(1, 2)
+        logits = channel_logits(g.flatten(0, 1), weights).view(x.shape)
+    return LayerGates(logits.sigmoid(), along_height, along_width)

@@ -1,7 +1,6 @@
 """Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391), by the grad-cam library."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -14,13 +13,13 @@ class Cam(NamedTuple):
     """Grad-CAM of one network for some images.
 
     Attributes:
-        name: Of the network.
-        layer: Where in it.
-        seen: Images as it sees them, (B, C, H, W), 0 to 1.
+        name: Name of the network.
+        layer: Name of the module.
+        seen: Images as the network sees them, (B, C, H, W), 0 to 1.
         maps: (B, H, W), 0 to 1.
-        classes: Number of the class that each map is for.
-        labels: Its name.
-        probs: Its probability.
+        classes: Number of each map's class.
+        labels: Name of each map's class.
+        probs: Probability of each map's class.
     """
 
     name: str
@@ -32,17 +31,8 @@ class Cam(NamedTuple):
     probs: Sequence[float]
 
 
-def require_library() -> None:
-    """Raise UserError where the library is not installed."""
-    if find_spec("pytorch_grad_cam") is None:
-        raise UserError(
-            "Grad-CAM needs the grad-cam library: pip install 'ema-timm[see]', or leave it out "
-            "with --no-cam."
-        )
-
-
 def grad_cam(model: nn.Module, layer: str, images: Tensor, classes: Sequence[int]) -> Tensor:
-    """Where a layer's channels speak for a class.
+    """Compute Grad-CAM of one layer.
 
     Args:
         model: Classifier; left without gradients.
@@ -51,10 +41,10 @@ def grad_cam(model: nn.Module, layer: str, images: Tensor, classes: Sequence[int
         classes: Number of the class of each image.
 
     Returns:
-        (B, H, W), each map from 0 to 1, its own largest value.
+        (B, H, W), each map from 0 to its own largest value, which is 1.
 
     Raises:
-        UserError: If there is no such layer, or its output is no map.
+        UserError: If there is no such layer, or its output is not a feature map.
     """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -62,16 +52,16 @@ def grad_cam(model: nn.Module, layer: str, images: Tensor, classes: Sequence[int
     modules = dict(model.named_modules())
     if layer not in modules:
         raise UserError(
-            f"--cam-layer names a module of {type(model).__name__}, and it has no {layer!r}. See "
+            f"--cam-layer: {type(model).__name__} has no module {layer!r}. See "
             "model.named_modules()."
         )
     cam = GradCAM(model, [modules[layer]])
     try:
         maps = cam(images, [ClassifierOutputTarget(index) for index in classes])
-    except (ValueError, AttributeError) as error:  # of tokens, or of several outputs
+    except (ValueError, AttributeError) as error:  # tokens, or several outputs
         raise UserError(
-            f"Grad-CAM needs a layer that gives a map, and {layer} does not: {error} Give another "
-            "as --cam-layer, or leave Grad-CAM out with --no-cam."
+            f"Grad-CAM needs a feature map, but the output of {layer} is none: {error} Give "
+            "another --cam-layer, or leave Grad-CAM out with --no-cam."
         ) from error
     finally:
         # Not as a context manager: the library's would swallow an IndexError.
@@ -81,11 +71,11 @@ def grad_cam(model: nn.Module, layer: str, images: Tensor, classes: Sequence[int
 
 
 def last_stage(model: nn.Module) -> str:
-    """The module that makes the last feature map, by timm's own description of the network."""
+    """The module that computes the last feature map, by timm's ``feature_info``."""
     info = getattr(model, "feature_info", None)
     if not info:
         raise UserError(
-            f"timm does not say which module of {type(model).__name__} makes its last feature map. "
-            "Give it as --cam-layer, or leave Grad-CAM out with --no-cam."
+            f"timm does not know the last feature map of {type(model).__name__}. Give its module "
+            "as --cam-layer, or leave Grad-CAM out with --no-cam."
         )
     return info[-1]["module"]

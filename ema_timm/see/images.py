@@ -1,4 +1,4 @@
-"""Image files, in timm's order, prepared as a network takes them; what cannot be read is known."""
+"""The image files that a command names, prepared as a network takes them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,17 +11,12 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ema_timm.errors import UnreadableImageError, UserError, first_line
-
-# What Pillow's decoders raise on damaged files, and on files too large to be images; ImportError,
-# where ultralytics has put a function in the place of Image.open that asks for one more reader.
-_UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, ImportError,
-)  # fmt: skip
+from ema_timm.data.images import image_suffixes, mode_of, read_image
+from ema_timm.errors import UnreadableImageError, UserError
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
-    """The files that are meant: files as given, of folders every image below, in natural order.
+    """The files as given, and of each folder all images in it, in natural order.
 
     Raises:
         UserError: If there is no such file, or a folder has no images.
@@ -30,31 +25,15 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     for given in paths:
         path = Path(given)
         if path.is_dir():
-            inside = [Path(file) for file, _ in find_images_and_targets(str(path))[0]]
+            inside, _ = find_images_and_targets(str(path), types=image_suffixes())
             if not inside:
                 raise UserError(f"there are no images in {path}. Give a folder that has some.")
-            found += inside
+            found += [Path(file) for file, _ in inside]
         elif path.is_file():
             found.append(path)
         else:
             raise UserError(f"there is no image or folder {path}. Correct the name.")
     return found
-
-
-def read_image(path: Path, channels: int) -> Image.Image:
-    """An image in the number of channels that a network takes.
-
-    Raises:
-        UnreadableImageError: If it cannot be decoded.
-        UserError: If the network takes neither 1 nor 3 channels.
-    """
-    if channels not in (1, 3):
-        raise UserError(f"image files have 1 or 3 channels, and the network takes {channels}.")
-    try:
-        with Image.open(path) as image:
-            return image.convert("L" if channels == 1 else "RGB")
-    except _UNREADABLE as error:
-        raise UnreadableImageError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 class ImageFiles(Dataset):
@@ -69,17 +48,16 @@ class ImageFiles(Dataset):
 
     def __init__(self, files: Sequence[Path], channels: int):
         self.files = files
-        self.channels = channels
+        self.mode = mode_of(channels)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int):
         try:
-            return self.transform(read_image(self.files[index], self.channels)), index
+            return self.transform(read_image(self.files[index], self.mode)), index
         except UnreadableImageError:
-            blank = Image.new("L" if self.channels == 1 else "RGB", (64, 64))
-            return self.transform(blank), -1 - index
+            return self.transform(Image.new(self.mode, (64, 64))), -1 - index
 
 
 def image_loader(
@@ -98,7 +76,7 @@ def image_loader(
 
 
 def prepare(files: Sequence[Path], data: dict) -> tuple[Tensor, Tensor]:
-    """Images as a network takes them, and the same as a person sees them.
+    """Images as a network takes them, and the same images as a person sees them.
 
     Args:
         files: Image files.
@@ -111,7 +89,7 @@ def prepare(files: Sequence[Path], data: dict) -> tuple[Tensor, Tensor]:
         UnreadableImageError: For the first file that cannot be decoded.
     """
     transform = create_transform(**data, is_training=False)
-    channels = data["input_size"][0]
-    images = torch.stack([transform(read_image(file, channels)) for file in files])
+    mode = mode_of(data["input_size"][0])
+    images = torch.stack([transform(read_image(file, mode)) for file in files])
     mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return images, (images * std + mean).clamp(0, 1)

@@ -1,20 +1,19 @@
-"""What a network says of images, as a file: the columns of timm's inference script.
+"""Predictions as a file, with the columns of timm's inference script.
 
 ``filename``, ``index``, ``label`` and ``prob``, the most probable first. A CSV file has one column
-for each place, ``label_0`` and so on, as the script has with ``--results-separate-col
---include-index --fullname --label-type name``; the other forms have lists.
+per rank, ``label_0`` and so on, as the script has with ``--results-separate-col --include-index
+--fullname --label-type name``. The other formats have lists.
 """
 
 import csv
 import json
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.files import make_writable, write_whole
 
 
@@ -48,24 +47,26 @@ def top_classes(
 
 
 def check_output(output: str) -> None:
-    """Refuse, before any work, a file that could not be written after it."""
+    """Check, before any work, that a file can be written."""
     suffix = Path(output).suffix
-    if suffix not in FORMATS:
-        raise UserError(f"--output ends in {', '.join(FORMATS)}, got {output}. Give one of them.")
-    if suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise UserError(".parquet files need pyarrow: pip install 'ema-timm[parquet]'")
+    if suffix not in OUTPUT_FORMATS:
+        raise UserError(
+            f"--output ends in {', '.join(OUTPUT_FORMATS)}, got {output}. Give one of them."
+        )
+    if suffix == ".parquet":
+        require_packages(["pyarrow"], "parquet", "a .parquet file")
     make_writable(Path(output).parent)
 
 
 def write_predictions(rows: list[Prediction], topk: int, output: str) -> None:
-    """Write a file in the form that its name's end tells.
+    """Write a file in the format of its suffix.
 
     Args:
-        rows: One an image.
+        rows: One per image.
         topk: Classes of each row.
         output: A name that `check_output` passed.
     """
-    write = FORMATS[Path(output).suffix]
+    write = OUTPUT_FORMATS[Path(output).suffix]
     write_whole(Path(output), lambda path: write(rows, topk, path))
 
 
@@ -100,7 +101,7 @@ def _write_parquet(rows: list[Prediction], topk: int, path: Path) -> None:
     parquet.write_table(table, path)
 
 
-FORMATS: dict[str, Callable[[list[Prediction], int, Path], None]] = {
+OUTPUT_FORMATS: dict[str, Callable[[list[Prediction], int, Path], None]] = {
     ".csv": _write_csv,
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,

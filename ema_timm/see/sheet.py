@@ -1,4 +1,4 @@
-"""The contact sheet of `ema_timm.see.classify`: images, each with its most probable class."""
+"""The contact sheet of ``predict``: images, each with its most probable class."""
 
 from math import ceil, sqrt
 from pathlib import Path
@@ -7,19 +7,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ema_timm.data.images import mode_of, read_image
+from ema_timm.figures import OKABE_ITO, class_name, file_name, fitted, fitted_end
 from ema_timm.files import write_whole
-from ema_timm.see.images import read_image
-from ema_timm.see.lettering import class_name, file_name, fitted, fitted_end
 from ema_timm.see.predictions import Prediction
 
 MOST_IMAGES = 200
-"""A sheet of more would be too long to look at."""
+"""Images on one sheet."""
 
-_BLUE = "#0072b2"  # of the palette of Okabe and Ito, which colour-blind readers tell apart
+_BLUE = OKABE_ITO["blue"]
 _COLUMNS = 10
 _CELL, _IMAGE, _TEXT, _LINE, _TOP = 1.6, 1.45, 0.48, 0.145, 0.32  # inches
 _DPI = 120
-_LETTERS = 15  # of a label's line, beside the percentage
+_LETTERS = 15  # in a line of a label, next to the percentage
 
 
 def save_sheet(rows: list[Prediction], channels: int, path: Path) -> int:
@@ -31,7 +31,7 @@ def save_sheet(rows: list[Prediction], channels: int, path: Path) -> int:
         path: PNG file to write.
 
     Returns:
-        The number of images after the first `MOST_IMAGES`, which are left off.
+        The number of images after the first `MOST_IMAGES`, which are not drawn.
     """
     shown = rows[:MOST_IMAGES]
     columns = max(3, min(_COLUMNS, ceil(sqrt(1.5 * len(shown)))))
@@ -56,7 +56,7 @@ def save_sheet(rows: list[Prediction], channels: int, path: Path) -> int:
 
 
 def _draw_image(axes: Axes, row: Prediction, channels: int, left: float, top: float) -> None:
-    image = read_image(Path(row.filename), channels)
+    image = read_image(row.filename, mode_of(channels))
     image.thumbnail((2 * _DPI, 2 * _DPI))
     scale = _IMAGE / max(image.size)
     half_width, half_height = image.width * scale / 2, image.height * scale / 2
@@ -68,11 +68,11 @@ def _draw_image(axes: Axes, row: Prediction, channels: int, left: float, top: fl
 def _draw_text(
     axes: Axes, row: Prediction, label: str, lines: int, left: float, top: float
 ) -> None:
-    """Probability, name of the class in so many lines, and file, below an image."""
+    """Draw probability, class name in so many lines, and file name below an image."""
     prob = row.prob[0]
     axes.add_patch(Rectangle((left, top + 0.03), _IMAGE, 0.05, facecolor="#dddddd"))
     axes.add_patch(Rectangle((left, top + 0.03), _IMAGE * prob, 0.05, facecolor=_BLUE))
-    text = {"va": "top", "parse_math": False}  # a pair of $ in a name would be mathematics
+    text = {"va": "top", "parse_math": False}  # a pair of $ in a name would start a formula
     percent = f"{100 * prob:.1f}%"
     axes.text(left + _IMAGE, top + 0.1, percent, fontsize=8, ha="right", color=_BLUE, **text)
     for line, words in enumerate(label.split("\n")):

@@ -1,60 +1,52 @@
-"""The checkpoint folder of a run: the weights of its best epoch, and what is known of them."""
+"""The checkpoint folder of a run: the weights of its best epoch, its results, card and curves."""
 
-import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ema_timm.backbones.complexity import count_parameters
 from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.checkpoints.folder import CheckpointWriter
-from ema_timm.checkpoints.layout import WEIGHTS
+from ema_timm.checkpoints.layout import CARD, RESULTS, WEIGHTS
 from ema_timm.checkpoints.preprocessing import PREPROCESSING
-from ema_timm.checkpoints.results import FORMAT, hide_places
-from ema_timm.data.named import public_name
+from ema_timm.checkpoints.results import FORMAT, hide_local_paths
+from ema_timm.data.named import public_dataset_name
 from ema_timm.environment import versions
 from ema_timm.files import sha256
 from ema_timm.measure.metrics import Metrics
 from ema_timm.training.history import History
-from ema_timm.training.network import Network
+from ema_timm.training.network import RunNetwork
 from ema_timm.training.processes import Process
-from ema_timm.training.settings import FinetuneConfig
 
-try:
-    from ema_timm.training.checkpoint import save_curves
-except ImportError:  # matplotlib is an extra; the run says so when it starts
-    save_curves = None
-
-PLOTS = [] if save_curves is None else ["curves.png"]
-"""The pictures that a run draws."""
+CURVES = "curves.png"
+DRAWS_CURVES = find_spec("matplotlib") is not None
+"""matplotlib is an extra. Without it the run has no curves, and says so when it starts."""
 
 
 class RunCheckpoint:
-    """The checkpoint that a run writes.
+    """The checkpoint folder that a run writes.
 
     Args:
-        config: The run's settings.
+        arguments: All settings of the run, by name.
         network: Its network.
-        data: What identifies its images.
+        data: Number and fingerprint of its images.
         process: This process.
         class_weights: Weights of the classes in its loss.
     """
 
     def __init__(
         self,
-        config: FinetuneConfig,
-        network: Network,
+        arguments: dict,
+        network: RunNetwork,
         data: dict,
         process: Process,
         class_weights: list[float] | None = None,
     ):
-        self.class_weights = class_weights
-        self.config, self.network, self.data, self.process = config, network, data, process
-        self.folder = CheckpointWriter(config.output)
+        self.arguments, self.network, self.data = arguments, network, data
+        self.process, self.class_weights = process, class_weights
+        self.folder = CheckpointWriter(arguments["output"])
 
     def save(self, history: History, improved: bool) -> None:
-        """Write the folder after an epoch; its weights where the epoch was the best so far."""
+        """Write the folder after an epoch, with new weights if the epoch is the best so far."""
         if improved:
             network = self.network
             history.best["weights_sha256"] = self.folder.save_model(
@@ -65,10 +57,10 @@ class RunCheckpoint:
                 network.descriptions,
             )
         results = self.results(history)
-        self.folder.write_json("results.json", results)
-        self.folder.write_text("README.md", card_text(results))
-        if save_curves is not None:
-            self.folder.write("curves.png", lambda path: save_curves(history.entries, path))
+        self.folder.write_json(RESULTS, results)
+        self.folder.write_text(CARD, card_text(results))
+        if DRAWS_CURVES:
+            self.folder.write(CURVES, lambda path: save_curves(history.entries, path))
 
     def holds(self, entry: dict) -> bool:
         """Whether the weights in the folder are those of ``entry``."""
@@ -76,7 +68,7 @@ class RunCheckpoint:
         return weights.is_file() and sha256(weights) == entry["weights_sha256"]
 
     def results(self, history: History) -> dict:
-        """The content of results.json; the digest of the weights in the main process alone."""
+        """The content of results.json. Only the main process knows the hash of the weights."""
         network, best = self.network, history.best
         return {
             "format": FORMAT,
@@ -91,42 +83,44 @@ class RunCheckpoint:
             "classes": network.classes,
             "input": {key: network.preprocessing[key] for key in PREPROCESSING},
             "data": self.data,
-            "arguments": public_arguments(self.config),
+            "arguments": public_arguments(self.arguments),
             "history": history.entries,
-            **self._where_there_are(history),
-            "plots": PLOTS,
+            **self._optional_results(history),
+            "plots": [CURVES] if DRAWS_CURVES else [],
             "device": str(self.process.device.type),
             "processes": self.process.count,
             "versions": versions(),
         }
 
-    def _where_there_are(self, history: History) -> dict:
-        """Keys of results.json that not every run has."""
-        epoch, patience = history.entries[-1]["epoch"], self.config.patience
-        early = history.stalled(patience) and epoch < self.config.epochs
+    def _optional_results(self, history: History) -> dict:
+        """Entries of results.json that only some runs have."""
+        epoch, patience = history.entries[-1]["epoch"], self.arguments["patience"]
+        early = history.stalled(patience) and epoch < self.arguments["epochs"]
         weights, names = self.class_weights, self.network.classes
-        found = {
+        entries = {
             "extended_after": history.extended,
             "stopped_early": {"epoch": epoch, "patience": patience} if early else None,
             "class_weights": dict(zip(names, weights, strict=True)) if weights else None,
         }
-        return {key: value for key, value in found.items() if value}
+        return {key: value for key, value in entries.items() if value}
 
 
-def public_arguments(config: FinetuneConfig) -> dict:
-    """All settings, for results that are published: names of folders, not where they are."""
-    public = hide_places(dataclasses.asdict(config))
-    return {**public, "dataset": public_name(config.dataset)}
+def public_arguments(arguments: dict) -> dict:
+    """All settings of a run as they are published: names of folders instead of their paths."""
+    public = hide_local_paths(arguments)
+    return {**public, "dataset": public_dataset_name(arguments["dataset"])}
 
 
-# MERGED: Loss and accuracy over the epochs of a run, as a picture.
 def save_curves(history: list[dict], path: str | Path) -> None:
-    """Draw training and validation loss beside top-1 accuracy.
+    """Draw training and validation loss next to top-1 accuracy.
 
     Args:
-        history: One entry an epoch, with epoch, train_loss, loss and top1.
+        history: One entry for each epoch, with epoch, train_loss, loss and top1.
         path: PNG file to write.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [entry["epoch"] for entry in history]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)

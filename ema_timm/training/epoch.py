@@ -1,4 +1,4 @@
-"""The loop over an epoch, which can be left between two steps and taken up again there."""
+"""The training loop of an epoch, which can stop after any batch and resume there."""
 
 import time
 from collections.abc import Iterator
@@ -11,21 +11,20 @@ from tqdm.auto import tqdm
 from ema_timm.measure.metrics import sum_over_processes
 from ema_timm.training.processes import Process
 from ema_timm.training.seeding import get_rng_state, seed_everything, set_rng_state
-from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.signals import Stop
 from ema_timm.training.step import TrainStep
 
 
 @dataclass
 class Position:
-    """Where a run stands.
+    """How far a run is.
 
     Args:
         epoch: Epochs done.
-        step: Steps done of the epoch under way.
+        step: Batches done in the current epoch.
         loss_sum: Sum of their losses.
         seconds: Time that they took.
-        rng: The generators' states after them, where the epoch was left there; else None.
+        rng: The generators' states after them, if the run stopped there; otherwise None.
     """
 
     epoch: int = 0
@@ -35,40 +34,42 @@ class Position:
     rng: dict | None = None
 
     def end_epoch(self) -> None:
-        """Stand before the first step of the next epoch."""
+        """Move to the first batch of the next epoch."""
         self.epoch += 1
         self.step, self.loss_sum, self.seconds, self.rng = 0, 0.0, 0.0, None
 
 
 class EpochLoop:
-    """The training part of an epoch.
+    """Trains an epoch.
 
     Args:
-        config: The run's settings.
-        train_step: What learns from a batch.
-        loader: Batches of an epoch.
+        train_step: Trains on one batch.
+        loader: The batches of an epoch.
         process: This process.
-        progress: Show a bar (on a terminal).
+        seed: The run's seed.
+        epochs: Number of epochs, which the progress bar shows.
+        progress: Show a progress bar (on a terminal).
     """
 
     def __init__(
         self,
-        config: FinetuneConfig,
         train_step: TrainStep,
         loader: DataLoader,
         process: Process,
-        progress: bool,
+        seed: int,
+        epochs: int,
+        progress: bool = False,
     ):
-        self.seed, self.epochs = config.seed, config.epochs
-        self.train_step, self.loader, self.steps = train_step, loader, len(loader)
-        self.process, self.progress = process, progress
+        self.train_step, self.loader, self.process = train_step, loader, process
+        self.seed, self.epochs, self.progress = seed, epochs, progress
+        self.steps = len(loader)
 
     def run(self, position: Position, stop: Stop) -> bool:
-        """Train the rest of an epoch, moving ``position`` along.
+        """Train the rest of an epoch and update ``position``.
 
         Returns:
-            Whether the epoch is done; if not, a stop was requested, and ``position`` is what the
-            next call has to start from.
+            Whether the epoch is complete. If not, a stop was requested, and the next call
+            continues from ``position``.
         """
         seed_everything(self.seed, position.epoch + 1, self.process.rank)
         self.loader.dataset.epoch = position.epoch
@@ -84,9 +85,9 @@ class EpochLoop:
         return position.step == self.steps
 
     def _steps(self, position: Position, stop: Stop, bar: tqdm) -> None:
-        """Make the steps that are left, until there are none or a stop is requested."""
+        """Train on the remaining batches until none is left or a stop is requested."""
         batches = iter(self.loader)
-        for _ in range(position.step):  # the images that an interrupted epoch has seen
+        for _ in range(position.step):  # trained on before the interruption
             next(batches)
             bar.update()
         if position.rng is not None:
@@ -104,17 +105,17 @@ class EpochLoop:
                 return
 
     def _next(self, batches: Iterator, stop: Stop):
-        """The next batch, or None if a requested stop has kept it from coming."""
+        """The next batch, or None if a requested stop ended the workers."""
         try:
             return next(batches)
         except RuntimeError:
-            # Ctrl-C reaches the loader's processes too, and ends them.
+            # Ctrl-C also reaches the data loader workers and ends them.
             if stop.requested:
                 return None
             raise
 
     def mean_loss(self, position: Position) -> float:
-        """Mean of the losses of this epoch's steps, over all processes."""
+        """Mean loss of this epoch's batches, over all processes."""
         total = torch.tensor([position.loss_sum, position.step], dtype=torch.float64)
         total = sum_over_processes(total, self.process.device)
         return float(total[0] / total[1])

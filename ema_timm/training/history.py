@@ -1,4 +1,4 @@
-"""What the epochs of a run measured, and which was the best."""
+"""What each epoch of a run measured and cost, and which epoch was the best."""
 
 import sys
 from pathlib import Path
@@ -7,14 +7,17 @@ import torch
 
 from ema_timm.measure.metrics import Metrics
 
+_STATUS = Path("/proc/self/status")
+_MIB = 1 << 20
+
 
 class History:
     """The epochs so far.
 
     Args:
-        entries: One object an epoch, as results.json has them.
-        best: The one whose weights are kept: of the highest top-1 that of the lowest loss on the
-            validation images, the first of these.
+        entries: One object for each epoch, as in results.json.
+        best: The entry whose weights are kept: highest top-1 accuracy, then lowest loss on the
+            validation images, then first.
         extended: Numbers of epochs after which a finished run was extended, as a new run from its
             last weights.
     """
@@ -28,15 +31,18 @@ class History:
         self.entries, self.best, self.extended = entries or [], best, extended or []
 
     @property
-    def first(self) -> int:
-        """Epochs done before the schedule that now runs began."""
+    def first_epoch(self) -> int:
+        """Epochs done before the current schedule began."""
         return self.extended[-1] if self.extended else 0
 
     def stalled(self, patience: int) -> bool:
-        """Whether the last ``patience`` epochs of this schedule have brought none better; 0: no."""
+        """Whether the last ``patience`` epochs of this schedule brought no improvement.
+
+        With patience 0 a run never stalls.
+        """
         if not patience or self.best is None:
             return False
-        return self.entries[-1]["epoch"] - max(self.best["epoch"], self.first) >= patience
+        return self.entries[-1]["epoch"] - max(self.best["epoch"], self.first_epoch) >= patience
 
     def add(
         self,
@@ -44,22 +50,22 @@ class History:
         train_loss: float,
         seconds: float,
         metrics: Metrics,
-        notes: dict | None = None,
+        more: dict | None = None,
     ) -> bool:
-        """Note an epoch.
+        """Add an epoch.
 
         Args:
             epoch: Its number, from 1.
-            train_loss: Mean loss of its steps, as optimised.
-            seconds: Time of its training.
-            metrics: Counts on the validation images after it.
-            notes: What else is kept of it: ``lr``, and its cost as `Cost` has it.
+            train_loss: Mean loss of its batches, as optimised.
+            seconds: Its training time.
+            metrics: Metrics on the validation images after it.
+            more: Other values of the entry: ``lr``, and those of `epoch_cost`.
 
         Returns:
             Whether it is the best so far.
         """
         entry = {"epoch": epoch, "train_loss": train_loss, "seconds": round(seconds, 2)}
-        entry |= (notes or {}) | metrics._asdict()
+        entry |= (more or {}) | metrics._asdict()
         self.entries.append(entry)
         best = self.best
         improved = best is None or (metrics.top1, -metrics.loss) > (best["top1"], -best["loss"])
@@ -68,21 +74,16 @@ class History:
         return improved
 
 
-# MERGED: What an epoch of training costs: time for each image, and memory.
-_STATUS = Path("/proc/self/status")
-_MIB = 1 << 20
-
-
 def epoch_cost(images: int, seconds: float, device: torch.device) -> dict[str, float | None]:
-    """What an epoch has cost, for its entry in the history.
+    """The cost of an epoch, for its entry in the history.
 
     Args:
-        images: Trained on, over all processes.
-        seconds: That it took, with loading and augmenting them.
-        device: Where this process computes.
+        images: Training images, over all processes.
+        seconds: Training time, with loading and augmentation.
+        device: The device of this process.
 
     Returns:
-        ``images_per_second`` and ``peak_memory_mib``, as `ema_timm.checkpoints.results` lists them.
+        ``images_per_second`` and ``peak_memory_mib``, described in `ema_timm.checkpoints.results`.
     """
     peak = peak_memory(device)
     return {
@@ -92,14 +93,14 @@ def epoch_cost(images: int, seconds: float, device: torch.device) -> dict[str, f
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes held at once so far: of a GPU by PyTorch, else of memory by this process.
+    """Peak memory so far in bytes: PyTorch's on a GPU, otherwise that of this process.
 
-    None where the system does not tell.
+    None if the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.is_file():
-        # Linux starts the count of getrusage with what the parent held.
+        # On Linux, getrusage would start with the peak of the parent process.
         lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
         return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else None
     try:

@@ -1,86 +1,22 @@
-"""What a run tells on stderr while it goes on."""
+"""What a run reports: lines on stderr, and files for other programs."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from timm.utils import update_summary
 from tqdm.auto import tqdm
 
-from ema_timm.errors import UserError
+from ema_timm.errors import require_packages
 from ema_timm.files import write_whole
-from ema_timm.training.checkpoint import PLOTS
+from ema_timm.training.checkpoint import DRAWS_CURVES
 from ema_timm.training.data import Images
 from ema_timm.training.epoch import Position
 from ema_timm.training.history import History
-from ema_timm.training.network import Network
-from ema_timm.training.settings import FinetuneConfig
+from ema_timm.training.network import RunNetwork
 
-
-class Log:
-    """A line when the run starts, and one an epoch.
-
-    Args:
-        config: The run's settings.
-        resumed: Whether the run continues.
-        shown: Tell at all.
-    """
-
-    def __init__(self, config: FinetuneConfig, resumed: bool, shown: bool):
-        self.config, self.resumed, self.shown = config, resumed, shown
-
-    def start(
-        self,
-        network: Network,
-        images: Images,
-        device: torch.device,
-        position: Position,
-        history: History,
-    ) -> None:
-        """Tell what is trained, on what, and from where on."""
-        if position == Position(history.first) and history.first:
-            self._tell(
-                f"the run of {history.first} epochs was finished: epochs {history.first + 1} to "
-                f"{self.config.epochs} are a new run from its last weights, with a schedule of "
-                "their own"
-            )
-        done = ""
-        if self.resumed:
-            done = f", from epoch {position.epoch + 1}, step {position.step + 1}"
-        size = "×".join(map(str, network.preprocessing["input_size"][1:]))
-        self._tell(
-            f"{self.config.model} ({network.base['weights']}), {len(network.classes)} classes, "
-            f"{len(images.train)} training and {len(images.val)} validation images at "
-            f"{size}, on {device}{done}"
-        )
-        if not PLOTS:
-            self._tell("no curves.png: matplotlib is missing (pip install 'ema-timm[train]')")
-
-    def epoch(self, history: History) -> None:
-        """Tell of the last epoch."""
-        last = history.entries[-1]
-        self._tell(
-            f"epoch {last['epoch']}/{self.config.epochs}  train loss {last['train_loss']:.4f}  "
-            f"top-1 {last['top1']:.2f}% of {last['images']} images  "
-            f"(best {history.best['top1']:.2f}%)  {last['seconds']:.1f} s"
-        )
-
-    def stopped_early(self, history: History) -> None:
-        """Tell that the run ended before its last epoch, and why."""
-        self._tell(
-            f"no epoch was better than {history.best['epoch']} in the last {self.config.patience}: "
-            f"the run ends after {history.entries[-1]['epoch']} of {self.config.epochs}. --resume "
-            "with more --patience goes on"
-        )
-
-    def _tell(self, line: str) -> None:
-        if self.shown:
-            tqdm.write(line, file=sys.stderr)
-
-
-# MERGED: Records of a run's epochs for other programs: a table, and scalars for TensorBoard.
 _SCALARS = {
     "loss/training": "train_loss",
     "loss/validation": "loss",
@@ -90,26 +26,86 @@ _SCALARS = {
 }
 
 
-class Records:
-    """What ``--record`` asks for, in the folder of the run's states.
+class Log:
+    """Prints lines when the run starts, after each epoch, and if it ends early.
 
     Args:
-        config: The run's settings.
-        main: Whether this is the process that writes.
-
-    Raises:
-        UserError: If TensorBoard is asked for and not installed.
+        epochs: Number of epochs.
+        shown: Print at all.
     """
 
-    def __init__(self, config: FinetuneConfig, main: bool):
-        self.folder = Path(config.output) / "training"
-        self.table = self.folder / "summary.csv" if main and "csv" in config.record else None
-        self.writer = _summary_writer() if main and "tensorboard" in config.record else None
+    def __init__(self, epochs: int, shown: bool):
+        self.epochs, self.shown = epochs, shown
+
+    def start(
+        self,
+        model: str,
+        network: RunNetwork,
+        images: Images,
+        device: torch.device,
+        history: History,
+        resumed_at: Position | None,
+    ) -> None:
+        """Report what is trained and, if the run resumes, from where."""
+        first, done = history.first_epoch, ""
+        if resumed_at is not None:
+            done = f", from epoch {resumed_at.epoch + 1}, step {resumed_at.step + 1}"
+            if first and resumed_at == Position(first):
+                self._print(
+                    f"the run of {first} epochs was finished: epochs {first + 1} to {self.epochs} "
+                    "are a new run from its last weights, with a new schedule"
+                )
+        size = "×".join(map(str, network.preprocessing["input_size"][1:]))
+        self._print(
+            f"{model} ({network.base['weights']}), {len(network.classes)} classes, "
+            f"{len(images.train)} training and {len(images.val)} validation images at "
+            f"{size}, on {device}{done}"
+        )
+        if not DRAWS_CURVES:
+            self._print("no curves.png: matplotlib is missing (pip install 'ema-timm[train]')")
+
+    def epoch(self, history: History) -> None:
+        """Report the last epoch."""
+        last = history.entries[-1]
+        self._print(
+            f"epoch {last['epoch']}/{self.epochs}  train loss {last['train_loss']:.4f}  "
+            f"top-1 {last['top1']:.2f}% of {last['images']} images  "
+            f"(best {history.best['top1']:.2f}%)  {last['seconds']:.1f} s"
+        )
+
+    def stopped_early(self, history: History, patience: int) -> None:
+        """Report that the run ended before its last epoch, and why."""
+        self._print(
+            f"no epoch was better than {history.best['epoch']} in the last {patience}: the run "
+            f"ends after {history.entries[-1]['epoch']} of {self.epochs}. To continue, use "
+            "--resume with more --patience"
+        )
+
+    def _print(self, line: str) -> None:
+        if self.shown:
+            tqdm.write(line, file=sys.stderr)
+
+
+class Records:
+    """Writes each epoch as a table or as scalars for TensorBoard, as ``--record`` requests.
+
+    Args:
+        folder: The folder of the run's states.
+        formats: "csv", "tensorboard" or both.
+
+    Raises:
+        UserError: If TensorBoard is requested and not installed.
+    """
+
+    def __init__(self, folder: Path, formats: Sequence[str]):
+        self.folder = folder
+        self.table = folder / "summary.csv" if "csv" in formats else None
+        self.writer = _summary_writer() if "tensorboard" in formats else None
         self.board = None
 
     @contextlib.contextmanager
     def open(self, history: History) -> Iterator[None]:
-        """Within this context epochs can be noted after those of ``history``."""
+        """Write the epochs of ``history``; within this context more can be added."""
         if self.table and history.entries:
             self._write_table(history)
         if self.writer:
@@ -126,7 +122,7 @@ class Records:
                 self.board.close()
 
     def epoch(self, history: History) -> None:
-        """Note the last epoch."""
+        """Add the last epoch."""
         if self.table:
             self._write_table(history)
         if self.board:
@@ -134,7 +130,7 @@ class Records:
             self.board.flush()
 
     def _write_table(self, history: History) -> None:
-        """Write ``summary.csv`` with the columns of timm's, and epochs counted from 1."""
+        """Write ``summary.csv`` with timm's columns; epochs count from 1."""
 
         def write(path: Path) -> None:
             for number, entry in enumerate(history.entries):
@@ -156,10 +152,7 @@ class Records:
 
 
 def _summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "--record tensorboard needs TensorBoard: pip install 'ema-timm[tensorboard]'"
-        ) from error
+    require_packages(["tensorboard"], "tensorboard", "--record tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter

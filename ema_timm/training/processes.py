@@ -1,4 +1,4 @@
-"""The processes of a run: one alone, or those that torchrun started."""
+"""The processes of a run: one, or those that torchrun started."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from ema_timm.environment import pick_device
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of its run.
+    """One process of a run.
 
     Args:
         rank: Its number, from 0.
-        count: How many there are.
-        device: Where it computes.
+        count: Number of processes.
+        device: Its device.
     """
 
     rank: int
@@ -26,23 +26,23 @@ class Process:
 
     @property
     def main(self) -> bool:
-        """Whether it is the one that writes and speaks."""
+        """Whether it is the process that writes files and prints."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every process has come as far."""
+        """Wait for all other processes."""
         if self.count > 1:
             torch.distributed.barrier()
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks, before they have joined."""
+    """Whether this process writes files and prints. Works before `join_processes`."""
     return world_info_from_env()[1] == 0
 
 
 @contextlib.contextmanager
 def use_threads(count: int | None) -> Iterator[None]:
-    """Within this context PyTorch computes on ``count`` threads; None leaves their number."""
+    """Use ``count`` threads in PyTorch within this context; None leaves the number as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -53,19 +53,19 @@ def use_threads(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def join_processes(device: str) -> Iterator[Process]:
-    """Within this context the processes of the run can talk to each other.
+    """Connect the processes of the run within this context.
 
     Args:
-        device: As the settings name it.
+        device: The setting ``device``.
 
     Raises:
-        UserError: If that device is not at hand.
+        UserError: If that device is not available.
     """
     world = init_distributed_device_so(device=pick_device(device))
     process = Process(world["global_rank"], world["world_size"], torch.device(world["device"]))
     try:
         yield process
-        process.wait()  # leave together: the main process may still be writing
+        process.wait()  # the main process may still be writing
     finally:
         if process.count > 1:
             torch.distributed.destroy_process_group()

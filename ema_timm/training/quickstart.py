@@ -1,4 +1,4 @@
-"""The whole journey in a minute, offline: real images -> training -> a reloaded checkpoint."""
+"""An end-to-end example in a minute, offline: real images, training, a reloaded checkpoint."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from torch import nn
 
 from ema_timm.data.folders import VAL
 from ema_timm.data.image_folder import open_folder
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.measure.metrics import measure
 from ema_timm.training.run import finetune
 from ema_timm.training.settings import FinetuneConfig
@@ -30,17 +30,17 @@ print(json.dumps(validate(model, sys.argv[2])))
 
 
 def quickstart(output: str | Path, progress: bool = True) -> str:
-    """Fine-tune on handwritten digits, reload the folder in a fresh process and compare.
+    """Fine-tune on handwritten digits, reload the checkpoint in a new process and compare.
 
     Args:
         output: Folder to write: ``digits`` (the images) and ``run`` (the checkpoint).
-        progress: Show what happens on stderr.
+        progress: Show progress on stderr.
 
     Returns:
-        What was measured, and what to run next.
+        A message with the accuracy and the next commands.
 
     Raises:
-        UserError: If the folder is taken or scikit-learn is missing.
+        UserError: If the folder exists or scikit-learn is missing.
         RuntimeError: If the reloaded model's accuracy differs by even one image.
     """
     started = time.perf_counter()
@@ -54,13 +54,15 @@ def quickstart(output: str | Path, progress: bool = True) -> str:
     reloaded = _validate_elsewhere(run, images)
     same = {key: metrics[key] for key in reloaded}
     if reloaded != same:
-        raise RuntimeError(f"the reloaded model measures {reloaded}, the trained one {same}")
+        raise RuntimeError(
+            f"the reloaded model gives {reloaded}, but the trained model gave {same}"
+        )
     seconds = time.perf_counter() - started
     return (
         f"{MODEL}: top-1 {metrics['top1']:.2f}% ({metrics['correct']} of {metrics['images']} "
         f"held-out digits) after {seconds:.0f} s.\n"
-        f'Reloaded in a fresh process by timm.create_model("local-dir:{run}", pretrained=True): '
-        "the same to the last image.\n\n"
+        f'Reloaded in a new process by timm.create_model("local-dir:{run}", pretrained=True): '
+        "exactly the same accuracy.\n\n"
         f"Look at {run / 'README.md'} and {run / 'curves.png'}. Next, your own images:\n"
         "  ema-timm finetune --model resnet50_ema --data-dir DIR --output runs/mine\n"
         "with DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg. All names:\n"
@@ -69,7 +71,7 @@ def quickstart(output: str | Path, progress: bool = True) -> str:
 
 
 def quickstart_config(images: Path, run: Path) -> FinetuneConfig:
-    """The settings of the quick start's run."""
+    """The settings of the example run."""
     return FinetuneConfig(
         model=MODEL,
         data_dir=str(images),
@@ -81,7 +83,7 @@ def quickstart_config(images: Path, run: Path) -> FinetuneConfig:
         lr=4e-3,
         warmup_epochs=2,
         smoothing=0.1,
-        hflip=0.0,  # a mirrored digit is another sign
+        hflip=0.0,  # a mirrored digit is another symbol
         scale_min=0.7,
         device="cpu",
         workers=0,
@@ -89,16 +91,13 @@ def quickstart_config(images: Path, run: Path) -> FinetuneConfig:
 
 
 def write_digits(folder: Path) -> None:
-    """Write scikit-learn's handwritten digits as an image folder, every fifth one held out.
+    """Write scikit-learn's handwritten digits as an image folder, every fifth one in ``val``.
 
     1,797 greyscale images of 8×8 pixels, ten classes (UCI ML repository, Alpaydin and Kaynak).
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError(
-            "the quick start takes its images from scikit-learn: pip install 'ema-timm[train]'"
-        ) from error
+    require_packages(["sklearn"], "train", "quickstart")
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     for index, (image, target) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "val" if index % 5 == 0 else "train"
@@ -112,7 +111,7 @@ def write_image(digit, path: Path) -> None:
 
 
 def validate(model: nn.Module, data_dir: str | Path) -> dict:
-    """Count ``model``'s hits on the validation images, through the settings in its own config."""
+    """Count correct predictions on the validation images, with the model's own preprocessing."""
     data = resolve_data_config(model=model)
     classes = model.pretrained_cfg["label_names"]
     class_map = {name: index for index, name in enumerate(classes)}

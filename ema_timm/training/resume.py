@@ -1,29 +1,49 @@
-"""What a run resumes from, in the run's folder beside the checkpoint; never published."""
+"""The state that a run resumes from, and whether it may. It is never published."""
 
 import dataclasses
 import io
+import lzma
 import zipfile
+import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
 from ema_timm.errors import UserError
 from ema_timm.files import remove_leftovers, write_whole
+from ema_timm.options import option_name
 from ema_timm.training.history import History
 from ema_timm.training.settings import FinetuneConfig
 
+_DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""The errors that reading a damaged state file can raise."""
+
 
 class RunState:
-    """``training/state.pt`` of a run's folder, and the state before it.
+    """``training/state.pt`` in a run's folder, and the state before it.
+
+    A state is a dictionary of tensors, numbers, strings and containers of them. Its keys:
+    ``identity`` and ``config`` of the run, ``base`` of its network, those of
+    `TrainStep.state_dict`, the fields of `Position`, ``history``, ``best`` and ``extended``.
 
     Args:
-        run: The folder, which is the checkpoint folder too.
+        run: The run's folder, which is also its checkpoint folder.
 
     Attributes:
-        folder: What holds the states.
+        folder: The folder of the states.
         file: The newest state.
-        before: The one before, which is gone on from where the newest is damaged.
-        trouble: What was wrong with the newest when `load` took the one before; else empty.
+        before: The state before it, which `load` reads if the newest is damaged.
+        warning: Why `load` did not read the newest state; empty if it did.
     """
 
     def __init__(self, run: str | Path):
@@ -31,22 +51,23 @@ class RunState:
         self.folder = self.run / "training"
         self.file, self.before = self.folder / "state.pt", self.folder / "state.previous.pt"
         self.weights = self.run / "model.safetensors"
-        self.trouble = ""
+        self.warning = ""
 
     def check(self, resume: bool) -> None:
-        """Refuse a folder that does not suit.
+        """Check that a run can start or resume in this folder.
 
-        A state is there before anything else of a run. So a checkpoint without one is no run's,
-        and a run that is killed before its first epoch ends leaves nothing that could be lost.
+        A run writes its state before anything else. So a checkpoint without a state is not the
+        work of an interrupted run, and a run that was killed before its first step left nothing
+        that could be lost.
 
         Raises:
-            UserError: If it holds a run or a checkpoint and ``resume`` is off, or holds no run
-                and ``resume`` is on.
+            UserError: If the folder holds a run or a checkpoint and ``resume`` is off, or holds
+                no run and ``resume`` is on.
         """
         if not self.file.exists() and not self.before.exists():
             if self.weights.exists():
                 raise UserError(
-                    f"{self.run} holds a checkpoint, and no state to continue from. Train on from "
+                    f"{self.run} holds a checkpoint, but no state to continue from. Train on from "
                     f"it with --model local-dir:{self.run} and another --output."
                 )
             if resume:
@@ -54,14 +75,14 @@ class RunState:
                     f"--resume: {self.run} holds no interrupted run ({self.file} is missing). "
                     "Start it without --resume."
                 )
-        elif not resume and (self.weights.exists() or not self._only_begun()):
+        elif not resume and (self.weights.exists() or not self._is_untrained()):
             raise UserError(
-                f"{self.run} holds a run already. Continue it with --resume, or give another "
+                f"{self.run} already holds a run. Continue it with --resume, or give another "
                 "--output."
             )
 
-    def _only_begun(self) -> bool:
-        """Whether no step was made yet, so that the run may as well start anew."""
+    def _is_untrained(self) -> bool:
+        """Whether no step was made yet, so that another run may start here."""
         try:
             state = self.load()
         except UserError:
@@ -69,138 +90,129 @@ class RunState:
         return state.get("epoch") == 0 and state.get("step") == 0
 
     def discard(self) -> None:
-        """Remove the states of a run that had only begun, for one that starts."""
+        """Remove the states of a run that made no step, before another one starts."""
         self.before.unlink(missing_ok=True)
         self.file.unlink(missing_ok=True)
 
     def save(self, state: dict) -> None:
-        """Save tensors, numbers, strings and containers of them, keeping the state before."""
-        content = _serialized(state)
+        """Save a state, and keep the one before it."""
+        # PyTorch's own writer does not report why a file could not be written.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
         write_whole(self.file, lambda path: path.write_bytes(content), previous=self.before)
 
     def load(self) -> dict:
-        """Read what was saved last, or before that if the last is damaged.
+        """Read the newest state, or the one before it if the newest is damaged.
 
         Raises:
             UserError: If both are damaged.
         """
-        self.trouble = ""
+        self.warning = ""
         for file in (self.file, self.before):
             try:
                 return _read(file)
-            except Exception:
+            except _DAMAGE:
                 wrong = "damaged" if file.exists() else "missing"
-                self.trouble = (
-                    f"{file} is {wrong}: going on from the state before, {self.before.name}"
-                )
+                self.warning = f"{file} is {wrong}: using the state before it, {self.before.name}"
         if self.weights.exists():
             remedy = (
-                "The weights of its best epoch are kept: train on from them with --model "
+                "The weights of its best epoch are intact: train on from them with --model "
                 f"local-dir:{self.run} and another --output."
             )
         else:
-            remedy = "Start anew with another --output."
+            remedy = "Start a new run with another --output."
         raise UserError(
-            f"cannot resume: {self.file} is damaged, and there is no whole one before it. {remedy}"
+            f"cannot resume: {self.file} is damaged, and the state before it cannot be read. "
+            f"{remedy}"
         )
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes were just writing into the run's folder."""
+        """Remove unfinished files that killed processes left in the run's folder."""
         for folder in (self.run, self.folder):
             remove_leftovers(folder)
 
 
-def _serialized(state: dict) -> memoryview:
-    """The bytes of a state file.
-
-    Not written to the file by PyTorch: its writer does not say what kept it from writing.
-    """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
-
-
 def _read(file: Path) -> dict:
-    with zipfile.ZipFile(file) as archive:  # PyTorch does not compare the checksums
+    with zipfile.ZipFile(file) as archive:  # PyTorch does not verify the checksums
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"{damaged} in {file} is not what was written")
+        raise ValueError(f"the checksum of {damaged} in {file} is wrong")
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# MERGED: What makes a run this run, and no other: all that its outcome depends on.
 def identify(
     config: FinetuneConfig, processes: int, data: dict, class_weights: list[float] | None = None
 ) -> dict:
-    """The identity of a run.
+    """The identity of a run: everything that its outcome depends on.
 
     Args:
         config: Its settings.
-        processes: How many it runs on.
-        data: What identifies its images.
+        processes: Number of processes.
+        data: Number and fingerprint of its images.
         class_weights: Weights of the classes in its loss.
     """
     arguments = dataclasses.asdict(config)
     return {
         "arguments": {k: v for k, v in arguments.items() if k not in FinetuneConfig.ANYTIME},
         "processes": processes,
-        # How a sum is split among threads says how it is rounded.
+        # The number of threads decides how sums are split, and so how they are rounded.
         "threads": torch.get_num_threads(),
         "data": data,
         "class_weights": class_weights,
     }
 
 
-def extends(state: dict, config: FinetuneConfig) -> bool:
-    """Whether settings ask for more epochs of a run that is finished: a new run from its weights.
+def extends(state: dict, epochs: int) -> bool:
+    """Whether ``epochs`` are more than a finished run has: a new run from its last weights.
 
     Args:
         state: The run's state.
-        config: The settings.
+        epochs: The epochs requested now.
     """
-    wanted, patience = state["config"]["epochs"], state["config"].get("patience", 0)
+    planned, patience = state["config"]["epochs"], state["config"].get("patience", 0)
     history = History(state["history"], state["best"], state["extended"])
-    finished = state["epoch"] == wanted or history.stalled(patience)
-    return finished and config.epochs > wanted
+    finished = state["epoch"] == planned or history.stalled(patience)
+    return finished and epochs > planned
 
 
 def check_same_run(saved: dict, identity: dict, extended: bool = False) -> None:
-    """Refuse to continue a run of identity ``saved`` as one of another outcome.
+    """Check that a run may continue from a state.
 
     Args:
         saved: The identity in the state.
-        identity: What it is to be.
-        extended: More epochs are asked for, as a new run.
+        identity: The identity now.
+        extended: Whether the run is finished and continues with more epochs.
 
     Raises:
-        UserError: With the first difference.
+        UserError: With the first difference that would change the outcome.
     """
     if "threads" not in saved:
         raise UserError(
-            "cannot resume: the run was started by an ema-timm that augmented images in another "
-            "order. Train on from its weights with --model local-dir:FOLDER and another --output."
+            "cannot resume: the run was started by a version of ema-timm that augmented images in "
+            "another order. Train on from its weights with --model local-dir:FOLDER and another "
+            "--output."
         )
-    # A setting that is younger than the run was, in effect, what it is where nothing is said.
+    # An older state lacks newer settings. Their defaults keep the old behaviour.
     before = {**dataclasses.asdict(FinetuneConfig()), **saved["arguments"]}
     for name, value in identity["arguments"].items():
         if before[name] != value and not (extended and name == "epochs"):
-            option = "--" + name.replace("_", "-")
             raise UserError(
-                f"cannot resume: {option} is {value!r} and the run was started with "
-                f"{before[name]!r}. Leave it out, or start anew with another --output."
+                f"cannot resume: {option_name(name)} is {value!r}, but the run was started with "
+                f"{before[name]!r}. Omit the option, or start a new run with another --output."
             )
     if saved.get("class_weights") != identity["class_weights"]:
         raise UserError(
-            "cannot resume: --class-weights holds other numbers than those the run was started "
-            "with. Restore them, or start anew with another --output."
+            "cannot resume: the numbers of --class-weights have changed since the run was started. "
+            "Restore them, or start a new run with another --output."
         )
     if saved["processes"] != identity["processes"]:
         raise UserError(
             f"cannot resume on {identity['processes']} process(es): the run was started on "
-            f"{saved['processes']}."
+            f"{saved['processes']}. Use as many."
         )
     if saved["data"] != identity["data"]:
         raise UserError(
-            "cannot resume: the images in --data-dir are not those the run was started on. "
-            "Restore them, or start anew with another --output."
+            "cannot resume: the images have changed since the run was started. "
+            "Restore them, or start a new run with another --output."
         )

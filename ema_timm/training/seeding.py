@@ -1,4 +1,4 @@
-"""Augmentation that depends on seed, epoch and image alone, whichever process makes it."""
+"""Reproducible runs: seeds, generator states, and augmentation that workers do not change."""
 
 import contextlib
 import random
@@ -6,27 +6,23 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from timm.data import create_transform
 from torch.utils.data import Dataset
 
-from ema_timm.data.splits import Dataset as Images
-from ema_timm.errors import UserError
-from ema_timm.training.settings import FinetuneConfig
+from ema_timm.data.image_folder import LabelledImages as Images
 
 
 class RepeatableImages(Dataset):
     """Training images, each augmented with generators seeded by (seed, epoch, index).
 
-    Loader processes have generators of their own, so that what those happen to hold would make
-    the outcome depend on how many there are.
+    Data loader workers have their own generators. Without this class the outcome would depend on
+    the number of workers.
 
     Args:
         images: The images.
         seed: The run's seed.
 
     Attributes:
-        epoch: The epoch that the images are read for, from 0. Loader processes take over what it
-            is when they start.
+        epoch: The current epoch, from 0. Workers copy it when they start.
     """
 
     def __init__(self, images: Images, seed: int):
@@ -46,17 +42,17 @@ class RepeatableImages(Dataset):
 
     @transform.setter
     def transform(self, transform: Callable) -> None:
-        """Set it, on the images: they apply it where they are read."""
+        """Set it on the images, which apply it when they are read."""
         self.images.transform = transform
 
 
 @contextlib.contextmanager
 def _generators_of(*key: int) -> Iterator[None]:
-    """Draw from generators seeded by ``key`` in this block, and leave them as they were before."""
+    """Seed the generators by ``key`` for this block, then restore their states."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    # The word more keeps them apart from the generators of an epoch; 0 would be no word more.
+    # The extra 1 separates these seeds from those of an epoch; an extra 0 would change nothing.
     words = np.random.SeedSequence([*key, 1]).generate_state(3)
-    # Not torch.manual_seed, which seeds the GPU's generators too: drop path draws from them.
+    # torch.manual_seed would also seed the GPU's generators, which drop path draws from.
     torch.default_generator.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))
     random.seed(int(words[2]))
@@ -68,23 +64,6 @@ def _generators_of(*key: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-def check_augmentation(config: FinetuneConfig) -> None:
-    """Raise UserError for an augmentation that timm cannot build."""
-    try:
-        create_transform(
-            32,
-            is_training=True,
-            auto_augment=config.aa or None,
-            color_jitter=config.color_jitter or None,
-        )
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"timm cannot build the augmentation: {str(error).rstrip('.')}. Correct --aa "
-            "(rand-m9-mstd0.5, augmix-m5-w4, original and 3a are some) or --color-jitter."
-        ) from error
-
-
-# MERGED: What makes a run repeatable: seeds, and the generators' states.
 def seed_everything(seed: int, epoch: int, rank: int) -> None:
     """Seed every generator from (seed, epoch, rank), independently for each triple."""
     words = np.random.SeedSequence([seed, epoch, rank]).generate_state(3)
@@ -94,7 +73,7 @@ def seed_everything(seed: int, epoch: int, rank: int) -> None:
 
 
 def get_rng_state() -> dict:
-    """The states of the generators that training draws from, as plain numbers and tensors."""
+    """States of the generators that training draws from, as numbers and tensors."""
     name, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
@@ -106,7 +85,7 @@ def get_rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Restore what `get_rng_state` returned."""
+    """Restore the states that `get_rng_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

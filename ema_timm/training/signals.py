@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request, so that a run ends between two steps."""
+"""Ctrl-C and SIGTERM as requests to stop, so that a run ends between two steps."""
 
 import contextlib
 import os
@@ -7,26 +7,26 @@ from collections.abc import Iterator
 
 
 class Stop:
-    """Whether a signal has asked the run to stop."""
+    """Whether a signal requested the run to stop."""
 
     def __init__(self):
         self.requested = False
         self._process = os.getpid()
 
     def on_signal(self, signum: int, frame) -> None:
-        """Note the request; the handler of both signals."""
+        """Record the request. This is the handler of both signals."""
         if os.getpid() != self._process:
-            # A loader process has inherited this handler. Ctrl-C is its parent's affair, which
-            # still wants the batches; to be terminated is its own.
+            # A data loader worker inherited this handler. It ignores Ctrl-C, because its parent
+            # still needs the batches, but it obeys SIGTERM.
             if signum == signal.SIGTERM:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return
-        if self.requested:  # a second Ctrl-C does not wait for the step to end
+        if self.requested:  # a second Ctrl-C stops at once
             raise KeyboardInterrupt
         self.requested = True
         if signum == signal.SIGINT:
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def stop_on_signal() -> Iterator[Stop]:
     stop = Stop()
     try:
         before = {s: signal.signal(s, stop.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals go elsewhere
+    except ValueError:  # only the main thread can handle signals
         before = {}
     try:
         yield stop

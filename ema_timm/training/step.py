@@ -1,40 +1,48 @@
-"""One optimiser step: a batch or several in, better weights out."""
+"""One optimiser step: one or several batches in, better weights out."""
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ema_timm.errors import UserError
 from ema_timm.measure.metrics import autocast
 from ema_timm.training.initial_weights import Backbone
 from ema_timm.training.loss import mixup_and_loss
-from ema_timm.training.optimizer import create_optimizer, create_scheduler
 from ema_timm.training.processes import Process
 from ema_timm.training.settings import FinetuneConfig
 
 
 class TrainStep:
-    """A network that learns, a batch at a time.
+    """Trains a network, one batch at a time.
 
     Args:
-        config: The run's settings.
+        config: The run's settings. This class uses half of them: optimiser, schedule, loss,
+            precision, averaging and freezing.
         model: The classifier, on the device of ``process``.
-        num_classes: Its outputs.
+        num_classes: Number of its outputs.
         steps: Batches in an epoch.
-        process: This process; with others it works on one model.
-        first: Epochs done before the schedule begins.
+        process: This process. Several processes train one model.
+        first_epoch: Epochs done before the schedule begins.
         class_weights: Weights of the classes in the loss.
+
+    Raises:
+        UserError: If timm does not know the optimiser or the schedule, or rejects its settings.
 
     Attributes:
         model: The classifier.
         averaged: A moving average of its weights, in timm's `ModelEmaV3`, or None.
-        parallel: The same as the forward pass takes it: with others, in PyTorch's DDP.
+        parallel: The module for the forward pass: the model, in DDP if there are several processes.
         amp_dtype: Type of mixed precision, or None.
-        pending: Whether the gradients hold batches that no step was made of yet.
+        pending: Whether there are gradients of batches that the weights were not updated by yet.
     """
 
     def __init__(
@@ -44,45 +52,46 @@ class TrainStep:
         num_classes: int,
         steps: int,
         process: Process,
-        first: int = 0,
+        first_epoch: int = 0,
         class_weights: list[float] | None = None,
     ):
         self.model, self.steps, self.process = model, steps, process
-        self.device, self.first = process.device, first
+        self.device, self.first_epoch = process.device, first_epoch
         self.batches, self.pending = config.grad_accum_steps, False
         self.updates = math.ceil(steps / self.batches)
         self.channels_last, self.clip_grad = config.channels_last, config.clip_grad
         self.amp_dtype = getattr(torch, config.amp_dtype) if config.amp else None
-        self.optimizer = create_optimizer(config, model)
-        self.scheduler = create_scheduler(
-            config, self.optimizer, self.updates, config.epochs - first
-        )
+        self.optimizer = _create_optimizer(config, model)
+        epochs = config.epochs - first_epoch
+        self.scheduler = _create_scheduler(config, self.optimizer, self.updates, epochs)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype == torch.float16
         )
         weights = None if class_weights is None else torch.tensor(class_weights)
-        self.mixup, self.loss_fn = mixup_and_loss(config, num_classes, weights)
+        self.mixup, self.loss_fn = mixup_and_loss(
+            num_classes, config.mixup, config.cutmix, config.smoothing, weights
+        )
         self.loss_fn.to(self.device)
         self.averaged = None
         if config.average_weights:
             self.averaged = ModelEmaV3(model, decay=config.average_weights)
         self.backbone, self.freeze_epochs = Backbone(model), config.freeze_epochs
         self.parallel = None
-        self.begin_epoch(first)
+        self.begin_epoch(first_epoch)
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is measured and kept: the average, where there is one."""
+        """The network that is evaluated and saved: the average if there is one."""
         return self.averaged.module if self.averaged else self.model
 
     @property
     def lr(self) -> float:
-        """The learning rate, the mean over the groups of parameters."""
+        """The learning rate, averaged over the parameter groups."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Get ready to learn: training mode, and the backbone frozen or not.
+        """Set training mode, and freeze or unfreeze the backbone.
 
         Args:
             epoch: Epochs done.
@@ -95,25 +104,28 @@ class TrainStep:
         self.backbone.train()
 
     def _distributed(self) -> nn.Module:
-        """The model as the forward pass takes it. DDP waits for what learns when it is made."""
+        """The module for the forward pass.
+
+        DDP expects gradients of the parameters that were trainable when it was created.
+        """
         if self.process.count == 1:
             return self.model
         ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=ids)
 
     def __call__(self, images: Tensor, targets: Tensor, done: int) -> float:
-        """Learn from one batch; the weights move with the last of those that make a step.
+        """Train on one batch. The last batch of a step updates the weights.
 
         Args:
             images: (B, C, H, W).
-            targets: Classes, (B,).
-            done: Batches that the run has learned from before.
+            targets: Class numbers, (B,).
+            done: Batches that the run has trained on before.
 
         Returns:
-            The loss that the batch had.
+            The loss of the batch.
 
         Raises:
-            UserError: If the loss is no number any more.
+            UserError: If the loss is not finite.
         """
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         images = images.to(self.device, memory_format=memory_format, non_blocking=True)
@@ -122,17 +134,17 @@ class TrainStep:
             images, targets = self.mixup(images, targets)
         epoch, batch = divmod(done, self.steps)
         first = batch - batch % self.batches
-        together = min(self.batches, self.steps - first)  # the last step may be of fewer
-        last = batch == first + together - 1
-        update = (epoch - self.first) * self.updates + batch // self.batches
+        count = min(self.batches, self.steps - first)  # the last step may have fewer batches
+        last = batch == first + count - 1
+        update = (epoch - self.first_epoch) * self.updates + batch // self.batches
         self.scheduler.step_update(num_updates=update)
-        with self._talk(last):
+        with self._synchronization(last):
             with autocast(self.device, self.amp_dtype):
                 loss = self.loss_fn(self.parallel(images), targets)
             value = self._checked(loss.item(), epoch)
             if batch == first:
                 self.optimizer.zero_grad()
-            self.scaler.scale(loss / together).backward()
+            self.scaler.scale(loss / count).backward()
         self.pending = not last
         if last:
             self._update(update + 1)
@@ -146,14 +158,14 @@ class TrainStep:
             )
         return value
 
-    def _talk(self, last: bool) -> contextlib.AbstractContextManager:
-        """Where processes need not yet add up their gradients, they keep them to themselves."""
+    def _synchronization(self, last: bool) -> contextlib.AbstractContextManager:
+        """Let the processes add up their gradients only in the last batch of a step."""
         if last or self.process.count == 1:
             return contextlib.nullcontext()
         return self.parallel.no_sync()
 
     def _update(self, update: int) -> None:
-        """Make a step of the gradients, the one of this number in the schedule."""
+        """Update the weights; ``update`` is the number of the step in the schedule."""
         if self.clip_grad:
             self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad(self.model.parameters(), self.clip_grad)
@@ -163,7 +175,7 @@ class TrainStep:
             self.averaged.update(self.model, step=update)
 
     def state_dict(self) -> dict:
-        """All that the next step depends on, but for its batches."""
+        """Everything that the next step depends on, except its batches."""
         return {
             "model": self.model.state_dict(),
             "averaged": self.averaged.module.state_dict() if self.averaged else None,
@@ -174,22 +186,22 @@ class TrainStep:
         }
 
     def _gradients(self) -> dict[str, Tensor]:
-        given = self.model.named_parameters()
-        return {name: parameter.grad for name, parameter in given if parameter.grad is not None}
+        named = self.model.named_parameters()
+        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
-    def load_state_dict(self, state: dict, weights_alone: bool = False) -> None:
-        """Go on from what `state_dict` gave; other keys are not looked at.
+    def load_state_dict(self, state: dict, weights_only: bool = False) -> None:
+        """Restore what `state_dict` returned. Ignores other keys.
 
         Args:
-            state: What it gave.
-            weights_alone: Take over the network, and nothing of how it was trained.
+            state: The state.
+            weights_only: Restore only the network, not how it was trained.
 
         Raises:
-            UserError: If it is of another network.
+            UserError: If the state belongs to another network.
         """
         try:
             self.model.load_state_dict(state["model"])
-            if weights_alone:
+            if weights_only:
                 if self.averaged:
                     self.averaged.set(self.model)
                 return
@@ -199,13 +211,54 @@ class TrainStep:
         except (RuntimeError, ValueError) as error:
             lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
             raise UserError(
-                f"cannot resume: the saved weights are of another network "
-                f"({lines[0] if lines else error}). Start anew with another --output."
+                "cannot resume: the saved weights belong to another network "
+                f"({lines[0] if lines else error}). Start a new run with another --output."
             ) from error
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        gradients = state.get("gradients", {})  # younger than the first states
+        gradients = state.get("gradients", {})  # the oldest states have no such key
         for name, parameter in self.model.named_parameters():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device)
         self.pending = bool(gradients)
+
+
+def _create_optimizer(config: FinetuneConfig, model: nn.Module) -> Optimizer:
+    with _timm_errors(f"--opt {config.opt}"):
+        return create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay or None,
+        )
+
+
+def _create_scheduler(
+    config: FinetuneConfig, optimizer: Optimizer, steps: int, epochs: int
+) -> Scheduler:
+    """A learning-rate schedule of so many epochs that is updated after every step."""
+    option = f"--sched {config.sched}"
+    with _timm_errors(option):
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=epochs,
+            warmup_epochs=min(config.warmup_epochs, epochs - 1),
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+    if scheduler is None:
+        raise UserError(f"timm has no scheduler for {option}. Examples: cosine, step, poly.")
+    return scheduler
+
+
+@contextlib.contextmanager
+def _timm_errors(option: str) -> Iterator[None]:
+    """Turn what timm raises about an option, assertions included, into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"timm cannot build {option}: {error}") from error

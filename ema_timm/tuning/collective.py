@@ -1,4 +1,4 @@
-"""Several processes of one training, one choice: else ranks would run different kernels."""
+"""One choice for all processes of a distributed training, so that all run the same kernels."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,40 +13,40 @@ T = TypeVar("T")
 
 
 def by_first_rank(decide: Callable[[], T], device: torch.device) -> T:
-    """What ``decide()`` gives in the first process, in every process.
+    """Call ``decide()`` in the first process, and return its result in every process.
 
     Args:
-        decide: Called in the first process alone, or in the only one.
-        device: Of this process.
+        decide: Called only in the first process, or in the only one.
+        device: The device of this process.
 
     Raises:
-        VerificationError: In the other processes, where the first one failed.
+        VerificationError: In the other processes, if the first one failed.
     """
-    if not _is_several():
+    if not _is_distributed():
         return decide()
-    outcome = failure = None
+    result = failure = None
     if distributed.get_rank() == 0:
         try:
-            outcome = decide()
-        except BaseException as error:  # the others wait, and must hear of it
+            result = decide()
+        except BaseException as error:  # the other processes are waiting
             try:
                 _broadcast([None, f"{type(error).__name__}: {first_line(error)}"], device)
-            finally:  # a broken GPU does not send either; what broke it is what matters
+            finally:  # a broken GPU cannot send; the first error is the one to show
                 raise error
-    outcome, failure = _broadcast([outcome, failure], device)
+    result, failure = _broadcast([result, failure], device)
     if failure:
         raise VerificationError(f"the first process of this training could not choose: {failure}")
-    return outcome
+    return result
 
 
-def _is_several() -> bool:
+def _is_distributed() -> bool:
     """Whether this process belongs to a group of several."""
     ready = distributed.is_available() and distributed.is_initialized()
     return ready and distributed.get_world_size() > 1
 
 
 def _broadcast(message: list, device: torch.device) -> list:
-    # NCCL sends from the current device, which need not be this process's own yet.
+    # NCCL sends from the current device, which may not be the one of this process yet.
     on = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on:
         distributed.broadcast_object_list(message, src=0)

@@ -1,169 +1,141 @@
-"""The notes of one environment in the hands of one process at a time.
+"""The records of one `tuning_key`, held by one process at a time.
 
-States of a candidate at a layer: nothing noted -> TRYING -> SOUND -> ACCEPTED or REJECTED with a
-reason. TRYING is on the disk before the candidate first runs: no ``except`` sees a kill, or what
-comes after a GPU's fault. Whoever holds the lock and finds TRYING knows that its writer is gone.
+States of a candidate at a layer: no record -> TRYING -> CORRECT -> ACCEPTED or REJECTED with a
+reason. A kernel that crashes kills its process, and no ``except`` sees that. So TRYING is on the
+disk before a candidate first runs. A process that holds the lock and finds TRYING knows that the
+process that wrote it has crashed.
 """
 
 import contextlib
-import errno
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from ema_timm.files import write_whole
-from ema_timm.ops.gpu.choices import Layer, Notes, file_of, read_file
-
-try:
-    import fcntl
-except ImportError:  # not Unix: of two processes at once the last one's notes stay
-    fcntl = None
+from ema_timm.files import Owner, lock
+from ema_timm.ops.gpu.choice_file import Layer, Records, file_of, read_file, write_file
 
 _logger = logging.getLogger(__name__)
 
-TRYING, SOUND, ACCEPTED, REJECTED = "trying", "sound", "accepted", "rejected"
-_ENDED = "a process ended while it tried it at {layer}; --retry (retry=True) forgets that"
+TRYING, CORRECT, ACCEPTED, REJECTED = "trying", "correct", "accepted", "rejected"
+_CRASHED = "a process ended while it tried it at {layer}; --retry (retry=True) clears that"
 
 
 class Store:
-    """Notes of one environment, read when they are taken hold of and written at each step.
+    """The records of one key: read when `hold` begins, written at each step.
 
     Args:
-        environment: Whose, as `ema_timm.ops.gpu.choices.environment` has it.
+        key: What `ema_timm.ops.gpu.choice_file.tuning_key` returns.
     """
 
-    def __init__(self, environment: dict[str, str]):
-        self.environment = environment
-        self.notes = Notes()
+    def __init__(self, key: dict[str, str]):
+        self.key = key
+        self.records = Records()
         self.file: Path | None = None
-        """Where the notes are; None where there is no place for them."""
-        self.kept = True
-        """Whether they can be written."""
+        """The file of the records; None if there is no place for it."""
+        self.writable = True
+        """Whether the file can be written."""
 
     @contextlib.contextmanager
     def hold(self, retry: bool = False, layers: Iterable[Layer] = ()) -> Iterator[None]:
-        """Keep other processes waiting while the block runs, and begin from what they noted.
+        """Keep other processes waiting while the block runs, and start from the file.
 
         Args:
-            retry: Drop what is noted of ``layers``, and which candidates are barred.
+            retry: Clear the records of ``layers``, and enable all disabled candidates.
             layers: See ``retry``.
         """
         with contextlib.ExitStack() as held:
             try:
-                self.file = file_of(self.environment)
+                self.file = file_of(self.key)
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_lock(self.file.with_suffix(".lock")))
+                held.enter_context(lock(self.file.with_suffix(".lock"), _on_busy))
             except OSError as error:
-                self._forgo(error)
+                self._stop_writing(error)
             if self.file:
-                self.notes = read_file(self.file, self.environment)
-            self._settle()
+                self.records = read_file(self.file, self.key)
+            self._disable_crashed()
             if retry:
-                self._forget(layers)
-            for name, reason in self.notes.barred.items():
+                self._clear(layers)
+            for name, reason in self.records.disabled.items():
                 _logger.warning("%s is not tried: %s.", name, reason)
             yield
 
-    def known(self, layer: Layer, names: Iterable[str]) -> bool:
-        """Whether nothing is left to measure at ``layer``, of the candidates ``names``."""
-        found = self.notes.layers.get(layer, {})
+    def is_complete(self, layer: Layer, names: Iterable[str]) -> bool:
+        """Whether all candidates ``names`` have been measured at ``layer``."""
+        found = self.records.layers.get(layer, {})
         states = {found.get(name, {}).get("state") for name in names}
-        chosen = layer in self.notes.chosen
+        chosen = layer in self.records.chosen
         return states <= {ACCEPTED, REJECTED} and chosen == (ACCEPTED in states)
 
-    def note(self, layer: Layer, name: str, state: str, **found: Any) -> None:
-        """Note the state of a candidate, on the disk before this returns."""
-        entries = self.notes.layers.setdefault(layer, {})
+    def record(self, layer: Layer, name: str, state: str, **found: Any) -> None:
+        """Record the state of a candidate, on the disk before this returns."""
+        entries = self.records.layers.setdefault(layer, {})
         entries[name] = {**entries.get(name, {}), "state": state, **found}
         self._write()
 
     @contextlib.contextmanager
     def trying(self, layer: Layer, name: str, marked: bool = True) -> Iterator[None]:
-        """Note TRYING before the first run of a candidate, unless it is not to be ``marked``.
+        """Record TRYING before the first run of a candidate, if ``marked``.
 
-        An end that Python sees, such as Ctrl-C, leaves no mark.
+        An exception, such as that of Ctrl-C, removes the record.
         """
         if marked:
-            self.note(layer, name, TRYING)
+            self.record(layer, name, TRYING)
         try:
             yield
         finally:
-            if self.notes.layers.get(layer, {}).get(name, {}).get("state") == TRYING:
-                del self.notes.layers[layer][name]
+            if self.records.layers.get(layer, {}).get(name, {}).get("state") == TRYING:
+                del self.records.layers[layer][name]
                 self._write()
 
-    def bar(self, layer: Layer, name: str, reason: str) -> None:
-        """Note that nobody shall try a candidate again, at any layer."""
-        self.notes.barred[name] = reason
-        self.note(layer, name, REJECTED, reason=reason)
+    def disable(self, layer: Layer, name: str, reason: str) -> None:
+        """Record that a candidate must never be tried again, at any layer."""
+        self.records.disabled[name] = reason
+        self.record(layer, name, REJECTED, reason=reason)
 
     def choose(self, layer: Layer, name: str | None) -> None:
-        """Note who computes ``layer``."""
+        """Record the choice for ``layer``; None if no candidate can run."""
         if name is not None:
-            self.notes.chosen[layer] = name
+            self.records.chosen[layer] = name
         self._write()
 
-    def _forget(self, layers: Iterable[Layer]) -> None:
-        self.notes.barred.clear()
+    def _clear(self, layers: Iterable[Layer]) -> None:
+        self.records.disabled.clear()
         for layer in layers:
-            self.notes.layers.pop(layer, None)
-            self.notes.chosen.pop(layer, None)
+            self.records.layers.pop(layer, None)
+            self.records.chosen.pop(layer, None)
 
-    def _settle(self) -> None:
-        """Bar what was being tried when its process ended."""
-        for layer, entries in self.notes.layers.items():
+    def _disable_crashed(self) -> None:
+        """Disable each candidate that was being tried when its process ended."""
+        for layer, entries in self.records.layers.items():
             for name, entry in entries.items():
                 if entry["state"] == TRYING:
-                    self.bar(layer, name, _ENDED.format(layer=layer))
+                    self.disable(layer, name, _CRASHED.format(layer=layer))
 
     def _write(self) -> None:
-        if not self.kept or self.file is None:
+        if not self.writable or self.file is None:
             return
-        content = {
-            "environment": self.environment,
-            "barred": self.notes.barred,
-            "layers": [
-                {
-                    "layer": layer._asdict(),
-                    "chosen": self.notes.chosen.get(layer),
-                    "candidates": entries,
-                }
-                for layer, entries in self.notes.layers.items()
-            ],
-        }
-        text = json.dumps(content, indent=1) + "\n"
         try:
-            write_whole(self.file, lambda path: path.write_text(text, encoding="utf-8"))
+            write_file(self.file, self.key, self.records)
         except OSError as error:
-            self._forgo(error)
+            self._stop_writing(error)
 
-    def _forgo(self, error: OSError) -> None:
-        self.kept = False
+    def _stop_writing(self, error: OSError) -> None:
+        self.writable = False
         _logger.warning(
-            "The choices cannot be written (%s): they hold for this process alone. Set "
-            "EMA_TIMM_CACHE to a folder that can be written to.",
+            "The choices cannot be written (%s): they hold only for this process. Set "
+            "EMA_TIMM_CACHE to a writable folder.",
             error,
         )
 
 
-@contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """Hold a lock of the operating system, which ends with its process, however that ends."""
-    with file.open("a", encoding="utf-8") as handle:
-        _take(handle)
-        yield  # closing the file lets go
-
-
-def _take(handle: TextIO) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            _logger.warning("%s cannot be locked (%s): choose in one process.", handle.name, error)
-            return
+def _on_busy(owner: Owner) -> None:
+    """Warn before `files.lock` waits, or continues without being able to ask the owner."""
+    if owner.alive:
         _logger.warning("Another process is choosing for this GPU: waiting for it.")
-        fcntl.lockf(handle, fcntl.LOCK_EX)
+    else:
+        _logger.warning(
+            "%s may be choosing for this GPU too, which cannot be checked from here. Tune in one "
+            "process at a time.",
+            owner,
+        )

@@ -92,8 +92,8 @@ def test_injected_model_saves_under_the_name_that_loads_it(tmp_path):
     ("name", "error", "said"),
     [
         ("vit_tiny_patch16_224", TypeError, r"VisionTransformer has no such block.*EmaAttn"),
-        ("seresnet18", ValueError, r"layer1\.0 has an attention layer of its own \(SEModule\)"),
-        ("efficientnet_b0", ValueError, "attention layer of its own"),
+        ("seresnet18", ValueError, r"layer1\.0 has another attention layer \(SEModule\)"),
+        ("efficientnet_b0", ValueError, "has another attention layer"),
         ("resnet18_ema", ValueError, "has EMA attention already"),
     ],
 )

@@ -231,7 +231,7 @@ def test_stages_and_groups_are_options():
         ({"ema_stages": ("layer1",)}, TypeError, "stage numbers"),
         ({"ema_groups": 0}, ValueError, "groups must be at least 1, got 0"),
         ({"ema_gruops": 8}, TypeError, "ema_gruops"),
-        ({"block_args": {"attn_layer": "se"}}, ValueError, "attention layer of its own"),
+        ({"block_args": {"attn_layer": "se"}}, ValueError, "has another attention layer"),
     ],
 )
 def test_bad_options_are_refused(options, error, said):

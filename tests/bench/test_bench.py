@@ -10,14 +10,14 @@ from PIL import Image
 
 from ema_timm.bench import layer as layer_bench
 from ema_timm.bench import runtimes
-from ema_timm.bench.authors_code import AUTHORS, AuthorsForm
-from ema_timm.bench.layer import FLOOR, PEERS, bench_layer
+from ema_timm.bench.authors_code import AUTHORS, AuthorsEmaAttn
+from ema_timm.bench.layer import CLONE, OTHERS, bench_layer
 from ema_timm.bench.model import bench_model, bench_resolution, build
 from ema_timm.bench.parity import network_error
 from ema_timm.bench.report.kinds import table
 from ema_timm.bench.report.markdown import put_into
 from ema_timm.bench.report.picture import plot
-from ema_timm.bench.timing import peak_extra_bytes, round_robin, saved_bytes
+from ema_timm.bench.timing import Clock, peak_extra_bytes, round_robin, saved_bytes
 from ema_timm.cli import main
 from ema_timm.errors import UserError
 
@@ -29,39 +29,50 @@ SMALL = {"plain": ("test_resnet", {}), "ema": ("test_resnet_ema", {})}
 
 @pytest.fixture(scope="module")
 def measured():
-    return bench_layer(TINY, batch=2, rounds=2, compiled=False, progress=False)
+    return bench_layer(TINY, batch_size=2, rounds=2, compiled=False, progress=False)
 
 
 def test_every_variant_has_time_memory_and_parity(measured):
     rows = {row["variant"]: row for row in measured["rows"]}
-    assert list(rows) == [AUTHORS, "reference", "closed_form", *PEERS, FLOOR]
+    assert list(rows) == [AUTHORS, "reference", "closed_form", *OTHERS, CLONE]
     for name in (AUTHORS, "reference", "closed_form"):
         assert rows[name]["parity"] and rows[name]["error"] < 1e-4
     for name, row in rows.items():
         timing = row["forward_ms"]
         assert 0 < timing["min"] <= timing["median"] <= timing["max"]
         assert row["both_floor_ms"] == pytest.approx(2.5 * row["forward_floor_ms"])
-        if name != FLOOR:
+        if name != CLONE:
             assert row["saved_bytes"] >= 0 and row["both_peak_bytes"] > 0
     assert rows["closed_form"]["saved_bytes"] < rows[AUTHORS]["saved_bytes"]
     assert measured["machine"]["name"] and measured["machine"]["threads"] >= 1
 
 
-def test_authors_form_is_the_definition_in_another_arrangement():
+def test_the_authors_code_equals_the_reference():
     torch.manual_seed(0)
-    form = AuthorsForm(64, 16).double()
+    authors = AuthorsEmaAttn(64, 16).double()
     x = torch.randn(2, 64, 5, 7, dtype=torch.float64)
-    got = form(x)
-    form.impl = "reference"
-    torch.testing.assert_close(got, super(AuthorsForm, form).forward(x), rtol=1e-12, atol=1e-12)
+    got = authors(x)
+    authors.impl = "reference"
+    want = super(AuthorsEmaAttn, authors).forward(x)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_no_time_without_parity(monkeypatch, capsys, tmp_path):
     """A wrong implementation is shown as such, and the command fails."""
-    monkeypatch.setattr(AuthorsForm, "forward", lambda self, x: x * 0.5)
+    monkeypatch.setattr(AuthorsEmaAttn, "forward", lambda self, x: x * 0.5)
     monkeypatch.setattr(layer_bench, "bench_layer", partial(bench_layer, TINY))
     file = tmp_path / "bench.json"
-    args = ["bench", "layer", "--batch", "1", "--rounds", "1", "--no-compile", "--json", str(file)]
+    args = [
+        "bench",
+        "layer",
+        "--batch-size",
+        "1",
+        "--rounds",
+        "1",
+        "--no-compile",
+        "--json",
+        str(file),
+    ]
     assert main([*args, "--device", "cpu"]) == 1
     (row,) = [r for r in json.loads(file.read_text())["rows"] if r["variant"] == AUTHORS]
     assert row["parity"] is False
@@ -73,7 +84,7 @@ def test_no_time_without_parity(monkeypatch, capsys, tmp_path):
 def test_calls_are_timed_in_turn():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = round_robin(calls, 3, torch.device("cpu"), progress=False)
+    times = round_robin(calls, 3, Clock(torch.device("cpu")), progress=False)
     runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert runs[-6:] == ["a", "b"] * 3
     assert set(times) == {"a", "b"}
@@ -100,7 +111,7 @@ def test_saved_bytes_count_each_storage_once_and_not_what_is_known():
 
 
 def test_networks_and_their_growth():
-    result = bench_model(SMALL, batch=2, size=64, rounds=1, progress=False)
+    result = bench_model(SMALL, batch_size=2, img_size=64, rounds=1, progress=False)
     plain, ema = result["rows"]
     assert "parity" not in plain
     assert ema["parity"]
@@ -146,13 +157,15 @@ def test_table_from_the_json_file_and_into_a_document(measured, tmp_path, capsys
 
 def test_brief_table_has_one_row_a_variant(measured):
     lines = table(measured, brief=True).splitlines()
+    assert lines[0].endswith("Times are medians in ms.")  # it has nothing else
+    assert table(measured).splitlines()[0].endswith("medians in ms (smallest to largest).")
     assert lines[2].startswith("| forward / forward + backward, ms | 64×6×5 |")
     assert [line.split(" | ")[0][2:] for line in lines[4:]] == [
         AUTHORS,
         "reference",
         "closed_form",
-        *PEERS,
-        FLOOR,
+        *OTHERS,
+        CLONE,
     ]
 
 
@@ -177,7 +190,7 @@ def test_readme_tables_are_those_of_the_measurements(name, where, brief):
 @pytest.mark.parametrize("kind", ["layer", "model", "resolution"])
 def test_plots_are_pictures(measured, tmp_path, kind):
     if kind == "model":
-        measured = bench_model(SMALL, batch=1, size=64, rounds=1, progress=False)
+        measured = bench_model(SMALL, batch_size=1, img_size=64, rounds=1, progress=False)
     elif kind == "resolution":
         measured = bench_resolution((64, 96), ("test_resnet",), rounds=1, progress=False)
     plot(measured, tmp_path / "bench.png")
@@ -186,13 +199,15 @@ def test_plots_are_pictures(measured, tmp_path, kind):
 
 
 def test_resolution_refuses_settings_it_would_ignore(capsys):
-    args = ["bench", "model", "--resolution", "--amp", "--size", "64", "--impl", "reference"]
+    args = ["bench", "model", "--resolution", "--amp", "--img-size", "64", "--impl", "reference"]
     assert main(args) == 2
-    assert "drop --size, --amp, --impl" in capsys.readouterr().err
+    assert "Remove --img-size, --amp, --impl" in capsys.readouterr().err
 
 
-def test_a_network_is_measured_with_the_implementation_asked_for():
-    result = bench_model(SMALL, batch=1, size=64, rounds=1, impl="reference", progress=False)
+def test_a_network_is_measured_with_the_given_implementation():
+    result = bench_model(
+        SMALL, batch_size=1, img_size=64, rounds=1, impl="reference", progress=False
+    )
     assert result["settings"]["impl"] == "reference"
     assert {row["network"]: row.get("error") for row in result["rows"]} == {"plain": None, "ema": 0}
 
@@ -205,12 +220,12 @@ def test_env_says_which_kernel_runs(capsys):
     assert "timm: " in text
 
 
-def test_exported_networks_are_measured_beside_plain_se_and_the_authors_form(
+def test_exported_networks_are_compared_with_the_baseline_se_and_the_authors_code(
     monkeypatch, capsys, tmp_path
 ):
     file = tmp_path / "deploy.json"
     args = ["bench", "deploy", "--networks", "test_resnet", "--runtimes", "torchscript"]
-    args += ["--size", "64", "--rounds", "1", "--batch", "1", "--json", str(file)]
+    args += ["--img-size", "64", "--rounds", "1", "--batch-size", "1", "--json", str(file)]
     args += ["--threads", str(torch.get_num_threads())]
     assert main(args) == 0
     result = json.loads(file.read_text())
@@ -223,7 +238,7 @@ def test_exported_networks_are_measured_beside_plain_se_and_the_authors_form(
     plot(result, tmp_path / "deploy.png")
     assert (tmp_path / "deploy.png").stat().st_size > 0
 
-    monkeypatch.setattr(AuthorsForm, "forward", lambda self, x: x * 0.6)
+    monkeypatch.setattr(AuthorsEmaAttn, "forward", lambda self, x: x * 0.6)
     assert main(args) == 1
     assert "failed parity" in capsys.readouterr().out
 
@@ -235,12 +250,13 @@ def test_an_unknown_runtime_is_refused(capsys):
 
 def test_a_runtime_that_is_missing_is_left_out_and_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    monkeypatch.setattr("ema_timm.errors.find_spec", lambda name: None)
     file = tmp_path / "deploy.json"
-    args = ["bench", "deploy", "--networks", "test_resnet", "--size", "64", "--rounds", "1"]
-    args += ["--batch", "1", "--json", str(file), "--threads", str(torch.get_num_threads())]
+    args = ["bench", "deploy", "--networks", "test_resnet", "--img-size", "64", "--rounds", "1"]
+    args += ["--batch-size", "1", "--json", str(file), "--threads", str(torch.get_num_threads())]
     assert main(args) == 0
     said = capsys.readouterr()
-    assert "openvino is left out, not installed: pip install openvino" in said.err
+    assert "openvino is skipped, not installed: pip install openvino" in said.err
     assert "not installed onnxruntime, openvino" in said.out
     assert {row["runtime"] for row in json.loads(file.read_text())["rows"]} == {
         "torchscript",
@@ -252,13 +268,13 @@ def test_a_runtime_that_is_missing_is_left_out_and_named(monkeypatch, capsys, tm
 
 def test_what_a_runtime_does_not_take_is_said_and_the_rest_is_measured(monkeypatch, capsys):
     def load(model, images, free):
-        if any(isinstance(m, AuthorsForm) for m in model.modules()):
+        if any(isinstance(m, AuthorsEmaAttn) for m in model.modules()):
             raise RuntimeError("no such operator\nmore")
         return runtimes._torchscript(model, images, free)
 
     monkeypatch.setitem(runtimes.RUNTIMES, "torchscript", runtimes.Runtime(load))
     args = ["bench", "deploy", "--networks", "test_resnet", "--runtimes", "torchscript"]
-    args += ["--size", "64", "--rounds", "1", "--batch", "1"]
+    args += ["--img-size", "64", "--rounds", "1", "--batch-size", "1"]
     assert main([*args, "--threads", str(torch.get_num_threads())]) == 1
     out = capsys.readouterr().out
     assert f"fixed sizes, batch 1, {AUTHORS}: failed (no such operator)" in out

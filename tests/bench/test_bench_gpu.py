@@ -15,7 +15,7 @@ from ema_timm.cli import main
 TINY = {"tiny": (64, 6, 5)}
 SMALL = {"plain": ("test_resnet", {}), "ema": ("test_resnet_ema", {})}
 small = partial(bench_gpu, shapes=TINY, networks=SMALL, progress=False)
-ARGS = ["--batch", "2", "--size", "64", "--rounds", "1", "--no-compile"]
+ARGS = ["--batch-size", "2", "--img-size", "64", "--rounds", "1", "--no-compile"]
 
 
 def test_without_a_gpu_one_line_says_what_to_do(monkeypatch, capsys):
@@ -110,7 +110,7 @@ def test_what_was_measured_until_ctrl_c_is_shown_and_kept(asked, monkeypatch, tm
     said = capsys.readouterr()
     assert "64×6×5" in said.out and "unfinished 3 of 5 parts" in said.out
     (line,) = said.err.splitlines()
-    assert "stopped: above is what was measured until then" in line
+    assert "stopped: the result so far is above" in line
     assert (str(file) in line) == asked
     if asked:
         assert len(json.loads(file.read_text())["parts"]) == 3

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from ema_timm.checkpoints.network import check_network
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.errors import UserError
+from ema_timm.training.initial_weights import InitialModel
 from ema_timm.training.network import create_model
-from ema_timm.training.settings import FinetuneConfig
 
 
 def large_header(file):
@@ -54,9 +54,8 @@ def test_a_checkpoint_is_bounded(attack):
 
 
 def test_the_weights_that_a_run_starts_from_are_bounded(attack):
-    config = FinetuneConfig("test_resnet_ema", "data", "run", weights=str(attack))
     with pytest.raises(UserError, match=SAID):
-        create_model(config, 3)
+        create_model(InitialModel("test_resnet_ema", {}, weights=str(attack)), 3)
 
 
 def test_the_weights_of_a_folder_are_bounded(tmp_path):

@@ -236,8 +236,17 @@ def test_results_of_other_weights_get_no_card(folder, capsys):
 
 def test_the_command_names_what_nobody_has_told(folder, capsys):
     assert main(["card", str(folder)]) == 0
-    assert "datasets: unknown and left out; tell it with --dataset\n" == capsys.readouterr().err
-    args = ["card", str(folder), "--dataset", "me/a", "--dataset", "me/b", "--repo-id", "me/x"]
+    assert "datasets: not set; use --trained-on\n" == capsys.readouterr().err
+    args = [
+        "card",
+        str(folder),
+        "--trained-on",
+        "me/a",
+        "--trained-on",
+        "me/b",
+        "--repo-id",
+        "me/x",
+    ]
     assert main(args) == 0
     assert capsys.readouterr().err == ""  # the base's licence is known
     data = ModelCard((folder / "README.md").read_text()).data
@@ -251,6 +260,12 @@ def test_the_code_in_the_card_runs(folder, tmp_path):
     assert len(blocks) == 2
     code = "\n".join(blocks).replace("PATH/TO/THIS/FOLDER", str(folder))
     code += "\nassert logits.shape == (1, 2)\n"
+    # What the card says of 16-bit greyscale, in a line of its own.
+    Image.frombytes("I;16", (40, 30), (200 * 257).to_bytes(2, "little") * 1200).save(
+        tmp_path / "image.png"
+    )
+    inline = re.findall(r"`((?:from|read_image\()[^`]+)`", (folder / "README.md").read_text())
+    code += f"{inline[1]}\nassert {inline[0]}.getpixel((0, 0)) == (200, 200, 200)\n"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

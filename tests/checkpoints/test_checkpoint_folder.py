@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
 from ema_timm.checkpoints.cards.file import EditedCardError, write_card
-from ema_timm.checkpoints.check import check_folder
+from ema_timm.checkpoints.check import check_publishable
 from ema_timm.checkpoints.config import STUB
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.errors import UserError
@@ -56,7 +56,7 @@ def folder(checkpoint, tmp_path):
 
 
 def test_a_whole_folder_passes_and_names_what_is_published(folder):
-    checked = check_folder(folder)
+    checked = check_publishable(folder)
     assert checked.files == (
         "model.safetensors", "config.json", "README.md", "results.json", STUB, "confusion.png",
     )  # fmt: skip
@@ -271,7 +271,7 @@ DAMAGE = {
     ),
     "names of other classes": (
         edit("config.json", lambda c: c.update(label_names=["cat", "emu", "dog"])),
-        r"names class 1 'dog', and label_names in config\.json 'emu'.*ema-timm evaluate",
+        r"names class 1 'dog', but label_names in config\.json names it 'emu'.*ema-timm evaluate",
     ),
     **{
         f"pretrained_cfg.{key}": (
@@ -289,7 +289,7 @@ DAMAGE = {
     },
     "results that say where files were": (
         edit("results.json", lambda r: r.update(arguments=PLACES)),
-        r"results\.json says where .*arguments\.model_kwargs.*ema-timm card .* repairs it",
+        r"results\.json holds local paths .*arguments\.model_kwargs.*ema-timm card .* removes them",
     ),
     **{
         f"{name} a link": (linked(name), rf"{re.escape(name)} is a link.*cp -rL")
@@ -297,16 +297,16 @@ DAMAGE = {
     },
     "a picture a link": (linked("confusion.png"), r"confusion\.png is a link.*cp -rL"),
     "a link that stays inside": (linked("confusion.png", inside=True), "is a link"),
-    "a picture above the folder": (card("![](../x.png)"), r"shows \.\./x\.png.*beside the card"),
-    "a picture by its place": (card("![](HERE/x.png)"), r"shows /.*/x\.png.*beside the card"),
-    "a picture in a folder": (card("![](pics/x.png)"), r"shows pics/x\.png.*beside the card"),
+    "a picture above the folder": (card("![](../x.png)"), r"shows \.\./x\.png, .* card's folder"),
+    "a picture by its place": (card("![](HERE/x.png)"), r"shows /.*/x\.png, but .* card's folder"),
+    "a picture in a folder": (card("![](pics/x.png)"), r"shows pics/x\.png, but .* card's folder"),
     "a picture in a folder, as HTML": (card('<img width=9 src="pics/x.png">'), "shows pics/x"),
     "a picture by a file's address": (card("![](file:///x.png)"), "shows file:///x.png"),
     "a picture by reference": (card("![a][b]\n\n[b]: pics/x.png 'c'\n"), "shows pics/x.png"),
     "a titled picture gone": (card('![a](gone.png "a")'), r"shows gone\.png, which is missing"),
-    "a picture that is none": (picture(b"secret"), r"confusion\.png is no PNG picture"),
-    "half a picture": (picture(PNG[: len(PNG) // 2]), r"confusion\.png is no PNG picture"),
-    "a picture of another kind": (picture(JPEG), r"confusion\.png is no PNG picture"),
+    "a picture that is none": (picture(b"secret"), r"confusion\.png is not a PNG image"),
+    "half a picture": (picture(PNG[: len(PNG) // 2]), r"confusion\.png is not a PNG image"),
+    "a picture of another kind": (picture(JPEG), r"confusion\.png is not a PNG image"),
     "a picture without a kind": (
         card("![](notes.py)"),
         r"shows notes\.py.*\.png, \.jpg, \.jpeg, \.gif or \.webp",
@@ -327,25 +327,25 @@ def test_damage_is_named_in_one_line(folder, case):
     damage, said = DAMAGE[case]
     damage(folder)
     with pytest.raises(UserError, match=said) as error:
-        check_folder(folder)
+        check_publishable(folder)
     assert "\n" not in str(error.value)
 
 
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
-        check_folder(tmp_path / "nowhere")
+        check_publishable(tmp_path / "nowhere")
 
 
 def test_an_edited_card_passes(folder):
     (folder / "README.md").write_text("# Mine\n![](confusion.png) ![](https://x.test/a.png)\n")
-    assert check_folder(folder).card.startswith("# Mine")
+    assert check_publishable(folder).card.startswith("# Mine")
 
 
 def test_pictures_that_neither_card_nor_results_name_stay(folder):
     (folder / "stray.png").write_bytes(b"what somebody put there")
     (folder / "me.jpg").symlink_to("/etc/hostname")
-    checked = check_folder(folder)
-    assert checked.left_out == ("me.jpg", "stray.png")
+    checked = check_publishable(folder)
+    assert checked.skipped == ("me.jpg", "stray.png")
     assert not {"me.jpg", "stray.png"} & set(checked.files)
 
 
@@ -357,14 +357,14 @@ def test_pictures_that_a_card_of_ones_own_shows_go_along(folder):
         "\n![e](<e.gif>) `![](code.png)`\n```\n![](more/code.png)\n```\n"
     )
     pictures = {"confusion.png", "a b.png", "c.jpg", "d.webp", "e.gif"}
-    assert pictures < set(check_folder(folder).files)
+    assert pictures < set(check_publishable(folder).files)
 
 
 def test_the_card_command_repairs_the_config(folder):
     edit("config.json", lambda c: c.update(model_args={"num_classes": 3}, auto_map={}))(folder)
     (folder / STUB).unlink()
     assert not write_card(folder).changed  # the card itself is as it was
-    assert check_folder(folder)
+    assert check_publishable(folder)
 
 
 def test_the_card_command_takes_out_where_files_were(folder):
@@ -379,7 +379,7 @@ def test_the_card_command_takes_out_where_files_were(folder):
     (folder / "README.md").write_text("# Mine\n")
     with pytest.raises(EditedCardError):
         write_card(folder)
-    checked = check_folder(folder)
+    checked = check_publishable(folder)
     assert "/home" not in json.dumps([checked.config, checked.results])
     assert checked.config["model_args"] == {"ema_groups": 32}
     assert checked.results["arguments"] == {"opt": "sgd", "model_kwargs": {}}

@@ -90,7 +90,7 @@ def lacking(model, name):
 
 REFUSED = {
     "no EMA": (lambda m: timm.create_model("mobilenetv2_035").state_dict(), "no EMA attention"),
-    "one block without": (lambda m: lacking(m, "blocks.5.1.ema"), r"blocks\.5\.1 lack one"),
+    "one block without": (lambda m: lacking(m, "blocks.5.1.ema"), r"blocks\.5\.1 have none"),
     "nothing": (lambda m: {}, "no state dict"),
     "another width": (
         lambda m: authors(m) | {"blocks.5.0.ema.conv1x1.weight": torch.ones(7, 7, 1, 1)},
@@ -98,7 +98,7 @@ REFUSED = {
     ),
     "two in a place": (
         lambda m: authors(m) | {k.replace(".se.", ".att."): v for k, v in m.state_dict().items()},
-        "belong in one place",
+        "have the same place",
     ),
     "mixed groups": (
         lambda m: (
@@ -123,7 +123,7 @@ def test_what_cannot_be_converted_is_refused_with_a_reason(case, mobilenet):
 
 
 def test_bad_names_are_refused(mobilenet):
-    with pytest.raises(UserError, match="convnext_tiny has no twin"):
+    with pytest.raises(UserError, match="timm has no convnext_tiny with EMA"):
         convert(authors(mobilenet), "convnext_tiny")
     with pytest.raises(UserError, match=r"has no module model\.9"):
         convert(authors(mobilenet), "mobilenetv2_035", {"model.9": "blocks.5.0.se"})

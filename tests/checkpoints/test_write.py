@@ -9,7 +9,7 @@ import torch
 
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.network import check_network
-from ema_timm.checkpoints.results import public_name
+from ema_timm.checkpoints.results import public_model_name
 from ema_timm.checkpoints.write import write_converted
 from ema_timm.cli import main
 
@@ -23,7 +23,7 @@ from ema_timm.cli import main
     ],
 )
 def test_names_lose_the_places_of_folders_and_nothing_else(name, public):
-    assert public_name(name) == public
+    assert public_model_name(name) == public
 
 
 def test_results_do_not_say_where_files_of_the_training_were(tmp_path):

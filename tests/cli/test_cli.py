@@ -1,10 +1,11 @@
 """The command line as a person meets it."""
 
+import argparse
 from dataclasses import fields
 
 import pytest
 
-from ema_timm.cli import main
+from ema_timm.cli import build_parser, main
 from ema_timm.training.settings import FinetuneConfig
 
 COMMANDS = (
@@ -43,6 +44,36 @@ def test_every_setting_is_an_option_with_help_and_default(capsys):
         assert field.metadata["help"] in text
     assert f"(default: {FinetuneConfig.lr})" in text
     assert "--resume" in text
+
+
+def subcommands(parser, name=""):
+    """Each command by its name, with those inside of it."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, command in action.choices.items():
+                yield f"{name} {word}".strip(), command
+                yield from subcommands(command, f"{name} {word}".strip())
+
+
+OTHER_NAMES = {"--size": "--img-size", "--imgsz": "--img-size", "--batch": "--batch-size"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, id=name) for name, command in subcommands(build_parser())],
+)
+def test_options_have_help_and_the_same_names_in_every_command(command):
+    for action in command._actions:
+        assert action.help or isinstance(action, argparse._SubParsersAction), action
+        assert not OTHER_NAMES.keys() & set(action.option_strings), OTHER_NAMES
+
+
+def test_each_command_has_one_line_in_the_list():
+    (commands,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    assert {*COMMANDS} == {*commands.choices}
+    for line in commands._choices_actions:
+        assert len(line.help) <= 64, line.help  # what is left of 80 columns
+        assert line.help[0].islower() and not line.help.endswith("."), line.help
 
 
 def test_version(capsys):

@@ -53,8 +53,8 @@ def test_a_file_says_what_options_would_and_the_command_line_wins(file, started)
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("batchsize: 3", "batchsize is no setting of finetune. Did you mean batch_size?"),
-        ("model_ema: true", "model_ema is no setting of finetune."),
+        ("batchsize: 3", "unknown setting batchsize. Did you mean batch_size?"),
+        ("model_ema: true", "unknown setting model_ema."),
         ("epochs: many", "epochs must be a whole number"),
         ("epochs: 2.5", "epochs must be a whole number"),
         ("lr: true", "lr must be a number"),
@@ -63,8 +63,8 @@ def test_a_file_says_what_options_would_and_the_command_line_wins(file, started)
         ("record: [wandb]", "record must be a list of csv, tensorboard"),
         ("model_kwargs: 3", "model_kwargs must be a mapping"),
         ("model: [a]", "model must be text"),
-        ("- lr", "must hold lines such as"),
-        ("lr: [", "is no YAML"),
+        ("- lr", "must contain lines such as"),
+        ("lr: [", "is not valid YAML"),
     ],
 )
 def test_what_is_no_setting_is_refused_in_one_line(file, started, capsys, text, said):
@@ -76,7 +76,7 @@ def test_what_is_no_setting_is_refused_in_one_line(file, started, capsys, text, 
 
 def test_a_file_that_is_not_there_is_named(started, capsys):
     assert main(["finetune", "--config", "gone.yaml"]) == 2
-    assert "gone.yaml cannot be read" in capsys.readouterr().err
+    assert "cannot read gone.yaml" in capsys.readouterr().err
 
 
 def test_every_default_can_stand_in_a_file(file, started):

@@ -2,22 +2,19 @@
 
 import csv
 import json
-import os
 import shlex
 import shutil
-import signal
 
 import pytest
 import torch
 from PIL import Image
-from support.runs import run
+from support.runs import interrupt, run
 
 from ema_timm.cli import main
 from ema_timm.compare.runs import plan_runs
-from ema_timm.compare.settings import make_plan
+from ema_timm.compare.settings import make_comparison
 from ema_timm.compare.variants import read_variants
 from ema_timm.errors import InterruptedRunError
-from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.step import TrainStep
 
 
@@ -58,9 +55,9 @@ def arguments(data_dir, output, *more):
 def compared(tested_digits, tmp_path_factory):
     """A comparison whose runs were trained elsewhere, and collected."""
     output = tmp_path_factory.mktemp("compared") / "compare"
-    plan = make_plan(settings(tested_digits, output), ["none", "se"], 2)
-    for each in plan_runs(plan, read_variants(plan.attention, "test_resnet")):
-        run(FinetuneConfig(**each.settings))
+    comparison = make_comparison(settings(tested_digits, output), ["none", "se"], 2)
+    for each in plan_runs(comparison, read_variants(comparison.attention, "test_resnet")):
+        run(each.config)
     assert main(arguments(tested_digits, output, "--attention", "none", "se", "--seeds", "2",
                           "--collect")) == 0  # fmt: skip
     return output
@@ -121,7 +118,9 @@ def test_two_variants_differ_in_their_layer_alone(compared):
 
 
 def test_one_seed_gives_every_variant_the_same_batches(tested_digits, tmp_path, monkeypatch):
-    plan = make_plan(settings(tested_digits, tmp_path / "compare"), ["none", "coord"], 1)
+    comparison = make_comparison(
+        settings(tested_digits, tmp_path / "compare"), ["none", "coord"], 1
+    )
     step, seen = TrainStep.__call__, []
 
     def noted(self, images, targets, done):
@@ -129,9 +128,9 @@ def test_one_seed_gives_every_variant_the_same_batches(tested_digits, tmp_path, 
         return step(self, images, targets, done)
 
     monkeypatch.setattr(TrainStep, "__call__", noted)
-    for each in plan_runs(plan, read_variants(plan.attention, "test_resnet")):
+    for each in plan_runs(comparison, read_variants(comparison.attention, "test_resnet")):
         seen.append([])
-        run(FinetuneConfig(**each.settings))
+        run(each.config)
     assert len(seen[0]) == 5
     for one, other in zip(*seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -161,19 +160,11 @@ def test_goes_on_with_what_was_begun_and_says_why_a_variant_failed(
     output = shutil.copytree(compared, tmp_path / "compare")
     want = json.loads((output / "se-seed42" / "results.json").read_text())["weights_sha256"]
     shutil.rmtree(output / "se-seed42")
-    plan = make_plan({"output": str(output)}, None, 1)
-    begun = plan_runs(plan, read_variants(plan.attention, "test_resnet"))[-1]
-    step, steps = TrainStep.__call__, []
-
-    def interrupted(self, *batch):
-        steps.append(1)
-        if len(steps) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    comparison = make_comparison({"output": str(output)}, None, 1)
+    begun = plan_runs(comparison, read_variants(comparison.attention, "test_resnet"))[-1]
+    interrupt(monkeypatch, 2)
     with pytest.raises(InterruptedRunError):
-        run(FinetuneConfig(**begun.settings))
+        run(begun.config)
     done = (output / "none-seed42" / "model.safetensors").stat().st_mtime_ns
     more = ["--attention", "bottleneck", "none", "se", "--seeds", "1"]
     code = main(["compare", "--output", str(output), *more])
@@ -200,16 +191,16 @@ def test_runs_on_other_images_are_left_out(compared, tmp_path):
     main(["compare", "--collect", "--output", str(output)])
     (se,) = [row for row in read(output)["rows"] if row["variant"] == "se"]
     assert se["seeds"] == [43]
-    assert se["why_not"] == ["seed 42: its train images are not those of none-seed42"]
+    assert se["why_not"] == ["seed 42: its train images differ from those of none-seed42"]
 
 
 def test_a_folder_trained_with_other_settings_is_refused(compared, tmp_path, capsys):
     output = shutil.copytree(compared, tmp_path / "compare")
-    plan = json.loads((output / "plan.json").read_text())
-    plan["settings"]["lr"] = 0.1
-    (output / "plan.json").write_text(json.dumps(plan))
+    comparison = json.loads((output / "plan.json").read_text())
+    comparison["settings"]["lr"] = 0.1
+    (output / "plan.json").write_text(json.dumps(comparison))
     assert main(["compare", "--collect", "--output", str(output)]) == 2
-    assert "was trained with --lr 0.0005, and this comparison has 0.1" in capsys.readouterr().err
+    assert "was trained with --lr 0.0005, but this comparison has 0.1" in capsys.readouterr().err
 
 
 def test_latencies_are_measured_on_request(compared, tmp_path):

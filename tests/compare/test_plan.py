@@ -1,4 +1,4 @@
-"""What a comparison is asked for: variants, settings, the command of each run."""
+"""Variants, settings and commands of a comparison."""
 
 import dataclasses
 import json
@@ -11,17 +11,29 @@ from support.networks import shake
 
 from ema_timm.cli import build_parser
 from ema_timm.compare.runs import is_trained, plan_runs
-from ema_timm.compare.settings import ATTENTION, make_plan
-from ema_timm.compare.variants import read_variants, start_of
+from ema_timm.compare.settings import ATTENTION, make_comparison
+from ema_timm.compare.variants import describe_start, read_variants
 from ema_timm.errors import UserError
-from ema_timm.options import given_options, spelled
-from ema_timm.training.network import build_network
+from ema_timm.options import command_arguments, given_options
+from ema_timm.training.initial_weights import InitialModel
+from ema_timm.training.network import build_run_network
 from ema_timm.training.settings import FinetuneConfig
 
 
 @pytest.fixture
 def given(tmp_path):
     return {"model": "resnet18", "data_dir": "flowers", "output": str(tmp_path / "compare")}
+
+
+def test_the_package_exports_the_function_and_imports_torch_only_for_it(python):
+    code = (
+        "import sys; from ema_timm.compare import CompareConfig, Comparison, make_comparison\n"
+        "assert CompareConfig().seeds == 5 and 'torch' not in sys.modules\n"
+        "from ema_timm.compare import compare, comparison, list_commands\n"
+        "assert compare is comparison.compare\n"
+        "assert not hasattr(sys.modules['ema_timm.compare'], 'anything_else')"
+    )
+    python(code)
 
 
 def test_variants_say_their_network():
@@ -51,12 +63,12 @@ def test_a_tag_names_the_same_weights():
     "names, model, said",
     [
         (["sea"], "resnet18", "--attention sea: there is no layer 'sea'"),
-        (["none@groups=8"], "resnet18", "takes nothing"),
+        (["none@groups=8"], "resnet18", "has no arguments"),
         (["ema@factor=8"], "resnet18", "groups, stages, cross_spatial, got factor"),
         (["ema@8"], "resnet18", "not KEY=VALUE"),
         (["ema", "ema"], "resnet18", "once"),
-        (["ema"], "seresnet50", "has no slots"),
-        (["ema"], "resnet18_ema", "has no slots"),
+        (["ema"], "seresnet50", "has no place for attention layers"),
+        (["ema"], "resnet18_ema", "has no place for attention layers"),
         (["ema"], "resnet81", "plain network"),
         (["ema"], "local-dir:run", "--weights FILE"),
     ],
@@ -68,13 +80,13 @@ def test_what_is_no_variant_is_refused_before_anything_is_trained(names, model, 
 
 def test_how_each_started():
     none, se, gc = read_variants(["none", "se", "gc"], "test_resnet")
-    said = [start_of(v, v.model_kwargs, "timm/test_resnet.r160_in1k") for v in (none, se, gc)]
+    said = [describe_start(v, v.model_kwargs, "timm/test_resnet.r160_in1k") for v in (none, se, gc)]
     assert said == [
         "plain weights",
-        "plain weights, neutral layer",
-        "plain weights, layer as timm starts it",
+        "plain weights, layer with identity initialisation",
+        "plain weights, layer with timm's initialisation",
     ]
-    assert start_of(se, se.model_kwargs, "random start") == "random start"
+    assert describe_start(se, se.model_kwargs, "random start") == "random start"
 
 
 def test_with_weights_every_variant_starts_with_the_function_of_the_plain_network(tmp_path, given):
@@ -82,51 +94,56 @@ def test_with_weights_every_variant_starts_with_the_function_of_the_plain_networ
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     names = [*ATTENTION, "ema-no-cross-spatial", "ema@groups=8"]
     settings = {"model": "test_resnet", "weights": str(tmp_path / "plain.safetensors")}
-    plan = make_plan({**given, **settings}, names, 1)
+    comparison = make_comparison({**given, **settings}, names, 1)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         want = plain.forward_features(x)
-        for run in plan_runs(plan, read_variants(names, "test_resnet")):
-            config = FinetuneConfig(**run.settings)
-            network = build_network(config, ["a", "b", "c", "d"], torch.device("cpu"))
+        for run in plan_runs(comparison, read_variants(names, "test_resnet")):
+            config = run.config
+            initial = InitialModel(config.model, config.model_kwargs, weights=config.weights)
+            network = build_run_network(initial, ["a", "b", "c", "d"], torch.device("cpu"))
             got = network.model.eval().forward_features(x)
             assert float((got - want).norm() / want.norm()) < 1e-5, run.name
 
 
 def test_what_is_left_out_is_as_before_and_a_comparison_can_grow(given):
-    plan = make_plan({**given, "lr": 0.1, "model_kwargs": {"channels": (8, 16)}}, None, None)
-    assert (plan.attention, plan.seeds) == (list(ATTENTION), 5)
-    plan.output.mkdir()
-    plan.save()
-    again = make_plan({"output": given["output"], "model_kwargs": {"channels": (8, 16)}}, None, 7)
-    assert again == dataclasses.replace(plan, seeds=7)
-    grown = make_plan({"output": given["output"], "data_dir": "moved"}, ["none", "ema"], None)
+    comparison = make_comparison(
+        {**given, "lr": 0.1, "model_kwargs": {"channels": (8, 16)}}, None, None
+    )
+    assert (comparison.attention, comparison.seeds) == (list(ATTENTION), 5)
+    comparison.output.mkdir()
+    comparison.save()
+    again = make_comparison(
+        {"output": given["output"], "model_kwargs": {"channels": (8, 16)}}, None, 7
+    )
+    assert again == dataclasses.replace(comparison, seeds=7)
+    grown = make_comparison({"output": given["output"], "data_dir": "moved"}, ["none", "ema"], None)
     assert grown.attention == ["none", "ema"]
     assert grown.settings["data_dir"] == "moved"
 
 
 def test_runs_of_other_settings_do_not_come_together(given):
-    plan = make_plan({**given, "lr": 0.1}, None, None)
-    plan.output.mkdir()
-    plan.save()
-    with pytest.raises(UserError, match=r"--lr is 0\.2, and the runs in .* have 0\.1"):
-        make_plan({"output": given["output"], "lr": 0.2}, None, None)
+    comparison = make_comparison({**given, "lr": 0.1}, None, None)
+    comparison.output.mkdir()
+    comparison.save()
+    with pytest.raises(UserError, match=r"--lr is 0\.2, but the runs in .* have 0\.1"):
+        make_comparison({"output": given["output"], "lr": 0.2}, None, None)
     with pytest.raises(UserError, match="--epochs is 3"):
-        make_plan({"output": given["output"], "epochs": 3}, None, None)
+        make_comparison({"output": given["output"], "epochs": 3}, None, None)
 
 
 def test_missing_settings_are_named(given):
     with pytest.raises(UserError, match="--output"):
-        make_plan({}, None, None)
+        make_comparison({}, None, None)
     with pytest.raises(UserError, match="--model"):
-        make_plan({"output": given["output"]}, None, None)
+        make_comparison({"output": given["output"]}, None, None)
     with pytest.raises(UserError, match="--data-dir"):
-        make_plan({"output": given["output"], "model": "resnet18"}, None, None)
+        make_comparison({"output": given["output"], "model": "resnet18"}, None, None)
 
 
 def test_every_variant_of_one_seed_comes_before_the_next_seed(given):
-    plan = make_plan({**given, "seed": 7}, ["none", "ema@groups=8"], 2)
-    runs = plan_runs(plan, read_variants(plan.attention, "resnet18"))
+    comparison = make_comparison({**given, "seed": 7}, ["none", "ema@groups=8"], 2)
+    runs = plan_runs(comparison, read_variants(comparison.attention, "resnet18"))
     assert [run.name for run in runs] == [
         "none, seed 7", "ema@groups=8, seed 7", "none, seed 8", "ema@groups=8, seed 8",
     ]  # fmt: skip
@@ -140,7 +157,7 @@ def test_a_run_is_trained_when_its_last_epoch_or_its_patience_is_over():
     assert is_trained({**results, "arguments": {"epochs": 3}})
 
 
-def test_settings_are_spelled_as_they_are_read():
+def test_settings_are_written_as_they_are_read():
     """New settings of finetune come along: each is given a value that is not its default."""
     values = {}
     for field in dataclasses.fields(FinetuneConfig):
@@ -157,12 +174,12 @@ def test_settings_are_spelled_as_they_are_read():
             values[field.name] = "-x y'z"
         else:
             values[field.name] = default - 3
-    args = build_parser().parse_args(["finetune", *spelled(values, FinetuneConfig)])
+    args = build_parser().parse_args(["finetune", *command_arguments(values, FinetuneConfig)])
     assert given_options(args, FinetuneConfig) == values
     assert json.loads(json.dumps(values)) == values
 
 
 def test_every_option_of_finetune_is_one_of_compare():
-    values = spelled({"lr": 0.1, "amp": True, "model_kwargs": {"a": 1}}, FinetuneConfig)
+    values = command_arguments({"lr": 0.1, "amp": True, "model_kwargs": {"a": 1}}, FinetuneConfig)
     args = build_parser().parse_args(["compare", *values, "--attention", "none", "--seeds", "2"])
     assert given_options(args, FinetuneConfig) == {"lr": 0.1, "amp": True, "model_kwargs": {"a": 1}}

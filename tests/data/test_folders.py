@@ -37,9 +37,8 @@ def test_hidden_files_and_folders_are_left_out_and_told(folder):
     train = open_folder(folder, TRAIN)
     assert len(train) == 60
     assert len(train.class_names) == 4
-    assert any(
-        "2 hidden left out (.ipynb_checkpoints, digit_0/._0001.png)" in n for n in train.notes
-    )
+    said = "2 hidden files and folders skipped (.ipynb_checkpoints, digit_0/._0001.png)"
+    assert any(said in note for note in train.notes)
 
 
 def test_other_files_and_empty_folders_are_told(folder):
@@ -47,14 +46,14 @@ def test_other_files_and_empty_folders_are_told(folder):
     (folder / "train" / "empty").mkdir()
     train = open_folder(folder, TRAIN)
     assert len(train.class_names) == 4
-    assert any("no images left out (1 .db)" in note for note in train.notes)
-    assert any("empty folders are no classes" in note and "empty)" in note for note in train.notes)
+    assert any("not images (1 .db)" in note for note in train.notes)
+    assert any("empty folders skipped" in note and "empty)" in note for note in train.notes)
 
 
 def test_a_class_of_files_that_cannot_be_read_is_refused(folder):
     for path in (folder / "train" / "digit_2").iterdir():
         path.rename(path.with_suffix(".heic9"))
-    with pytest.raises(UserError, match=r"digit_2 holds files and none that Pillow .*\.heic9"):
+    with pytest.raises(UserError, match=r"digit_2 holds files, but none that Pillow .*\.heic9"):
         open_folder(folder, TRAIN)
 
 
@@ -97,7 +96,7 @@ def flat(digits, tmp_path):
 
 
 def names_of(dataset):
-    return [dataset.filename(index) for index in range(len(dataset))]
+    return [dataset.file_name(index) for index in range(len(dataset))]
 
 
 def test_a_part_is_set_aside_of_every_class_and_always_the_same(flat, tmp_path):

@@ -40,7 +40,7 @@ def test_validation_takes_the_class_numbers_of_training(folder):
     shutil.rmtree(folder / "val" / "digit_1")
     train = open_folder(folder, TRAIN)
     val = open_folder(folder, VAL, class_map=train.class_to_idx)
-    assert {target for _, target in val.reader.samples} == {0, 2, 3}
+    assert {target for _, target in val.samples} == {0, 2, 3}
     (folder / "val").rename(folder / "validation")
     assert len(open_folder(folder, VAL)) == len(val)
 
@@ -89,7 +89,7 @@ def test_truncated_image_is_an_error_not_another_image(folder):
     """timm would hand out the next image in its place, with a warning."""
     train = open_folder(folder, TRAIN)
     train.transform = ToTensor()
-    path = train.reader.samples[3][0]
+    path = train.samples[3][0]
     with open(path, "rb") as file:
         content = file.read()
     with open(path, "wb") as file:

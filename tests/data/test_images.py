@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.image_modes import in_mode
 from timm.data import ImageDataset
 
 import ema_timm.data.image_folder as data_module
 from ema_timm.data.check import check_readable
 from ema_timm.data.folders import TRAIN
 from ema_timm.data.image_folder import open_folder
-from ema_timm.data.images import look, read_image
+from ema_timm.data.images import inspect_image, read_image
 from ema_timm.errors import UnreadableImageError
 
 
@@ -50,6 +51,30 @@ def test_sixteen_bits_are_scaled_not_cut_off(tmp_path, suffix):
     assert read_image(file, "RGB", "x", "").mode == "RGB"
 
 
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in Image.MODES if mode != "F"])
+@pytest.mark.parametrize("wanted", ["L", "RGB"])
+def test_every_mode_of_pillow_gives_the_greys_that_it_holds(mode, wanted):
+    image = in_mode(Image.fromarray(GREY), mode)
+    image.format = "PNG"  # in which older versions of Pillow call 16-bit greyscale "I"
+    found = np.asarray(read_image(image, wanted)).astype(int)
+    want = GREY.astype(int) if mode != "1" else 255 * (GREY > 127)
+    assert found.shape == ((16, 16) if wanted == "L" else (16, 16, 3))
+    difference = np.abs(found - (want if wanted == "L" else want[..., None])).max()
+    assert difference <= (4 if mode == "LAB" else 1)  # its lightness has 256 steps of its own
+
+
+def test_a_transparent_palette_gives_its_colours_without_a_warning(tmp_path):
+    image = Image.fromarray(noise()).quantize(16)
+    image.save(tmp_path / "x.png", transparency=bytes(range(16)))
+    with Image.open(tmp_path / "x.png") as opened:
+        assert isinstance(opened.info["transparency"], bytes)
+    want = np.asarray(image.convert("RGB"))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x.png")), want)
+
+
 def test_pixels_of_32_bits_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(UnreadableImageError, match="32 bits; save it with 8 or 16"):
@@ -70,7 +95,7 @@ def test_all_other_images_are_read_as_timm_reads_them(tmp_path):
     ours, timms = open_folder(tmp_path, TRAIN), ImageDataset(tmp_path / "train")
     for dataset in (ours, timms):
         dataset.transform = lambda picture: torch.from_numpy(np.array(picture))
-    assert [path for path, _ in ours.reader.samples] == [p for p, _ in timms.reader.samples]
+    assert [path for path, _ in ours.samples] == [p for p, _ in timms.reader.samples]
     for index in range(5):
         assert torch.equal(ours[index][0], _timms(timms, index))
 
@@ -118,7 +143,7 @@ def test_the_check_says_what_a_full_decoding_says(form):
         damaged.append(bytes(other))
     verdicts = []
     for content in damaged:
-        fault = isinstance(look(io.BytesIO(content), decode=True), Exception)
+        fault = isinstance(inspect_image(io.BytesIO(content), decode=True), Exception)
         try:
             read_image(io.BytesIO(content), "RGB", "x", "")
             verdicts.append((fault, False))
@@ -130,14 +155,16 @@ def test_the_check_says_what_a_full_decoding_says(form):
 
 def test_what_was_whole_is_not_read_again_until_it_changes(folder, cache, monkeypatch):
     looked = []
-    monkeypatch.setattr(data_module, "look", lambda *a: looked.append(a) or look(*a))
+    monkeypatch.setattr(
+        data_module, "inspect_image", lambda *a: looked.append(a) or inspect_image(*a)
+    )
     image = Image.fromarray(noise())
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(folder / "train" / "a" / "0.jpg", exif=exif)
     first = check_readable(open_folder(folder, TRAIN), progress=False, decode=True)
     assert len(looked) == 6
-    assert "1 images carry a camera's note" in first[0]
+    assert "1 images have an EXIF rotation" in first[0]
     again = check_readable(open_folder(folder, TRAIN), progress=False, decode=True)
     assert (again, len(looked)) == (first, 6)
     file = folder / "train" / "b" / "2.jpg"

@@ -84,7 +84,7 @@ def test_the_fingerprint_is_of_pixels_and_classes(mnist):
         ("wds/flowers", [], "takes images by their number, from torch/NAME or hfds/NAME"),
         ("torch/nothing", [], "timm cannot open its split train: Unknown torchvision dataset"),
         ("torch/cifar10", [], "timm cannot open its split train: Dataset not found"),
-        ("torch/image_folder", ["--val-split", "0.2"], "divides folders"),
+        ("torch/image_folder", ["--val-split", "0.2"], "works only with image folders"),
     ],
 )
 def test_what_cannot_be_opened_gets_one_line(tmp_path, capsys, name, more, said):

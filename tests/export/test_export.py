@@ -190,7 +190,7 @@ def test_onnx_leaves_the_size_free_if_maps_of_groups_of_one_channel_may_be_one_p
 
 def test_a_fixed_batch_and_int8_of_a_fixed_size(folder, capsys):
     command = ["export", str(folder), "--format", "onnx", "--exporter", "legacy"]
-    assert main([*command, "--img-size", "64", "--batch", "1", "--int8"]) == 0
+    assert main([*command, "--img-size", "64", "--batch-size", "1", "--int8"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert "at 1x3x64x64, 1x3x64x64, 1x3x64x64 to" in first
     assert "of 32 random images" in second
@@ -203,8 +203,11 @@ def test_a_fixed_batch_and_int8_of_a_fixed_size(folder, capsys):
     [
         (["--img-size", "1", "2", "3"], "--img-size must be one number of pixels or two"),
         (["--img-size", "0"], "--img-size must be one number of pixels or two"),
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
-        (["--batch", "2", "--int8"], "--int8 compares one image at a time, got --batch 2"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (
+            ["--batch-size", "2", "--int8"],
+            "--int8 compares one image at a time, got --batch-size 2",
+        ),
     ],
 )
 def test_sizes_that_are_none_are_refused(folder, options, said, capsys):
@@ -419,9 +422,12 @@ def test_command(folder, capsys):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: (f / "config.json").unlink(), "not a checkpoint in timm's format: config.json"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), "cannot load"),
-        (lambda f: shutil.rmtree(f), "config.json, model.safetensors is missing"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"x" * 40),
+            "model.safetensors is damaged",
+        ),
+        (lambda f: shutil.rmtree(f), "there is no folder"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(folder, damage, said, capsys):

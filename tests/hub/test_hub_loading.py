@@ -14,8 +14,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from ema_timm.training.initial_weights import InitialModel
 from ema_timm.training.network import create_model
-from ema_timm.training.settings import FinetuneConfig
 
 TIMM_REPO = os.environ.get("TIMM_REPO")
 NEW = (5, 6, 7)  # digits that the published model has never seen
@@ -56,9 +56,9 @@ def asked_for_a_pickle(hub):
 
 
 def test_our_names_load_from_the_hub_as_from_the_folder(hub, load, trained):
-    from ema_timm.publishing.reload import outputs, same
+    from ema_timm.publishing.reload import fixed_logits, same
 
-    here = outputs(timm.create_model(f"local-dir:{trained}", pretrained=True))
+    here = fixed_logits(timm.create_model(f"local-dir:{trained}", pretrained=True))
     commit = hub.store.repos[BASE].resolve("main").oid
     for name in (f"hf-hub:{BASE}", f"hf-hub:{BASE}@{commit}"):
         assert same(load(name)["outputs"], here)
@@ -132,10 +132,8 @@ def test_given_weights_replace_those_of_the_folder(trained, tmp_path):
         name: tensor + 1 for name, tensor in load_file(trained / "model.safetensors").items()
     }
     save_file(weights, tmp_path / "other.safetensors")
-    config = FinetuneConfig(
-        model=f"local-dir:{trained}", weights=str(tmp_path / "other.safetensors")
-    )
-    model, _ = create_model(config, 4)
+    file = str(tmp_path / "other.safetensors")
+    model, _ = create_model(InitialModel(f"local-dir:{trained}", {}, weights=file), 4)
     assert torch.equal(model.conv1[0].weight, weights["conv1.0.weight"])
 
 

@@ -79,7 +79,6 @@ def test_no_telemetry_can_be_sent_from_tests():
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_aot_inductor(tmp_path):
     """One layer: some whole networks, plain ones too, come out wrong at odd sizes."""
     if not hasattr(torch._inductor, "aoti_load_package"):

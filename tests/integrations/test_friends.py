@@ -214,7 +214,7 @@ class TestDetectionWeights:
     def test_a_backbone_of_another_name_is_refused_untouched(self, plain_weights, built_from):
         model = nn.Sequential(timm.create_model(built_from, features_only=True))
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        with pytest.raises(ValueError, match="Sequential holds none"):
+        with pytest.raises(ValueError, match="Sequential has none"):
             load_backbone_weights(model, NAME, weights=str(plain_weights))
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

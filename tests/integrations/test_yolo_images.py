@@ -10,9 +10,10 @@ pytest.importorskip("ultralytics")
 
 READERS = {
     "measure": "from ema_timm.data.images import read_image; read_image(f, 'L', f, 'Do it.')",
-    "see": "from ema_timm.see.images import read_image; read_image(Path(f), 3)",
+    "see": "from ema_timm.see.images import prepare; prepare([f], {'input_size': (3, 8, 8)})",
     "card": "from ema_timm.checkpoints.pictures import _check_picture; _check_picture(Path(f))",
-    "check": "from ema_timm.data.images import look, unreadable; e = look(f, True)\n"
+    "check": "from ema_timm.data.images import inspect_image, unreadable\n"
+    "    e = inspect_image(f, True)\n"
     "    raise unreadable(f, e, 'Repair it.')",
 }
 CODE = """

@@ -19,7 +19,7 @@ from ema_timm.errors import UserError
 from ema_timm.integrations.yolo import inject, load, save_folder
 from ema_timm.integrations.yolo.card import write_detector_card
 from ema_timm.integrations.yolo.check import check_detector
-from ema_timm.integrations.yolo.detector import look
+from ema_timm.integrations.yolo.detector import trace_rows
 from ema_timm.integrations.yolo.measure import measure_folder
 
 pytestmark = pytest.mark.filterwarnings("default")  # ultralytics' own warnings are not ours
@@ -125,7 +125,7 @@ def test_other_images_have_another_fingerprint(folder, detector):
 def test_other_classes_are_refused_before_anything_is_measured(detector, tmp_path):
     yolo = inject(YOLO("yolov8n.yaml"))
     save_folder(yolo, tmp_path / "made")
-    with pytest.raises(UserError, match="has 1 classes and the detector 80"):
+    with pytest.raises(UserError, match="has 1 classes, but the detector has 80"):
         measure_folder(tmp_path / "made", detector.parent / "set" / "digits.yaml", 64, device="cpu")
     with pytest.raises(UserError, match=r"cannot measure on .*nothing\.yaml"):
         measure_folder(tmp_path / "made", tmp_path / "nothing.yaml", 64, device="cpu")
@@ -150,25 +150,27 @@ def test_the_command_makes_measures_and_describes_a_folder(detector, tmp_path, c
     assert main(["yolo", str(source), "--folder", str(made)]) == 0
     assert "not measured" in capsys.readouterr().out
     assert {file.name for file in made.iterdir()} == PUBLISHED
-    data = ["--data", str(detector.parent / "set" / "digits.yaml"), "--imgsz", "64"]
+    data = ["--data", str(detector.parent / "set" / "digits.yaml"), "--img-size", "64"]
     assert main(["yolo", str(made), *data, "--device", "cpu"]) == 0
     assert "images: 6" in capsys.readouterr().out
     assert main(["card", str(made), "--repo-id", "ada/digits"]) == 0
     assert 'load("ada/digits")' in (made / "README.md").read_text()
-    for a, b in zip(look(YOLO(source).model)[0], look(load(made).model)[0], strict=True):
+    for a, b in zip(
+        trace_rows(YOLO(source).model)[0], trace_rows(load(made).model)[0], strict=True
+    ):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["yolo", "{pt}"], "say what to do with it"),
-        (["yolo", "{pt}", "--folder", "{new}", "--after", "all"], "--after goes with --output"),
-        (["yolo", "{pt}", "--folder", "{new}", "--imgsz", "64"], "--imgsz goes with --data"),
-        (["yolo", "{pt}", "--folder", "{new}", "--output", "x.pt"], "goes without --folder"),
-        (["yolo", "{pt}", "--data", "coco8.yaml"], "is no folder of a detector"),
+        (["yolo", "{pt}"], "yolo needs --output FILE"),
+        (["yolo", "{pt}", "--folder", "{new}", "--after", "all"], "--after needs --output"),
+        (["yolo", "{pt}", "--folder", "{new}", "--img-size", "64"], "--img-size needs --data"),
+        (["yolo", "{pt}", "--folder", "{new}", "--output", "x.pt"], "excludes --folder"),
+        (["yolo", "{pt}", "--data", "coco8.yaml"], "is not the folder of a detector"),
         (["yolo", "yolov8n.yaml", "--folder", "{new}"], "made of a checkpoint .pt"),
-        (["card", "{folder}", "--license", "mit"], "the licence of a detector is what"),
+        (["card", "{folder}", "--license", "mit"], "--license is not for detectors"),
         (["publish", "{pt}", "--repo-id", "ada/x"], "ema-timm yolo {pt} --folder DIR"),
     ],
 )
@@ -225,7 +227,7 @@ def test_a_pickle_that_is_there_is_mentioned(detector, hub, push):
     hub.store.put(push.repo, {"best.pt": b"?"}, "old")
     done = push(detector)
     assert done["code"] == 0, done["err"]
-    assert "also holds best.pt. A pickle runs what it likes" in done["err"]
+    assert "also holds best.pt. A pickle can run any code" in done["err"]
 
 
 def linked(folder):
@@ -260,8 +262,8 @@ FAULTS = {
     "cut weights": (cut, "damaged"),
     "results of others": (edited_results("parameters", 5), "another detector (parameters)"),
     "results of a newer format": (edited_results("format", 2), "is of format 2"),
-    "metrics of nothing": (edited_results("evaluation", {}), "do not say what they are of"),
-    "another picture": (lambda f: shows(f, "../me.png"), "lies beside the card"),
+    "metrics of nothing": (edited_results("evaluation", {}), "has metrics without their data"),
+    "another picture": (lambda f: shows(f, "../me.png"), "is in the card's folder"),
     "a card of other results": (edited_results("metrics", {"images": 6}), "not of these results"),
 }
 

@@ -17,7 +17,7 @@ from timm.utils import accuracy
 
 import ema_timm.measure.evaluation as evaluate_module
 from ema_timm.checkpoints.cards.file import write_card
-from ema_timm.checkpoints.check import check_folder
+from ema_timm.checkpoints.check import check_publishable
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.cli import main
 from ema_timm.errors import UserError
@@ -119,7 +119,7 @@ def test_the_results_say_how_it_was_measured(folder, digits):
 def test_a_measured_folder_gets_its_card_and_passes(folder, digits):
     results = run(folder, digits)
     assert write_card(folder).changed
-    card = check_folder(folder).card
+    card = check_publishable(folder).card
     assert f"({results['metrics']['correct']} of 23)" in card
     assert "![confusion matrix](confusion.png)" in card and "![loss and accuracy]" in card
     assert "The epoch was chosen on the same images" in card
@@ -146,7 +146,7 @@ def test_a_file_becomes_a_folder_with_the_same_numbers(
         assert results["epoch"] == 3 and results["arguments"]["data_dir"] == "digits"
         assert results["base"]["weights"] == "random start"
     write_card(output)
-    checked = check_folder(output)
+    checked = check_publishable(output)
     assert set(checked.files) == {p.name for p in output.iterdir()}
     assert timms_own_count(output, digits)["correct"] == results["metrics"]["correct"]
 
@@ -274,13 +274,13 @@ BAD_FILES = {
     "empty": (lambda p, w: p.write_bytes(b""), "cannot be read"),
     "code": (lambda p, w: p.write_text("print(1)"), r"is not a checkpoint of tensors.*operand 112"),
     "text": (lambda p, w: p.write_text("hello"), "cannot be read"),
-    "no weights": (lambda p, w: torch.save({"epoch": 1}, p), "there is no state dict"),
-    "a list": (lambda p, w: torch.save([1], p), "there is no state dict"),
+    "no weights": (lambda p, w: torch.save({"epoch": 1}, p), "it has no state dict"),
+    "a list": (lambda p, w: torch.save([1], p), "it has no state dict"),
     "unknown network": (
         lambda p, w: torch.save({"state_dict": w, "arch": "resnet"}, p),
         "no model 'resnet'. Give it as --model",
     ),
-    "says no network": (lambda p, w: torch.save(w, p), "does not say its network"),
+    "says no network": (lambda p, w: torch.save(w, p), "does not name its network"),
     "other network": (
         lambda p, w: torch.save({"state_dict": w, "arch": "resnet18_ema"}, p),
         "is not of the network",
@@ -305,7 +305,7 @@ BAD_FILES = {
             },
             p,
         ),
-        "tells 9 classes apart, and .* names 4",
+        "has 9 classes, but .* names 4",
     ),
 }
 
@@ -324,7 +324,7 @@ def test_bad_files_get_one_line_and_leave_nothing(case, weights, digits, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_averaged": True}, "there are no averaged weights"),
+        ({"use_averaged": True}, "it has no averaged weights"),
         ({"output": ""}, "--output FOLDER says where"),
         ({"model_kwargs": {"ema_gruops": 2}}, "ema_gruops"),
         ({"data_dir": ""}, "needs --data-dir"),
@@ -354,7 +354,7 @@ def test_a_plain_network_becomes_a_folder_without_a_stub(digits, tmp_path):
     output = tmp_path / "out"
     run(tmp_path / "w.safetensors", digits, model="test_resnet", img_size=32, output=str(output))
     write_card(output)
-    checked = check_folder(output)
+    checked = check_publishable(output)
     assert "auto_map" not in checked.config and len(checked.files) == 5
     assert "pip install timm" in checked.card and "ema-attention" not in checked.card
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ema_timm.attention import EmaAttn
-from ema_timm.bench.layer import AuthorsForm
+from ema_timm.bench.layer import AuthorsEmaAttn
 from ema_timm.bench.timing import peak_extra_bytes, saved_bytes
 from ema_timm.export import open_onnx, write_onnx
 from ema_timm.ops import ema_attention
@@ -39,7 +39,7 @@ from ema_timm.ops.formula import (
     statistics_type,
 )
 from ema_timm.ops.gpu import passes
-from ema_timm.ops.operators import closed_form_opaque
+from ema_timm.ops.operators import closed_form_operator
 from ema_timm.ops.reference import reference
 from ema_timm.ops.weights import EPS, EmaWeights
 
@@ -55,8 +55,8 @@ FORMS = {
     "exported": closed_form_exported,
     "operators": closed_form_eager,
     "native": closed_form_eager,
-    "opaque": closed_form_opaque,
-    "whole_map": closed_form_eager,
+    "custom operator": closed_form_operator,
+    "passes": closed_form_eager,
 }
 
 
@@ -66,12 +66,12 @@ FORMS = {
         "exported",
         "operators",
         pytest.param("native", marks=needs_native),
-        "opaque",
-        "whole_map",
+        "custom operator",
+        "passes",
     ]
 )
 def form(request, monkeypatch):
-    if request.param == "whole_map":  # what runs on CUDA, here on the CPU
+    if request.param == "passes":  # what runs on CUDA, here on the CPU
         monkeypatch.setattr(passes, "takes", lambda x: x.numel() > 0)
     if request.param == "operators":
         monkeypatch.setattr(native, "takes", lambda *_: False)
@@ -99,7 +99,7 @@ def test_output_and_every_gradient_equal_the_definition(form, case):
     names = ("out", *oracle.NAMES)
     if passes.takes(case.x) and case.x.element_size() == 2:
         # Its maps between two passes are in half precision, as those of library layers are: on tiny
-        # maps, where a parameter's gradient may cancel, that shows. test_whole_map.py measures it.
+        # maps, where a parameter's gradient may cancel, that shows. gpu/test_passes.py measures it.
         names = ("out", "x")
     oracle.assert_matches(form, case, names=names)
 
@@ -321,7 +321,7 @@ def test_inference_holds_at_most_two_temporaries_of_the_inputs_size(built, monke
 
 
 def authors_form(x, w, groups):
-    layer = AuthorsForm(x.shape[1], groups)
+    layer = AuthorsEmaAttn(x.shape[1], groups)
     names = [name for name, _ in layer.named_parameters()]
     return torch.func.functional_call(layer, dict(zip(names, w, strict=True)), (x,))
 
@@ -389,7 +389,6 @@ def test_half_precision_keeps_statistics_in_float32(form):
 # Everything that traces.
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiles_whole_with_dynamic_shapes(layout):
@@ -412,7 +411,7 @@ def test_compiles_whole_with_dynamic_shapes(layout):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-def test_the_opaque_operator_passes_pytorchs_own_checks():
+def test_the_custom_operator_passes_pytorchs_own_checks():
     case = oracle.make_case((2, 8, 5, 6), 2)
     torch.library.opcheck(torch.ops.ema_timm.closed_form, (case.x, *case.weights, 2, True))
 

@@ -184,14 +184,6 @@ def test_other_forms_of_the_layer_compute_the_same_at_other_sizes(way):
         torch.testing.assert_close(other(x), attn(x))
 
 
-def test_reparameterization_leaves_it_as_it_is():
-    attn, x = layer(), torch.randn(1, 32, 5, 5)
-    before = attn(x)
-    attn.reparameterize()
-    assert attn.folded is None
-    assert torch.equal(attn(x), before)
-
-
 NAMES_OF_MODELS = ("resnet18_ema", "mobilenetv2_050_ema")
 
 

@@ -19,7 +19,8 @@ import pytest
 from support.stand_in_hub import TOKENS
 
 TABLE = os.environ.get("EMA_TIMM_FAULTS", "")
-LIMIT = 3  # seconds, of --time-limit
+LIMIT = 3  # seconds, of --time-limit; of the machine's clock only if the fault is a slow answer
+MANY = 60  # requests; without a fault a command makes about 25
 ALWAYS = 10**9
 
 STATUSES = (401, 403, 404, 409, 412, 429, 500, 503)
@@ -175,9 +176,10 @@ def test_push(stage, request, table, kind, case):
         args += ["--create-pr"]
     hub.heal()
     fault = inject(hub, case)
-    done = worker.run(*args)
+    done = worker.run(*args, real_time=case.kind == "slow")
     assert fault.hits, f"{case.step} was not reached: {hub.requests}"
-    assert done["seconds"] < LIMIT + 3
+    assert done["slept"] <= LIMIT
+    assert len(hub.requests) < MANY, hub.requests
     assert no_token(done)
     commits = published(hub, repo, folder)
     if case.recovers:
@@ -211,9 +213,10 @@ def test_load(stage, trained, digits, table, tmp_path, case):
     args += ["--epochs", 1, "--batch-size", 30, "--workers", 0, "--device", "cpu"]
     hub.heal()
     fault = inject(hub, case)
-    done = worker.run(*args, "--output", tmp_path / "run")
+    done = worker.run(*args, "--output", tmp_path / "run", real_time=case.kind == "slow")
     assert fault.hits
-    assert done["seconds"] < 3 * LIMIT
+    assert done["slept"] <= LIMIT
+    assert len(hub.requests) < MANY, hub.requests
     assert no_token(done)
     assert not any("pytorch_model" in path for _, path in hub.requests)
     if case.recovers:
@@ -254,7 +257,7 @@ def test_load_of_a_detector(stage, detector, table, case):
     name = f"yolo-hub:{repo}"
     hub.heal()
     fault = inject(hub, case, small="detector.json")
-    done = worker.load(name)
+    done = worker.load(name, real_time=case.kind == "slow")
     assert fault.hits
     assert not any(path.endswith(".pt") for _, path in hub.requests)
     if case.recovers:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ema_timm.checkpoints.cards.file import write_card
-from ema_timm.checkpoints.check import check_folder
+from ema_timm.checkpoints.check import check_publishable
 from ema_timm.checkpoints.network import check_network
 
 pytestmark = pytest.mark.long
@@ -98,7 +98,7 @@ def assert_carries_on(args, folder, digits):
         assert code == 0, err
     check_network(folder)
     write_card(folder)
-    return check_folder(folder)
+    return check_publishable(folder)
 
 
 @pytest.mark.parametrize("command", ["card", "evaluate", "evaluate a file", "convert"])

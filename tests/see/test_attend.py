@@ -7,11 +7,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from support.image_modes import in_mode
 from timm.models.resnet import BasicBlock
 
-from ema_timm import inject
+from ema_timm import errors, inject
 from ema_timm.backbones.cifar_resnet import cifar_resnet
+from ema_timm.checkpoints.config import read_config
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.network import build_network
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.cli import main
 from ema_timm.errors import UserError
@@ -19,6 +22,7 @@ from ema_timm.see import drawing
 from ema_timm.see.attention import attend
 from ema_timm.see.gates import attention_maps, layer_gates
 from ema_timm.see.gradcam import Cam, grad_cam, last_stage
+from ema_timm.see.images import prepare
 from ema_timm.see.predictions import Prediction
 from ema_timm.see.settings import AttendConfig
 
@@ -79,9 +83,9 @@ def test_grad_cam_is_on_the_object_and_leaves_no_trace(looking):
     assert torch.stack(inside).median() > 2
     assert all(parameter.grad is None for parameter in looking.parameters())
     assert not any(module._forward_hooks for module in looking.modules())
-    with pytest.raises(UserError, match="--cam-layer names a module of ResNet, and it has no 'x'"):
+    with pytest.raises(UserError, match="--cam-layer: ResNet has no module 'x'"):
         grad_cam(looking, "x", x, y.tolist())
-    with pytest.raises(UserError, match="needs a layer that gives a map, and fc does not"):
+    with pytest.raises(UserError, match="the output of fc is none"):
         grad_cam(looking, "fc", x, y.tolist())
     assert not any(module._forward_hooks for module in looking.modules())
 
@@ -109,6 +113,16 @@ def images_of(digits):
 
 def texts(figure):
     return [text.get_text() for text in figure.texts]
+
+
+def test_attend_sees_sixteen_bits_as_evaluate_does(trained, digits, tmp_path):
+    config = read_config(trained)
+    data = preprocessing(build_network(trained, config), config.get("model_args", {}), {})
+    file, deep = images_of(digits)[0], tmp_path / "deep.png"
+    with Image.open(file) as image:
+        in_mode(image.convert("L"), "I;16").save(deep)
+    for one, other in zip(prepare([file], data), prepare([deep], data), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_picture_has_a_row_an_image_and_a_column_a_stage(trained, digits, tmp_path, figures):
@@ -193,12 +207,20 @@ def test_beside_a_plain_twin_both_are_of_the_same_class(trained, digits, tmp_pat
         attend(settings(trained, images_of(digits), tmp_path / "a.png", **options))
 
 
+def hide(monkeypatch, package):
+    """Let a package look as if it were not installed."""
+    find = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == package else find(name))
+
+
 def test_chosen_layers_without_grad_cam(trained, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("ema_timm.see.gradcam.find_spec", lambda name: None)
+    hide(monkeypatch, "pytorch_grad_cam")
     options = {"layers": "layer3.0.se, layer1.0.se", "cam": False}
     done = attend(settings(trained, images_of(digits), tmp_path / "a.png", **options))
     assert done.layers == ["layer3.0.se", "layer1.0.se"]
-    with pytest.raises(UserError, match=r"pip install 'ema-timm\[see\]', or leave it out with"):
+    with pytest.raises(
+        UserError, match=r"leaves out\) needs grad-cam: pip install 'ema-timm\[see\]'"
+    ):
         attend(settings(trained, images_of(digits), tmp_path / "a.png"))
 
 
@@ -206,7 +228,10 @@ def test_chosen_layers_without_grad_cam(trained, digits, tmp_path, monkeypatch):
     ("options", "match"),
     [
         ({"output": "a.pdf"}, r"--output is a \.png file, got a\.pdf"),
-        ({"layers": "layer9.0.se"}, "'layer9.0.se' is none. There are layer1.0.se, layer2"),
+        (
+            {"layers": "layer9.0.se"},
+            "'layer9.0.se' is not an EMA attention layer. There are layer1.0.se, layer2",
+        ),
         ({"target": "digit_7"}, "has no 'digit_7'. It has 4, such as 'digit_0'"),
         ({"target": "4"}, "has no '4'"),
         ({"target": "digit_1", "cam": False}, "--target is about Grad-CAM, which --no-cam"),
@@ -233,4 +258,4 @@ def test_command(trained, digits, tmp_path, capsys):
     assert err == f"{output}: layer1.0.se, layer2.0.se, layer3.0.se, layer4.0.se\n"
     (tmp_path / "one.png").write_bytes(b"no image")
     assert main([str(part) for part in command]) == 2
-    assert "one.png cannot be read" in capsys.readouterr().err
+    assert "one.png: not an image. Repair or remove it." in capsys.readouterr().err

@@ -5,7 +5,6 @@ import timm
 import torch
 from support import oracle
 from support.networks import shake
-from timm.utils import reparameterize_model
 from torch import nn
 
 from ema_timm import EmaAttn, set_implementation
@@ -54,21 +53,16 @@ def assert_exact(model, images, maps=None):
         assert error <= oracle.TOLERANCES[x.dtype], f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "closed_form", "fused", "folded"])
+@pytest.mark.parametrize("impl", ["auto", "reference", "closed_form", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_maps_times_input_are_the_output(impl, dtype):
     model = nn.Sequential(layer()).to(dtype)
     x = torch.randn(2, 16, 7, 5).to(dtype)
-    if impl == "folded":
-        reparameterize_model(model, inplace=True)
-        assert model[0].folded is not None
-    elif impl == "fused":
+    if impl == "fused":
         pytest.importorskip("triton")
         if dtype in (torch.float64, torch.float16):
             pytest.skip("the kernels take no float64, and Triton's interpreter takes its time")
-        set_implementation(model, impl)
-    else:
-        set_implementation(model, impl)
+    set_implementation(model, impl)
     assert_exact(model, x)
 
 
@@ -225,14 +219,14 @@ class TestRefusals:
     @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit announces its own end
     def test_scripted(self):
         model = torch.jit.script(timm.create_model("test_resnet_ema", scriptable=True))
-        self.refused(model, "shows none. A scripted")
+        self.refused(model, "hides them as scripted")
 
     def test_spread_over_devices(self):
         model = nn.DataParallel(timm.create_model("test_resnet_ema"))
         self.refused(model, r"Give its \.module")
 
     def test_without_layers(self):
-        self.refused(timm.create_model("test_resnet"), "ResNet shows none")
+        self.refused(timm.create_model("test_resnet"), "ResNet has none")
 
     def test_a_layer_that_runs_twice(self):
         shared = EmaAttn(3, groups=3)

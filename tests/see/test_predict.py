@@ -8,13 +8,16 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from support.image_modes import in_mode
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.cli import main
-from ema_timm.errors import UserError
+from ema_timm.errors import UnreadableImageError, UserError
+from ema_timm.figures import class_name, file_name, fitted
+from ema_timm.measure.evaluation import evaluate
+from ema_timm.measure.settings import EvaluateConfig
 from ema_timm.see.classify import predict
-from ema_timm.see.lettering import class_name, file_name, fitted
 from ema_timm.see.networks import class_labels
 from ema_timm.see.predictions import Prediction
 from ema_timm.see.settings import PredictConfig
@@ -99,7 +102,8 @@ def test_unreadable_images_are_reported_and_the_rest_predicted(
     assert [row.filename for row in found] == [name for name in files if name not in bad]
     assert found == [row for row in whole if row.filename not in bad]
     said = capsys.readouterr().err.splitlines()
-    assert sorted(line.split(" cannot be read: ")[0] for line in said) == sorted(bad)
+    named = [line.removeprefix("cannot read ").partition(": ")[0] for line in said]
+    assert sorted(named) == sorted(bad)
 
 
 def test_files_are_taken_in_natural_order_and_as_given(trained, digits, tmp_path, capsys):
@@ -116,6 +120,54 @@ def test_files_are_taken_in_natural_order_and_as_given(trained, digits, tmp_path
     label, probability = rows[0][1].split(" ")
     assert label.startswith("digit_")
     assert 0.25 < float(probability) <= 1
+
+
+FILES = {"1": "png", "L": "png", "LA": "png", "P": "png", "PA": "tif", "RGB": "png", "RGBA": "png",
+         "CMYK": "tif", "YCbCr": "tif", "LAB": "tif", "I;16": "png", "I;16B": "tif",
+         "I": "pgm"}  # fmt: skip
+"""Modes that Pillow finds in a file, and a file's suffix."""
+
+
+@pytest.mark.parametrize("mode", FILES)
+def test_predict_and_evaluate_see_the_same_pixels(trained, digits, tmp_path, mode):
+    """Each image lies in the folder of the class that `predict` says: `evaluate` must agree."""
+    for index, file in enumerate(sorted((digits / "val").rglob("*.png"))[::2]):
+        with Image.open(file) as image:
+            written = in_mode(image, mode)
+        path = tmp_path / "all" / f"{index}.{FILES[mode]}"
+        path.parent.mkdir(exist_ok=True)
+        written.save(path, **({"compression": "raw"} if path.suffix == ".tif" else {}))
+        with Image.open(path) as image:
+            assert image.mode == mode
+    rows = predict(settings(trained, tmp_path / "all"), progress=False).rows
+    assert len({row.label[0] for row in rows}) > 2  # a white picture would be of one class
+    for name in ("digit_0", "digit_1", "digit_2", "digit_3"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+    for row in rows:
+        shutil.move(row.filename, tmp_path / "val" / row.label[0])
+    for folder in list((tmp_path / "val").iterdir()):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    checkpoint = shutil.copytree(trained, tmp_path / "run")
+    config = EvaluateConfig(str(checkpoint), data_dir=str(tmp_path), device="cpu", workers=0)
+    assert evaluate(config, progress=False)["metrics"]["top1"] == 100
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_predict_refuses_the_images_that_evaluate_refuses(trained, tmp_path, mode):
+    (tmp_path / "val" / "digit_0").mkdir(parents=True)
+    file = tmp_path / "val" / "digit_0" / "x.tif"
+    Image.new(mode, (8, 8)).save(file)
+    (said,) = predict(settings(trained, file), progress=False).unreadable
+    with pytest.raises(UnreadableImageError, match="pixels of 32 bits") as caught:
+        evaluate(EvaluateConfig(str(trained), data_dir=str(tmp_path), device="cpu"), False)
+    assert said == str(caught.value)
+
+
+def test_a_folder_gives_the_formats_that_training_reads(trained, tmp_path):
+    for suffix in ("png", "webp", "tif", "bmp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"x.{suffix}")
+    assert len(predict(settings(trained, tmp_path), progress=False).rows) == 4
 
 
 def test_onnx_file_predicts_as_its_network(trained, digits, tmp_path):
@@ -175,7 +227,7 @@ def test_a_folder_without_images(trained, tmp_path):
 
 
 def test_parquet_names_its_extra(trained, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("ema_timm.see.predictions.find_spec", lambda name: None)
+    monkeypatch.setattr("ema_timm.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ema-timm\[parquet\]'"):
         predict(settings(trained, digits / "val", output=str(tmp_path / "p.parquet")))
 

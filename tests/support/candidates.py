@@ -4,7 +4,7 @@ import torch
 
 from ema_timm.bench.timing import Clock
 from ema_timm.ops import ema_attention
-from ema_timm.ops.gpu.choices import Layer
+from ema_timm.ops.gpu.choice_file import Layer
 from ema_timm.tuning.store import Store
 
 ENVIRONMENT = {"device": "a stand-in"}

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.oracle import make_case
 from support.sass import issued
 
-_MODULES = ("over_tiles", "whole_tile", "whole_tile_backward")
+_MODULES = ("weight_gradients", "forward_kernels", "backward_kernels")
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,11 +11,26 @@ import torch
 
 from ema_timm.training.resume import RunState
 from ema_timm.training.run import finetune
+from ema_timm.training.step import TrainStep
 
 
 def run(config, **changes):
     resume = changes.pop("resume", False)
     return finetune(dataclasses.replace(config, **changes), resume=resume, progress=False)
+
+
+def interrupt(monkeypatch, at):
+    """From now on a run gets Ctrl-C at the batch of this number; returns the batches it trains."""
+    step, batches = TrainStep.__call__, []
+
+    def interrupted(self, images, targets, done):
+        batches.append(done)
+        if len(batches) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, images, targets, done)
+
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    return batches
 
 
 def cli(config, *more):

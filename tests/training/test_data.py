@@ -24,19 +24,8 @@ def data(digits, tmp_path):
 
 
 @pytest.fixture
-def config(data, tmp_path):
-    return FinetuneConfig(
-        model="test_resnet_ema",
-        data_dir=str(data),
-        output=str(tmp_path / "run"),
-        pretrained=False,
-        img_size=32,
-        epochs=2,
-        batch_size=12,
-        hflip=0.0,
-        device="cpu",
-        workers=0,
-    )
+def config(config, data):
+    return dataclasses.replace(config, data_dir=str(data), epochs=2, lr=FinetuneConfig.lr)
 
 
 def run(config, progress=False, **changes):
@@ -52,8 +41,8 @@ def test_what_is_taken_is_told_before_training(config, data, capsys):
     told = capsys.readouterr().err.split("epoch 1/1")[0]
     there = len(list((data / "train" / "digit_0").iterdir()))
     here = len(list((data / "val" / "digit_0").iterdir()))
-    assert f"by class: digit_0 {there}+{here}, digit_1" in told
-    assert "no images to validate on, so the accuracy does not speak of: digit_3" in told
+    assert f"of each class: digit_0 {there}+{here}, digit_1" in told
+    assert "without validation images, which the accuracy does not include: digit_3" in told
     assert "train: 1 images have 16-bit grey" in told
     assert f"ema-timm evaluate {config.output} --data-dir {data} --split Test" in told
 
@@ -82,7 +71,7 @@ def test_a_truncated_image_ends_the_run_before_it_starts(config, data, tmp_path)
     with pytest.raises(UnreadableImageError, match=rf"read {bad}: .*\. Repair or remove it\.$"):
         run(config)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UnreadableImageError, match=r"go on with --resume"):
+    with pytest.raises(UnreadableImageError, match=r"continue with --resume"):
         run(config, check=False)
 
 
@@ -102,7 +91,7 @@ def test_an_image_that_breaks_in_mid_run_loses_nothing(
         return step(self, images, targets, done)
 
     monkeypatch.setattr(TrainStep, "__call__", breaking)
-    with pytest.raises(UserError, match=rf"read {bad}.* Put the file back as it was, and go on"):
+    with pytest.raises(UserError, match=rf"read {bad}.* Put the file back as it was and cont"):
         run(config)
     monkeypatch.undo()
     with pytest.raises(
@@ -137,26 +126,28 @@ def test_a_flat_folder_is_divided_and_measured_alike(config, data, tmp_path):
     assert measured["evaluation"]["data"]["fingerprint"] == counts["val"]["fingerprint"]
     assert measured["evaluation"]["data"]["split"] == "0.2 set aside"
     assert json.dumps(measured).count(str(tmp_path)) == 0
-    with pytest.raises(UserError, match="images in --data-dir are not those"):
+    with pytest.raises(UserError, match="the images have changed since"):
         continue_run({"output": config.output, "val_split": "0.4"}, progress=False)
 
 
 def test_another_folder_can_be_validated_on(config, data):
     (data / "val").rename(data / "dev")
-    assert run(config, val_split="dev", epochs=1)["metrics"]["images"] == 23
+    assert run(config, split="dev", epochs=1)["metrics"]["images"] == 23
 
 
 @pytest.mark.parametrize(
-    ("val_split", "said"),
+    ("options", "said"),
     [
-        ("0.2", "and {data}/val holds some. Leave --val-split out"),
-        ("1.5", "--val-split 1.5: a part is between 0 and 1"),
-        ("nowhere", "has no folder nowhere/"),
+        (["--val-split", "0.2"], "but {data}/val contains some. Leave --val-split out"),
+        (["--val-split", "1.5"], "--val-split must be a fraction between 0 and 1"),
+        (["--val-split", "val"], "got val. To choose a split by its name, use --split"),
+        (["--val-split", "0.2", "--split", "val"], "--split val excludes --val-split 0.2"),
+        (["--split", "nowhere"], "has no folder nowhere/"),
     ],
 )
-def test_val_split_that_cannot_be_gets_one_line(config, data, capsys, val_split, said):
+def test_a_split_that_cannot_be_gets_one_line(config, data, capsys, options, said):
     args = ["finetune", "--model", config.model, "--data-dir", config.data_dir]
-    assert main([*args, "--output", config.output, "--val-split", val_split]) == 2
+    assert main([*args, "--output", config.output, *options]) == 2
     error = capsys.readouterr().err
     assert said.format(data=data) in error and len(error.splitlines()) == 1
     assert not Path(config.output).exists()

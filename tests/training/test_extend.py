@@ -64,4 +64,4 @@ def test_only_a_finished_run_is_extended_and_only_by_epochs(config, capsys):
     assert main([*resume, "--epochs", "4", "--lr", "0.1"]) == 2
     assert "--lr is 0.1" in capsys.readouterr().err
     assert main([*resume, "--epochs", "1"]) == 2
-    assert "--epochs is 1 and the run was started with 2" in capsys.readouterr().err
+    assert "--epochs is 1, but the run was started with 2" in capsys.readouterr().err

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.runs import assert_same_outcome, cli, run
+from support.worker import Worker
 from timm.data import resolve_data_config
 
-from ema_timm.backbones.registry import TIMM
+from ema_timm.backbones.registry import TIMM_VERSION
 from ema_timm.checkpoints import folder
 from ema_timm.checkpoints.config import STUB
 from ema_timm.cli import main
@@ -26,6 +27,18 @@ from ema_timm.training import resume
 from ema_timm.training.quickstart import validate
 from ema_timm.training.resume import RunState
 from ema_timm.training.step import TrainStep
+
+
+def test_the_package_exports_the_function_and_imports_torch_only_for_it(python):
+    code = (
+        "import sys; from ema_timm.training import FinetuneConfig\n"
+        "assert FinetuneConfig().epochs == 20 and 'torch' not in sys.modules\n"
+        "import ema_timm.training.run, ema_timm.training as training\n"
+        "assert training.finetune is training.run.finetune\n"
+        "assert training.continue_run is training.run.continue_run\n"
+        "assert not hasattr(training, 'anything_else')"
+    )
+    python(code)
 
 
 def test_learns_and_writes_a_checkpoint_that_reloads(config, digits, tmp_path):
@@ -160,18 +173,11 @@ def test_resume_reads_the_state_once(config, monkeypatch):
     assert read == [file, file]
 
 
-def test_full_disk_leaves_whole_files(config, tmp_path):
+def test_full_disk_leaves_whole_files(stage, config, tmp_path):
     """A file size limit cuts the weights short, as a full disk does."""
-    code = (
-        "import resource, sys; from ema_timm.cli import main;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *cli(config)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    done = stage[1].run(*cli(config), largest_file=300_000)
+    assert done["code"] == 1, done["err"]
+    last = done["err"].strip().splitlines()[-1]
     assert last.startswith("ema-timm: ") and "File too large" in last
     assert [p.name for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
 
@@ -254,16 +260,20 @@ def test_resume_refuses_what_would_change_the_outcome(config, digits, tmp_path, 
         run(config, resume=True)
     run(config, epochs=1)
     resume = ["finetune", "--resume", "--output", config.output]
-    assert_refused([*resume, "--lr", "0.1"], "--lr is 0.1 and the run was started with", capsys)
-    assert_refused(cli(config, "--epochs", "1"), "holds a run already", capsys)
+    assert_refused([*resume, "--lr", "0.1"], "--lr is 0.1, but the run was started with", capsys)
+    assert_refused(cli(config, "--epochs", "1"), "already holds a run", capsys)
     data = shutil.copytree(digits, tmp_path / "data")
     next(data.glob("train/*/*.png")).unlink()
-    assert_refused([*resume, "--data-dir", data], "are not those the run was started on", capsys)
+    assert_refused(
+        [*resume, "--data-dir", data], "the images have changed since the run was started", capsys
+    )
     saved = RunState(config.output)
     content = saved.load()
     content["model"]["fc.weight"] = torch.zeros(7, 96)
     saved.save(content)
-    assert_refused(resume, "cannot resume: the saved weights are of another network (size", capsys)
+    assert_refused(
+        resume, "cannot resume: the saved weights belong to another network (size", capsys
+    )
 
 
 def test_starts_from_a_weights_file_without_network(config, tmp_path):
@@ -330,7 +340,7 @@ def test_settings_train(config, changes):
     results = run(config, epochs=1, **changes)
     assert results["metrics"]["images"] == 23
     # timm before 1.0.26 cannot read safetensors from a folder; for our names we see to it.
-    readable = results["architecture"].endswith("_ema") or TIMM >= (1, 0, 26)
+    readable = results["architecture"].endswith("_ema") or TIMM_VERSION >= (1, 0, 26)
     model = timm.create_model(f"local-dir:{config.output}", pretrained=readable)
     size = resolve_data_config(model=model)["input_size"]
     assert tuple(results["input"]["input_size"]) == tuple(size)
@@ -349,7 +359,8 @@ def torchrun(*args, **options):
     )
 
 
-def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_path):
+@pytest.mark.slow
+def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_path, capsys):
     done = torchrun(*cli(config, "--epochs", 2, "--batch-size", 6))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
@@ -362,32 +373,23 @@ def test_two_processes_count_every_image_once_and_resume(config, digits, tmp_pat
     assert done.stdout.count("top-1") == 1
     again = torchrun("finetune", "--resume", "--output", config.output)
     assert again.returncode == 0, again.stderr
-    refused = subprocess.run(
-        [sys.executable, "-m", "ema_timm", "finetune", "--resume", "--output", config.output],
-        capture_output=True,
-        text=True,
-    )
-    assert refused.returncode == 2
-    assert "the run was started on 2" in refused.stderr
+    assert main(["finetune", "--resume", "--output", config.output]) == 2
+    assert "the run was started on 2" in capsys.readouterr().err
 
 
-IMPATIENT = """
-import sys, time
-slept = []
-time.sleep = slept.append
-from ema_timm.cli import main
-code = main(sys.argv[1:])
-print(sum(slept))
-sys.exit(code)
-"""
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A process for commands, where no Hub answers."""
+    home = str(tmp_path_factory.mktemp("hf"))
+    worker = Worker({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": home, "NO_PROXY": "*"})
+    yield worker
+    worker.close()
 
 
 @pytest.mark.parametrize("model", ["hf-hub:ada/none", "test_resnet", "test_vit.r160_in1k"])
-def test_without_network_nothing_is_waited_for_in_vain(config, tmp_path, model):
+def test_without_network_nothing_is_waited_for_in_vain(offline, config, model):
     """The client alone sleeps 23 s between its calls before it gives up, and says nothing."""
-    args = [sys.executable, "-c", IMPATIENT, *cli(config, "--model", model, "--pretrained")]
-    refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
-    done = subprocess.run(args, capture_output=True, text=True, env={**os.environ, **refused})
-    assert done.returncode == 1, done.stderr
-    assert "Check the network" in done.stderr.splitlines()[-1]
-    assert float(done.stdout) <= 3
+    done = offline.run(*cli(config, "--model", model, "--pretrained"))
+    assert done["code"] == 1, done["err"]
+    assert "Check the network" in done["err"].splitlines()[-1]
+    assert done["slept"] <= 3

@@ -13,6 +13,8 @@ from timm.models import get_pretrained_cfg
 
 from ema_timm.checkpoints.weights import LONGEST_HEADER
 from ema_timm.cli import main
+from ema_timm.training.initial_weights import InitialModel
+from ema_timm.training.network import create_model
 
 PLAIN = "test_resnet"
 
@@ -79,15 +81,12 @@ def test_what_timm_adapts_is_a_start(config, tmp_path, how):
         torch.testing.assert_close(trained[name], state[name], rtol=1e-4, atol=1e-6)
 
 
-def test_the_check_of_the_start_draws_no_random_numbers(config, tmp_path):
+def test_the_check_of_the_start_draws_no_random_numbers(tmp_path):
     """What a start from given weights learns is what it was before they were looked at."""
-    from ema_timm.training.network import create_model
-
     save_file(weights_of(PLAIN), tmp_path / "plain.safetensors")
-    config.model, config.pretrained = "test_resnet_ema", True
-    config.weights = str(tmp_path / "plain.safetensors")
+    initial = InitialModel("test_resnet_ema", {}, weights=str(tmp_path / "plain.safetensors"))
     torch.manual_seed(3)
-    create_model(config, 4)
+    create_model(initial, 4)
     drawn = torch.rand(1)
     torch.manual_seed(3)
     timm.create_model("test_resnet_ema", num_classes=4)

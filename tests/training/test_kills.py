@@ -76,4 +76,4 @@ def assert_whole(folder):
         load_file(folder / "model.safetensors")
     saved = RunState(folder)
     if saved.file.exists():
-        assert saved.load()["identity"] and not saved.trouble
+        assert saved.load()["identity"] and not saved.warning

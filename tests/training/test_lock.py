@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from support.runs import assert_same_outcome, cli, command, ema_timm, run, under_way
+from support.runs import assert_same_outcome, cli, command, run, under_way
 
 from ema_timm.checkpoints import folder
 from ema_timm.cli import main
@@ -17,37 +17,24 @@ from ema_timm.files import sha256, write_whole
 from ema_timm.training import resume
 from ema_timm.training.step import TrainStep
 
-LIMITED = (
-    "import resource, sys; from ema_timm.cli import main;"
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])));"
-    "sys.exit(main(sys.argv[2:]))"
-)
-"""A file size limit cuts large files short, as a full disk does."""
 
-
-def with_disk(size, *args):
-    """``ema-timm ARGS`` where no file can be larger than ``size`` bytes."""
-    call = [sys.executable, "-c", LIMITED, str(size), *map(str, args)]
-    return subprocess.run(call, capture_output=True, text=True, timeout=300)
-
-
-def test_a_run_whose_disk_was_full_in_its_first_epoch_goes_on(config, tmp_path):
+def test_a_run_whose_disk_was_full_in_its_first_epoch_goes_on(stage, config, tmp_path):
     """Room for the weights, none for a state with the optimiser's moments."""
     whole = run(config, output=str(tmp_path / "whole"), epochs=1)
     weights = (tmp_path / "whole" / "model.safetensors").stat().st_size
-    full = with_disk(int(weights * 1.5), *cli(config, "--epochs", 1))
-    assert full.returncode == 1, full.stderr
-    assert "Traceback" not in full.stderr, full.stderr
+    full = stage[1].run(*cli(config, "--epochs", 1), largest_file=int(weights * 1.5))
+    assert full["code"] == 1, full["err"]
+    assert "Traceback" not in full["err"], full["err"]
     assert (tmp_path / "run" / "model.safetensors").is_file()
     continued = run(config, epochs=1, resume=True)
     assert_same_outcome(continued, whole, config.output, tmp_path / "whole")
 
 
-def test_a_full_disk_in_the_state_is_one_line(config):
-    done = with_disk(300_000, *cli(config))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+def test_a_full_disk_in_the_state_is_one_line(stage, config):
+    done = stage[1].run(*cli(config), largest_file=300_000)
+    assert done["code"] == 1
+    assert "Traceback" not in done["err"], done["err"]
+    last = done["err"].strip().splitlines()[-1]
     assert last.startswith("ema-timm: ") and "File too large" in last
 
 
@@ -130,12 +117,11 @@ def test_a_start_that_fails_leaves_no_folder(config, tmp_path, more):
     assert not (tmp_path / "new").exists()
 
 
-def test_two_runs_do_not_share_a_folder(config, tmp_path):
+def test_two_runs_do_not_share_a_folder(config, tmp_path, capsys):
     with under_way(config, "--epochs", 500) as first:
         for args in (cli(config), ["finetune", "--resume", "--output", config.output]):
-            second = ema_timm(*args)
-            assert second.returncode == 2, second.stderr
-            last = second.stderr.strip().splitlines()[-1]
+            assert main(args) == 2
+            last = capsys.readouterr().err.strip().splitlines()[-1]
             assert f"{config.output} is in use by process {first.pid} on " in last
         first.send_signal(signal.SIGINT)
         first.communicate(timeout=120)
@@ -212,7 +198,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(config, tmp_path, capsys, d
         saved.file.unlink()
     continued = run(config, resume=True)
     said = capsys.readouterr().err
-    assert "state.pt is " in said and "resume.previous.pt" in said
+    assert "state.pt is " in said and "state.previous.pt" in said
     assert continued["weights_sha256"] == whole["weights_sha256"]
     assert continued["metrics"] == whole["metrics"]
 
@@ -253,5 +239,5 @@ def test_interrupted_is_not_begun(config, monkeypatch):
     monkeypatch.setattr(TrainStep, "__call__", interrupted)
     assert main(cli(config)) == 130
     monkeypatch.undo()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         run(config)

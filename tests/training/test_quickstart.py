@@ -20,7 +20,7 @@ def test_quickstart_learns_the_digits_and_reloads_the_same_model(tmp_path):
     assert metrics["images"] == 360
     assert metrics["top1"] >= 97
     assert f"({metrics['correct']} of 360 held-out digits)" in done.stdout
-    assert "the same to the last image" in done.stdout
+    assert "exactly the same accuracy" in done.stdout
     assert "ema-timm finetune --model resnet50_ema" in done.stdout
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2

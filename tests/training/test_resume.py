@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ema_timm.errors import UserError
-from ema_timm.training.lock import claim
+from ema_timm.training.lock import lock_run
 from ema_timm.training.resume import RunState
 
 
@@ -36,8 +36,8 @@ def test_folders_that_cannot_be_used_are_refused(state, tmp_path):
         state.check(resume=True)
     state.save({})
     state.check(resume=True)
-    with pytest.raises(UserError, match=r"holds a run already.*--resume"):
+    with pytest.raises(UserError, match=r"already holds a run.*--resume"):
         state.check(resume=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
-        claim(RunState(tmp_path / "file" / "run"), resume=False).__enter__()
+        lock_run(RunState(tmp_path / "file" / "run"), resume=False).__enter__()

@@ -1,17 +1,14 @@
 """What a run comes to depends on its settings and images, not on how the machine goes about it."""
 
 import dataclasses
-import os
 import random
-import signal
 
 import numpy as np
 import pytest
 import torch
-from support.runs import assert_same_outcome, run
+from support.runs import assert_same_outcome, interrupt, run
 
 from ema_timm.errors import InterruptedRunError
-from ema_timm.training.step import TrainStep
 
 
 @pytest.fixture
@@ -20,19 +17,6 @@ def eventful(config):
     return dataclasses.replace(
         config, epochs=2, drop_path=0.1, mixup=0.2, reprob=0.3, hflip=0.5, aa="rand-m5-mstd0.5"
     )
-
-
-def stop_after(steps, monkeypatch):
-    """From now on a run gets Ctrl-C at so many steps."""
-    step, made = TrainStep.__call__, []
-
-    def interrupted(self, *batch):
-        made.append(1)
-        if len(made) == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
 
 
 def test_the_number_of_loader_processes_does_not_change_the_outcome(eventful, tmp_path):
@@ -44,7 +28,7 @@ def test_the_number_of_loader_processes_does_not_change_the_outcome(eventful, tm
 @pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 1)])
 def test_a_run_goes_on_with_other_loader_processes(eventful, tmp_path, monkeypatch, before, after):
     whole = run(eventful, output=str(tmp_path / "whole"), workers=1)
-    stop_after(7, monkeypatch)  # in the middle of the second epoch
+    interrupt(monkeypatch, 7)  # in the middle of the second epoch
     with pytest.raises(InterruptedRunError):
         run(eventful, workers=before)
     continued = run(eventful, workers=after, resume=True)
@@ -52,18 +36,22 @@ def test_a_run_goes_on_with_other_loader_processes(eventful, tmp_path, monkeypat
 
 
 def test_an_augmented_image_depends_on_seed_epoch_and_index_alone(eventful):
-    from ema_timm.training.data import open_images, train_loader
+    from ema_timm.training.data import create_loaders, open_images, timm_augmentation
     from ema_timm.training.processes import Process
     from ema_timm.training.seeding import RepeatableImages
 
     process = Process(0, 1, torch.device("cpu"))
-    opened = open_images(eventful, process, progress=False).train
+    opened = open_images(eventful.data_dir, "", "", "", eventful.output, process)
     opened.read_channels(3)
-    images = RepeatableImages(opened, seed=1)
+    images = RepeatableImages(opened.train, seed=1)
     preprocessing = {
         "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3,
+        "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center",
     }  # fmt: skip
-    train_loader(eventful, images, preprocessing, process)  # gives them timm's augmentation
+    augmentation = timm_augmentation(
+        eventful.aa, eventful.color_jitter, eventful.hflip, eventful.reprob, eventful.scale_min
+    )
+    create_loaders(images, opened.val, augmentation, preprocessing, process, 12, 0)  # augments them
     first = images[3][0]
     random.random(), np.random.rand(), torch.rand(1)
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -88,7 +76,7 @@ def test_a_run_goes_on_with_the_threads_it_was_started_on(config, tmp_path, monk
     config = dataclasses.replace(config, epochs=2, img_size=96)
     threads(3)
     whole = run(config, output=str(tmp_path / "whole"))
-    stop_after(7, monkeypatch)
+    interrupt(monkeypatch, 7)
     with pytest.raises(InterruptedRunError):
         run(config)
     threads(1)

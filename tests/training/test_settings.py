@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -12,13 +11,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from support.runs import assert_same_outcome, cli, run
+from support.runs import assert_same_outcome, cli, interrupt, run
 from torch.nn.functional import cross_entropy
 
 from ema_timm.cli import main
 from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.measure.metrics import Metrics
-from ema_timm.training.loss import class_weights, mixup_and_loss
+from ema_timm.training.loss import mixup_and_loss, read_class_weights
 from ema_timm.training.processes import Process
 from ema_timm.training.quickstart import validate
 from ema_timm.training.resume import RunState
@@ -31,19 +30,6 @@ ALL = {
     "freeze_epochs": 1,
     "class_weights": "balanced",
 }
-
-
-def interrupt(monkeypatch, at):
-    """From now on a run gets Ctrl-C at so many batches."""
-    step, made = TrainStep.__call__, []
-
-    def interrupted(self, *batch):
-        made.append(1)
-        if len(made) == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +58,7 @@ def test_a_setting_of_the_outcome_is_refused_on_resume(config, capsys):
     for setting, value in ALL.items():
         option = f"--{setting.replace('_', '-')}"
         assert main(["finetune", "--resume", "--output", config.output, option, str(value)]) == 2
-        assert f"{option} is {value!r} and the run was started" in capsys.readouterr().err
+        assert f"{option} is {value!r}, but the run was started" in capsys.readouterr().err
 
 
 def test_a_run_that_is_older_than_a_setting_continues(config):
@@ -185,7 +171,7 @@ def test_two_processes_with_every_setting_keep_one_network(config, tmp_path):
 
 
 class Images:
-    """What `class_weights` asks of a data set."""
+    """The part of a data set that `read_class_weights` uses."""
 
     class_names = ("daisy", "rose", "tulip", "vetch")
 
@@ -194,7 +180,7 @@ class Images:
 
 
 def test_balanced_weights_are_1_in_the_mean_over_the_images():
-    weights, counts = class_weights("balanced", Images()), Images().class_counts()
+    weights, counts = read_class_weights("balanced", Images()), Images().class_counts()
     assert sum(w * n for w, n in zip(weights, counts, strict=True)) == pytest.approx(80)
     assert len({round(w * n, 9) for w, n in zip(weights, counts, strict=True)}) == 1
 
@@ -202,12 +188,12 @@ def test_balanced_weights_are_1_in_the_mean_over_the_images():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("[1, 2]", "must be an object"),
-        ('{"daisy": 1, "rose": 1, "tulip": 1, "weed": 1}', "vetch, weed stand"),
+        ('{"daisy": 1, "rose": 1, "tulip": 1, "weed": 1}', "only one of the two has vetch, weed"),
         ('{"daisy": 1, "rose": 1, "tulip": "2", "vetch": 1}', "'tulip' has '2'"),
         ('{"daisy": 1, "rose": 0, "tulip": 1, "vetch": 1}', "'rose' has 0"),
-        (None, "cannot be read"),
+        (None, "cannot read .*weights.json"),
     ],
 )
 def test_class_weights_that_cannot_be_are_refused(tmp_path, text, said):
@@ -215,7 +201,7 @@ def test_class_weights_that_cannot_be_are_refused(tmp_path, text, said):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=said):
-        class_weights(str(file), Images())
+        read_class_weights(str(file), Images())
 
 
 def test_class_weights_are_in_the_loss_the_results_and_the_identity(config, tmp_path, capsys):
@@ -231,15 +217,14 @@ def test_class_weights_are_in_the_loss_the_results_and_the_identity(config, tmp_
     )
     file.write_text(json.dumps({**given, "digit_0": 2.0}))
     assert main(["finetune", "--resume", "--output", config.output, "--epochs", "2"]) == 2
-    assert "--class-weights holds other numbers" in capsys.readouterr().err
+    assert "the numbers of --class-weights have changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.2])
-def test_the_weighted_loss_is_its_definition(config, mixup):
-    config.mixup, config.smoothing = mixup, 0.0
+def test_the_weighted_loss_is_its_definition(mixup):
     weights, logits = torch.tensor([3.0, 1.0, 1.0, 0.5]), torch.randn(8, 4)
     targets = torch.arange(8) % 4
-    _, loss = mixup_and_loss(config, 4, weights)
+    _, loss = mixup_and_loss(4, mixup, class_weights=weights)
     each = weights[targets] * cross_entropy(logits, targets, reduction="none")
     if mixup:  # PyTorch's mean over soft targets is over the images
         soft = torch.nn.functional.one_hot(targets, 4).float()
@@ -252,7 +237,7 @@ def test_the_weighted_loss_is_its_definition(config, mixup):
 def constant(monkeypatch):
     """No epoch is better than the first."""
     metrics = Metrics(top1=25.0, top5=None, loss=1.5, correct=6, images=24)
-    monkeypatch.setattr(Run, "_measure", lambda self: metrics)
+    monkeypatch.setattr(Run, "_evaluate", lambda self: metrics)
 
 
 def test_a_run_without_progress_ends_early_and_goes_on_with_more_patience(
@@ -303,7 +288,7 @@ def test_logs_hold_every_epoch_once_whatever_interrupts(config, tmp_path, monkey
 
 
 def test_tensorboard_that_is_missing_is_said_before_training(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("ema_timm.errors.find_spec", lambda name: None)
     assert main(cli(config, "--record", "csv", "tensorboard")) == 2
     assert "pip install 'ema-timm[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -313,9 +298,9 @@ def test_tensorboard_that_is_missing_is_said_before_training(config, tmp_path, m
     ("changes", "said"),
     [
         (["--grad-accum-steps", "0"], "--grad-accum-steps must be at least 1"),
-        (["--patience", "-1"], "--patience and --freeze-epochs at least 0"),
-        (["--average-weights", "1"], "a decay below 1"),
-        (["--class-weights", "gone.json"], "takes balanced or a JSON file"),
+        (["--patience", "-1"], "--patience must be at least 0, got -1"),
+        (["--average-weights", "1"], "at least 0 and below 1, such as 0.999, got 1.0"),
+        (["--class-weights", "gone.json"], "must be balanced or a JSON file"),
     ],
 )
 def test_settings_that_cannot_be_get_one_line(config, capsys, changes, said):

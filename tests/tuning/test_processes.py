@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from support import candidates as stand_ins
 from support.candidates import LAYER, Candidate, StandInClock
 
-from ema_timm.ops.gpu import choices
+from ema_timm.ops.gpu.choice_file import file_of, read_file
 from ema_timm.tuning.decide import decide
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def start():
 
 
 def noted():
-    return choices.read_file(choices.file_of(stand_ins.ENVIRONMENT), stand_ins.ENVIRONMENT)
+    return read_file(file_of(stand_ins.ENVIRONMENT), stand_ins.ENVIRONMENT)
 
 
 def test_what_a_process_was_trying_when_it_was_killed_is_not_tried_again(start, caplog):
@@ -78,7 +79,7 @@ def test_what_a_process_was_trying_when_it_was_killed_is_not_tried_again(start, 
 
     (outcome,) = decide({LAYER: torch.float32}, candidates, stand_ins.store(), clock, retry=True)
     assert outcome.chosen == "swift"
-    assert noted().barred == {}
+    assert noted().disabled == {}
 
 
 def test_of_two_at_once_one_waits_and_nothing_is_lost(start, tmp_path):
@@ -93,6 +94,7 @@ def test_of_two_at_once_one_waits_and_nothing_is_lost(start, tmp_path):
     )
     while not (tmp_path / "ready").exists():
         assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.01)
     second = start("run(lambda: None, [LAYER._replace(batch=2), LAYER])")
     assert "waiting" in second.stderr.readline()
     (tmp_path / "go").touch()
@@ -100,7 +102,7 @@ def test_of_two_at_once_one_waits_and_nothing_is_lost(start, tmp_path):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
     assert noted().chosen == {LAYER: "swift", LAYER._replace(batch=2): "swift"}
-    assert noted().barred == {}  # a mark of one that lives is not taken for one of the dead
+    assert noted().disabled == {}  # a mark of one that lives is not taken for one of the dead
 
 
 JOINED = """

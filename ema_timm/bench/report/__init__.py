@@ -1,1 +1,1 @@
-"""A measurement -> tables and pictures: one file a kind of measurement, one line of `KINDS`."""
+"""Tables and pictures of measurements: one file per kind, one line each in `kinds.KINDS`."""

@@ -1,52 +1,56 @@
-"""How ``ema-timm bench bytes`` is shown."""
+"""Tables and plot of ``ema-timm bench bytes``."""
 
 from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.report.markdown import grid, settings_line, versions_line
 
-FLOOR = 5
-"""Maps that a training step must move: the forward reads one and writes one, the backward three."""
+FEWEST_MAPS = 5
+"""Maps that any training step moves: the forward reads one and writes one; the backward reads two
+and writes one."""
 
 
-def caption(result: dict) -> str:
-    """What was counted, in one line: nothing here was timed."""
+def caption(result: dict, brief: bool) -> str:
+    """What was counted, in one line."""
+    operators = "" if brief else ", with the number of operators in parentheses"
+    moved = f"forward and backward, at least {FEWEST_MAPS}{operators}"
     return (
         f"Counted on CUDA's path without a GPU, with {versions_line(result)}: "
-        f"{settings_line(result)}."
-        " Bytes that PyTorch's operators read and write, in sizes of the input (operators in"
-        " brackets); half precision under autocast."
+        f"{settings_line(result)}. "
+        "Units are the size of the input x. Moved: bytes that PyTorch's operators read and write "
+        f"in {moved}. Saved: activations saved for the backward, without the input. Half precision "
+        "is under autocast."
     )
 
 
 def table(result: dict) -> str:
-    """A table a type and memory format; of networks the sum over their layers."""
-    header = ["map", "variant", "forward", "forward + backward", "of the authors'", "kept / x"]
+    """One table per dtype and memory format; a network's row is the sum over its layers."""
+    header = ["map", "variant", "forward", "forward + backward", "of the authors'", "saved / x"]
     parts = []
     settings = dict.fromkeys((row["dtype"], row["layout"]) for row in result["rows"])
     for dtype, layout in settings:
         rows = [row for row in result["rows"] if (row["dtype"], row["layout"]) == (dtype, layout)]
         base = {row["place"]: _both(row) for row in rows if row["variant"] == AUTHORS}
         lines = [_line(row, base[row["place"]]) for row in rows]
-        parts.append(f"**{dtype}, {layout}** (floor: {FLOOR})\n\n{grid(header, lines)}")
+        parts.append(f"**{dtype}, {layout}**\n\n{grid(header, lines)}")
     return "\n\n".join(parts)
 
 
 def brief(result: dict) -> str:
-    """Networks alone: what is moved and kept, of the published arrangement and of ours."""
+    """Only networks: bytes moved and saved by the authors' code and by "auto"."""
     networks = [row for row in result["rows"] if row["layers"] > 1]
     rows = {(r["place"], r["dtype"], r["layout"], r["variant"]): r for r in networks}
     lines = []
     for place, dtype, layout in dict.fromkeys(key[:3] for key in rows):
         base, ours = (rows[place, dtype, layout, variant] for variant in (AUTHORS, "auto"))
         moved = [_units(row, _both(row)) for row in (base, ours)]
-        kept = [_units(row, row["saved_bytes"]) for row in (base, ours)]
+        saved = [_units(row, row["saved_bytes"]) for row in (base, ours)]
         cells = [*(f"{m:.1f}" for m in moved), f"{moved[1] / moved[0]:.2f}"]
-        lines.append([f"{place}, {dtype}, {layout}", *cells, *(f"{k:.2f}" for k in kept)])
-    header = [f"moved / x, {AUTHORS}", "auto", "ratio", f"kept / x, {AUTHORS}", "auto"]
+        lines.append([f"{place}, {dtype}, {layout}", *cells, *(f"{s:.2f}" for s in saved)])
+    header = [f"moved / x, {AUTHORS}", "auto", "ratio", f"saved / x, {AUTHORS}", "auto"]
     return grid(["layers of a network", *header], lines)
 
 
 def plot(result: dict, figure) -> None:
-    """Forward + backward in sizes of the input: bars of both variants at every map in bfloat16."""
+    """Bars of forward + backward in sizes of the input: both variants at every map, bfloat16."""
     for axes, layout in zip(figure.subplots(1, 2), ("contiguous", "channels_last"), strict=True):
         rows = [r for r in result["rows"] if (r["dtype"], r["layout"]) == ("bfloat16", layout)]
         for offset, variant in ((-0.2, AUTHORS), (0.2, "auto")):

@@ -1,17 +1,17 @@
-"""How ``ema-timm bench deploy`` is shown."""
+"""Table and plot of ``ema-timm bench deploy``."""
 
 from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.deploy import EMA, PLAIN, SE
 from ema_timm.bench.report.markdown import grid, time
 
-SHOWN = {EMA: "EMA", SE: "SE", AUTHORS: "EMA, authors' form"}
+SHOWN = {EMA: "EMA", SE: "SE", AUTHORS: f"EMA, {AUTHORS}"}
 
 
 def table(result: dict) -> str:
-    """A row a network, runtime and batch: the plain network's time, and others relative to it."""
+    """One row per network, runtime and batch size: times relative to the baseline's time."""
     header = ["network", "runtime", "sizes", "batch", "plain, ms"]
     header += [f"{name} / plain" for name in SHOWN.values()]
-    header += ["nodes a layer: EMA", *list(SHOWN.values())[1:]]
+    header += ["nodes per layer: EMA", *list(SHOWN.values())[1:]]
     lines = []
     for place, rows in _places(result).items():
         ratios = [_ratio(rows, name) for name in SHOWN]
@@ -22,7 +22,7 @@ def table(result: dict) -> str:
 
 
 def plot(result: dict, figure) -> None:
-    """Inference relative to the plain network: bars a variant, over the places."""
+    """Bars of each variant over the places: inference relative to the baseline."""
     axes = figure.subplots()
     places = _places(result)
     for i, (name, label) in enumerate(SHOWN.items()):
@@ -53,7 +53,7 @@ def _nodes(row: dict) -> str:
 
 
 def _failures(result: dict) -> list[str]:
-    """What a runtime did not take, a line each."""
+    """The errors of networks that a runtime could not load or run, one line each."""
     return [
         f"{row['network']}, {row['runtime']}, {row['sizes']} sizes, batch {row['batch']}, "
         f"{row['variant']}: failed ({row['failed']})"

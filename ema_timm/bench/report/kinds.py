@@ -1,4 +1,4 @@
-"""The kinds of measurements: one line each; its tables and pictures stand in its own file."""
+"""The kinds of measurements, one line each, and the table of any of them."""
 
 import contextlib
 import json
@@ -14,21 +14,21 @@ from ema_timm.errors import UserError
 
 
 class Kind(NamedTuple):
-    """How a kind of measurement is shown.
+    """Tables and pictures of one kind of measurement.
 
     Attributes:
-        table: ``table(result)`` gives the whole table in Markdown.
+        table: ``table(result)`` returns the whole table in Markdown.
         plot: ``plot(result, figure)`` draws all of it.
-        brief: A table of the medians alone, where there is one.
-        glance: What of it goes into the picture of what EMA attention costs, if anything.
-        caption: ``caption(result)`` gives the line above its table.
+        brief: A shorter table, if there is one.
+        glance: Its panel of ``bench picture``, if there is one.
+        caption: ``caption(result, brief)`` returns the line above its table.
     """
 
     table: Callable[[dict], str]
     plot: Callable[[dict, Any], None]
     brief: Callable[[dict], str] | None = None
     glance: Callable[[dict], Panel] | None = None
-    caption: Callable[[dict], str] = markdown.caption
+    caption: Callable[[dict, bool], str] = markdown.caption
 
 
 _PART_TABLES = {"layer": layer.brief, "model": model.table}
@@ -36,15 +36,15 @@ _PART_PLOTS = {"layer": layer.plot, "model": model.plot}
 
 
 def _gpu_table(result: dict) -> str:
-    """The largest error of every variant, then the medians of layers and networks."""
+    """The largest error of every variant, then the tables of layers and networks."""
     rows = result["rows"]
     lines = []
     for part, variant in dict.fromkeys((row["part"], row["variant"]) for row in rows):
         here = [row for row in rows if (row["part"], row["variant"]) == (part, variant)]
         failed = [row["place"] for row in here if not row["parity"]]
         errors = [row["error"] for row in here if row["error"] is not None]
-        worst = f"{max(errors):.1e}" if errors else ""
-        lines.append([part, variant, worst, f"failed: {', '.join(failed)}" * bool(failed)])
+        largest = f"{max(errors):.1e}" if errors else ""
+        lines.append([part, variant, largest, f"failed: {', '.join(failed)}" * bool(failed)])
     texts = [grid(["parity", "variant", "largest error", ""], lines)]
     for part in result["parts"]:
         title = f"**{part['bench']}: {settings_line(part)}**"
@@ -54,7 +54,7 @@ def _gpu_table(result: dict) -> str:
 
 
 def _gpu_plot(result: dict, figure) -> None:
-    """Every part, one below the other."""
+    """Draw every part, one below the other."""
     parts = [part for part in result["parts"] if part["rows"]]
     for part, place in zip(parts, figure.subfigures(len(parts), 1), strict=True):
         place.suptitle(settings_line(part), size=8)
@@ -65,30 +65,31 @@ KINDS = {
     "layer": Kind(layer.table, layer.plot, layer.brief, layer.glance),
     "model": Kind(model.table, model.plot, glance=model.glance),
     "resolution": Kind(model.resolution_table, model.resolution_plot),
-    "gpu": Kind(_gpu_table, _gpu_plot),
+    "gpu": Kind(_gpu_table, _gpu_plot, caption=lambda result, _: markdown.caption(result, True)),
     "bytes": Kind(moved.table, moved.plot, moved.brief, caption=moved.caption),
     "deploy": Kind(deploy.table, deploy.plot),
 }
 
 
 def table(result: dict, brief: bool = False) -> str:
-    """The Markdown table of a measurement, under a line that names the machine.
+    """The Markdown table of a measurement, below a line with the machine and the settings.
 
     Args:
-        result: What one of the measurements returned.
-        brief: Medians alone, where the kind has such a table.
+        result: A measurement.
+        brief: Use the shorter table, if the kind has one.
     """
     kind = KINDS[result["bench"]]
-    body = kind.brief if brief and kind.brief else kind.table
-    return f"{kind.caption(result)}\n\n{body(result)}\n"
+    brief = brief and kind.brief is not None
+    body = kind.brief if brief else kind.table
+    return f"{kind.caption(result, brief)}\n\n{body(result)}\n"
 
 
 @contextlib.contextmanager
 def measurement(file: str | Path) -> Iterator[dict]:
-    """What ``ema-timm bench --json`` wrote.
+    """The measurement in a file that ``ema-timm bench --json`` wrote.
 
     Raises:
-        UserError: If the file is something else, or the block finds that it is.
+        UserError: If the file or the block that uses it fails because it has another content.
     """
     try:
         yield json.loads(Path(file).read_text())

@@ -1,38 +1,38 @@
-"""How ``ema-timm bench layer`` is shown."""
+"""Tables, plot and panel of ``ema-timm bench layer``."""
 
 from ema_timm.bench.authors_code import AUTHORS
-from ema_timm.bench.layer import FLOOR
+from ema_timm.bench.layer import CLONE
 from ema_timm.bench.report.markdown import grid, number, time
 from ema_timm.bench.report.panel import Bar, Panel
 from ema_timm.errors import UserError
 
 GLANCE_NETWORK = "resnet50 "
-"""Places of whose name the picture shows."""
+"""The picture shows places that start with this."""
 
-BASE = "se"
+YARDSTICK = "se"
 GLANCE = {
-    AUTHORS: ("EMA, authors' form", "authors"),
+    AUTHORS: (f"EMA, {AUTHORS}", "authors"),
     "closed_form": ("EMA, ema-timm", "ours"),
-    BASE: ("SE, timm", "base"),
+    YARDSTICK: ("SE, timm", "base"),
 }
 """Name and role of the variants that the picture shows."""
 
 
 def table(result: dict) -> str:
-    """A table a place: time, time over the floor of the traffic, memory."""
-    header = ["variant", "forward", "forward + backward", "× floor", "peak MiB", "saved / x"]
+    """One table per place: time, time over the least time of the memory traffic, memory."""
+    header = ["variant", "forward", "forward + backward", "× lower bound", "peak MiB", "saved / x"]
     parts = []
     for place in dict.fromkeys(row["place"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["place"] == place]
         lines = []
         for row in rows:
             both = row.get("both_ms")
-            floor = row["forward_floor_ms" if row["variant"] == FLOOR else "both_floor_ms"]
+            floor = row["forward_floor_ms" if row["variant"] == CLONE else "both_floor_ms"]
             lines.append(
                 [
                     row["variant"],
                     "failed" if "failed" in row else time(row.get("forward_ms")),
-                    "" if row["variant"] == FLOOR or "failed" in row else time(both),
+                    "" if row["variant"] == CLONE or "failed" in row else time(both),
                     f"{both['median'] / floor:.1f}" if both else "",
                     number(row, "both_peak_bytes", 2**20, ".0f"),
                     number(row, "saved_bytes", row["input_bytes"], ".2f"),
@@ -44,7 +44,7 @@ def table(result: dict) -> str:
 
 
 def _failures(result: dict) -> list[str]:
-    """What the variants said that could not run, a paragraph each."""
+    """The errors of variants that could not run, one paragraph each."""
     return [
         f"{row['place']}, {row['variant']}: failed ({row['failed']})"
         for row in result["rows"]
@@ -64,20 +64,20 @@ def brief(result: dict) -> str:
             forward, both = row.get("forward_ms"), row.get("both_ms")
             if forward is None:
                 cells.append("failed" if "failed" in row else "failed parity")
-            elif variant == FLOOR:
+            elif variant == CLONE:
                 cells.append(f"{forward['median']:.2f}")
             else:
                 cells.append(f"{forward['median']:.2f} / {both['median']:.1f}")
         lines.append([variant, *cells])
-    shapes = ["×".join(map(str, rows[FLOOR, place]["shape"][1:])) for place in places]
+    shapes = ["×".join(map(str, rows[CLONE, place]["shape"][1:])) for place in places]
     text = grid(["forward / forward + backward, ms", *shapes], lines)
     return "\n\n".join([text, *_failures(result)])
 
 
 def plot(result: dict, figure) -> None:
-    """Forward + backward over the floor of the traffic: a line a variant, over the places."""
+    """One line per variant over the places: time over the least time of the memory traffic."""
     axes = figure.subplots()
-    rows = [row for row in result["rows"] if "both_ms" in row and row["variant"] != FLOOR]
+    rows = [row for row in result["rows"] if "both_ms" in row and row["variant"] != CLONE]
     places = list(dict.fromkeys(row["place"] for row in rows))
     for variant in dict.fromkeys(row["variant"] for row in rows):
         ratios = {
@@ -85,7 +85,7 @@ def plot(result: dict, figure) -> None:
             for r in rows
             if r["variant"] == variant
         }
-        ema = "form" in variant or variant == "fused" or variant.startswith("auto")
+        ema = any("parity" in row for row in rows if row["variant"] == variant)
         axes.plot(
             [p for p in places if p in ratios],
             list(ratios.values()),
@@ -94,14 +94,14 @@ def plot(result: dict, figure) -> None:
             label=variant,
         )
     axes.set_yscale("log")
-    axes.set_ylabel("forward + backward, times the traffic floor")
+    axes.set_ylabel("forward + backward, times the lower bound")
     axes.tick_params(axis="x", rotation=20)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def glance(result: dict) -> Panel:
-    """Forward + backward in the stages of ResNet-50, relative to SE's.
+    """Forward + backward in the stages of ResNet-50, relative to SE.
 
     Raises:
         UserError: If a variant has no time, because it failed parity.
@@ -111,7 +111,7 @@ def glance(result: dict) -> Panel:
     for place in dict.fromkeys(place for place, _ in rows):
         if place.startswith(GLANCE_NETWORK):
             here = {variant: rows[place, variant] for variant in GLANCE}
-            shape = "×".join(map(str, here[BASE]["shape"][1:]))
+            shape = "×".join(map(str, here[YARDSTICK]["shape"][1:]))
             stage = place.removeprefix(GLANCE_NETWORK)
             groups[f"{stage}, {shape}"] = _bars(here)
     title = (
@@ -123,8 +123,8 @@ def glance(result: dict) -> Panel:
 def _bars(rows: dict[str, dict]) -> list[Bar]:
     failed = [name for name, row in rows.items() if "both_ms" not in row]
     if failed:
-        raise UserError(f"{', '.join(failed)} failed parity: correct that, and measure again.")
-    base = rows[BASE]["both_ms"]["median"]
+        raise UserError(f"{', '.join(failed)} failed parity: fix that and measure again.")
+    base = rows[YARDSTICK]["both_ms"]["median"]
     bars = []
     for variant, (name, role) in GLANCE.items():
         times = rows[variant]["both_ms"]

@@ -1,15 +1,16 @@
-"""Markdown of measurements: a table, its caption, its place in a document."""
+"""Markdown of measurements: tables, captions, and their place in a document."""
 
 from pathlib import Path
 
 from ema_timm.errors import UserError
 
 
-def caption(result: dict) -> str:
-    """What was measured on what, in one line."""
+def caption(result: dict, brief: bool) -> str:
+    """What was measured on which machine, in one line; a ``brief`` table has only medians."""
+    extent = "" if brief else " (smallest to largest)"
     return (
         f"Measured on {machine_line(result)}: {settings_line(result)}. "
-        "Times are medians in ms (smallest to largest)."
+        f"Times are medians in ms{extent}."
     )
 
 
@@ -23,7 +24,7 @@ def machine_line(result: dict) -> str:
 
 
 def versions_line(result: dict) -> str:
-    """The versions alone."""
+    """The versions."""
     versions = result["machine"]["versions"]
     return f"torch {versions['torch']}, timm {versions['timm']}, ema-timm {versions['ema_timm']}"
 
@@ -36,21 +37,21 @@ def settings_line(result: dict) -> str:
 
 
 def grid(header: list[str], rows: list[list[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
+    """A table with the first column left-aligned and the others right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def time(timing: dict | None) -> str:
-    """A cell: median (smallest to largest), or that there is none."""
+    """A cell: median (smallest to largest), or "failed parity" without a time."""
     if timing is None:
         return "failed parity"
     return f"{timing['median']:.2f} ({timing['min']:.2f} to {timing['max']:.2f})"
 
 
-def number(row: dict, key: str, unit: float, form: str) -> str:
-    """A cell: what the row holds, in units of ``unit``; empty where it holds nothing."""
-    return format(row[key] / unit, form) if key in row else ""
+def number(row: dict, key: str, unit: float, spec: str) -> str:
+    """A cell: the value in units of ``unit``; empty if the row has none."""
+    return format(row[key] / unit, spec) if key in row else ""
 
 
 def put_into(file: str | Path, name: str, text: str) -> bool:

@@ -1,4 +1,4 @@
-"""How ``ema-timm bench model`` is shown."""
+"""Tables, plots and panel of ``ema-timm bench model``, also with ``--resolution``."""
 
 from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.report.markdown import grid, number, time
@@ -7,7 +7,7 @@ from ema_timm.errors import UserError
 
 
 def table(result: dict) -> str:
-    """One row a network; the peak memory of a step where it was measured."""
+    """One row per network, with the peak memory of a step if it was measured."""
     header = ["network", "parameters", "inference, images/s", "training, images/s", "step, ms"]
     memory = any("training_peak_bytes" in row for row in result["rows"])
     if memory:
@@ -25,7 +25,7 @@ def table(result: dict) -> str:
 
 
 def plot(result: dict, figure) -> None:
-    """Images a second: inference beside training."""
+    """Images per second: inference next to training."""
     rows = [row for row in result["rows"] if "training_images_per_s" in row]
     for axes, kind in zip(figure.subplots(1, 2), ("inference", "training"), strict=True):
         axes.barh([r["network"] for r in rows], [r[f"{kind}_images_per_s"] for r in rows])
@@ -34,9 +34,9 @@ def plot(result: dict, figure) -> None:
 
 
 def glance(result: dict) -> Panel:
-    """Training images a second of every network, relative to the plain network's.
+    """Training images per second of every network, relative to its baseline.
 
-    The plain network of a row is the one whose name is the shortest within the row's name.
+    The baseline of a row is the network with the shortest name that is part of the row's name.
 
     Raises:
         UserError: If a network has no time, because it failed parity.
@@ -44,7 +44,7 @@ def glance(result: dict) -> Panel:
     rows = {row["network"]: row for row in result["rows"]}
     failed = [name for name, row in rows.items() if "training_ms" not in row]
     if failed:
-        raise UserError(f"{', '.join(failed)} failed parity: correct that, and measure again.")
+        raise UserError(f"{', '.join(failed)} failed parity: fix that and measure again.")
     groups = {}
     for name, row in rows.items():
         plain = min((other for other in rows if other in name), key=len)
@@ -62,13 +62,13 @@ def _bar(row: dict, plain: dict) -> Bar:
     if row is plain:
         return Bar("plain", "base", value, low, high, text)
     name = row["network"].removeprefix(f"{plain['network']}, ")
-    # A network without EMA attention has nothing to agree with.
+    # Only networks with EMA layers have an error.
     role = "authors" if name == AUTHORS else "ours" if "error" in row else "other"
     return Bar(name, role, value, low, high, text)
 
 
 def resolution_table(result: dict) -> str:
-    """Rows: sizes. Columns: networks, and what they take relative to the first."""
+    """Rows: sizes. Columns: networks, and their times relative to the first."""
     names = list(dict.fromkeys(row["network"] for row in result["rows"]))
     times = {(row["network"], row["size"]): row["inference_ms"] for row in result["rows"]}
     lines = []
@@ -80,7 +80,7 @@ def resolution_table(result: dict) -> str:
 
 
 def resolution_plot(result: dict, figure) -> None:
-    """Time over pixels: a line a network."""
+    """Time over pixels: one line per network."""
     axes = figure.subplots()
     for name in dict.fromkeys(row["network"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["network"] == name]

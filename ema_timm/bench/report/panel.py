@@ -1,28 +1,33 @@
-"""A panel of bars that is read at a glance: what it holds, and how it is drawn."""
+"""A panel of bars for ``bench picture``: its data, and how it is drawn."""
 
 from typing import NamedTuple
 
-# Okabe and Ito's blue and vermilion, told apart with any kind of colour blindness, and greys. Each
-# bar also has its name beside it and its value at its end.
-COLORS = {"ours": "#0072B2", "authors": "#D55E00", "base": "#555555", "other": "#AAAAAA"}
+from ema_timm.figures import OKABE_ITO
+
+COLORS = {
+    "ours": OKABE_ITO["blue"],
+    "authors": OKABE_ITO["vermilion"],
+    "base": "#555555",
+    "other": "#AAAAAA",
+}
 
 SIZE = 8.5
-"""Of the text, in points: about 11 pixels where a README shows two panels on 800."""
+"""Text size in points: about 11 pixels if a README shows two panels on 800 pixels."""
 
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-"""Under text, so that no line runs through it."""
+"""Background of text, so that no line crosses it."""
 
 
 class Bar(NamedTuple):
     """One bar.
 
     Attributes:
-        name: What it stands for.
-        role: A key of `COLORS`; "base" is what all is relative to.
+        name: Its label.
+        role: A key of `COLORS`; all bars are relative to "base".
         value: Median, in the panel's unit.
         low: Smallest.
         high: Largest.
-        text: The value as it is read, with what was measured.
+        text: The value as text, with the measured number.
     """
 
     name: str
@@ -37,9 +42,9 @@ class Panel(NamedTuple):
     """Bars in groups, from zero, against one mark.
 
     Attributes:
-        title: What is measured, relative to what, and which way is better; two lines.
-        unit: Sign behind the numbers of the axis, which is linear and starts at zero.
-        mark: What all is relative to, in that unit.
+        title: The quantity, what it is relative to, and which direction is better; two lines.
+        unit: Unit of the axis, which is linear and starts at zero.
+        mark: The value that all bars are relative to, in that unit.
         groups: Bars by the heading above them.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures of measurements, by matplotlib: all of one, or several at a glance."""
+"""Pictures of measurements with matplotlib: one in full, or several at a glance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from ema_timm.bench.report.kinds import KINDS, measurement
 from ema_timm.bench.report.markdown import machine_line, settings_line
 from ema_timm.bench.report.panel import Panel, draw
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.files import sha256, write_whole
 
 SOURCE = "Source"
-"""Text of the PNG that names what it was drawn from: a file and its sha256 a line."""
+"""Text field of the PNG that lists its input files, one line each with the sha256."""
 
 
 def plot(result: dict, file: str | Path) -> None:
@@ -26,16 +26,16 @@ def plot(result: dict, file: str | Path) -> None:
 
 
 def picture(files: Sequence[str | Path], output: str | Path) -> None:
-    """Draw several measurements at a glance, side by side, as a PNG for a README.
+    """Draw the panels of several measurements side by side, as a PNG for a README.
 
     Args:
         files: JSON of measurements; each becomes a panel.
-        output: The PNG. It holds the sha256 of every file, so that a test can tell whether the
-            measurements have gone on without it.
+        output: The PNG. It holds the sha256 of every file, so that a test can check whether it is
+            up to date.
 
     Raises:
-        UserError: If a file holds no measurement, or of a kind that has no panel, or matplotlib
-            is missing.
+        UserError: If a file holds no measurement, or its kind has no panel, or matplotlib is
+            missing.
     """
     results, panels = [], []
     for file in files:
@@ -56,11 +56,10 @@ def picture(files: Sequence[str | Path], output: str | Path) -> None:
 
 
 def _figure(what: str, width: float, height: float):
-    """A page; width and height in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"{what} needs matplotlib: pip install 'ema-timm[train]'") from error
+    """An empty figure; width and height in inches."""
+    require_packages(["matplotlib"], "train", what)
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -68,7 +67,9 @@ def _panel(result: dict) -> Panel:
     kind = KINDS[result["bench"]]
     if not kind.glance:
         known = ", ".join(name for name, other in KINDS.items() if other.glance)
-        raise UserError(f"bench picture shows {known}, not {result['bench']}: try --plot.")
+        raise UserError(
+            f"bench picture shows {known}, not {result['bench']}. Use --plot of that measurement."
+        )
     return kind.glance(result)
 
 

@@ -1,1 +1,1 @@
-"""Model cards: written from results.json alone, recognised when nobody has edited them."""
+"""Model cards, written only from results.json; cards that somebody has edited are recognised."""

@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint folder: written from its results, never over somebody's edits."""
+"""Writes the README.md of a checkpoint folder from its results. Edited cards are kept."""
 
 import difflib
 from pathlib import Path
@@ -10,12 +10,12 @@ from ema_timm.checkpoints.config import completed, read_config
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.checkpoints.network import check_network
-from ema_timm.checkpoints.results import read_own_results, without_places
+from ema_timm.checkpoints.results import read_own_results, without_local_paths
 from ema_timm.errors import UserError
 
 
 class EditedCardError(UserError):
-    """The card was edited by hand and is kept; ``diff`` is what writing it would change."""
+    """The card was edited by hand and is kept; ``diff`` shows what would change."""
 
     def __init__(self, message: str, diff: str):
         super().__init__(message)
@@ -23,27 +23,27 @@ class EditedCardError(UserError):
 
 
 class WrittenCard(NamedTuple):
-    """What `write_card` did.
+    """The result of `write_card`.
 
     Attributes:
-        changed: Whether README.md is another than before.
-        unknown: Facts that readers look for and nobody has told.
+        changed: Whether README.md has changed.
+        unknown: Fields that readers look for and that are not set.
     """
 
     changed: bool
     unknown: list[str]
 
 
-def write_card(path: str | Path, told: dict | None = None, force: bool = False) -> WrittenCard:
-    """Write a folder's README.md from its results.json, and put right what others say too much.
+def write_card(path: str | Path, fields: dict | None = None, force: bool = False) -> WrittenCard:
+    """Write a folder's README.md from its results.json.
 
-    config.json is completed, and results.json loses where files were, whether the card is written
-    or kept.
+    Whether the card is written or kept, config.json is completed, and local paths are removed from
+    results.json.
 
     Args:
         path: A checkpoint folder.
-        told: Facts that nobody can measure (``license``, ``datasets``, …); kept in results.json,
-            so that they need to be told once.
+        fields: Fields that cannot be measured (``license``, ``datasets``, …). They are saved in
+            results.json, so that they need to be given only once.
         force: Replace a card that was edited by hand.
 
     Raises:
@@ -51,29 +51,44 @@ def write_card(path: str | Path, told: dict | None = None, force: bool = False) 
         UserError: If the folder is damaged, or its results are of other weights.
     """
     path, folder = Path(path), CheckpointWriter(path)
-    # Both whether the card is written or not; config.json first, for timm builds by it.
+    # config.json first: timm builds the network by it.
     folder.save_config(completed(read_config(path)))
     found = read_own_results(path, check_network(path))
-    results = without_places(found)
+    results = without_local_paths(found)
     if results != found:
         folder.write_json(RESULTS, results)
-    updated = {**results, "card": {**results.get("card", {}), **told}} if told else results
-    text, old = card_text(updated), read_card(path)
+    updated = results
+    if fields:
+        updated = {**results, "card": {**results.get("card", {}), **fields}}
+    changed = save_card(path, card_text(updated), updated, updated != results, force)
+    return WrittenCard(changed, _unknown(updated))
+
+
+def save_card(path: Path, text: str, results: dict, new_results: bool, force: bool) -> bool:
+    """Write README.md, and before it results.json if it is new.
+
+    Returns:
+        Whether README.md has changed.
+
+    Raises:
+        EditedCardError: If the card was edited by hand and ``force`` is off.
+    """
+    old, writer = read_card(path), CheckpointWriter(path)
     if old is not None and not force:
         kept = (
             f"{path / CARD} was edited by hand and is kept; the difference is above. Replace it "
-            "with --force."
+            f"with: ema-timm card {path} --force"
         )
         require_unedited(old, text, (str(path / CARD), "as it would be written"), kept)
-    if updated != results:
-        folder.write_json(RESULTS, updated)
+    if new_results:
+        writer.write_json(RESULTS, results)
     if text != old:
-        folder.write_text(CARD, text)
-    return WrittenCard(text != old, _unknown(updated))
+        writer.write_text(CARD, text)
+    return text != old
 
 
 def read_card(path: Path) -> str | None:
-    """The README.md of a folder, or None where there is none.
+    """The README.md of a folder, or None if there is none.
 
     Raises:
         UserError: If it cannot be read as text.
@@ -94,13 +109,13 @@ def require_unedited(old: str, new: str, names: tuple[str, str], kept: str) -> N
     """Refuse to replace a card that somebody has written or edited.
 
     Args:
-        old: The card that is there.
+        old: The card that exists.
         new: The card that would replace it.
-        names: What the two are called in the difference.
-        kept: The message that goes with it.
+        names: Names of the two in the diff.
+        kept: The message of the error.
 
     Raises:
-        EditedCardError: If ``old`` is not as it was generated, and says something else.
+        EditedCardError: If ``old`` differs from ``new`` and was not generated.
     """
     if old == new or is_generated(old):
         return
@@ -109,7 +124,7 @@ def require_unedited(old: str, new: str, names: tuple[str, str], kept: str) -> N
 
 
 def _unknown(results: dict) -> list[str]:
-    """Facts that readers look for and nobody has told; the licence may be the base's."""
-    base, told = results.get("base") or {}, results.get("card", {})
-    known = {"license": base.get("license"), "datasets": None, **told}
+    """Fields that readers look for and that are not set; the licence may be the base's."""
+    base = results.get("base") or {}
+    known = {"license": base.get("license"), "datasets": None, **results.get("card", {})}
     return [name for name, value in known.items() if not value]

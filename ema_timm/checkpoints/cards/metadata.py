@@ -1,4 +1,4 @@
-"""The YAML at the top of a model card: what the Hub indexes, from results and told facts."""
+"""The YAML at the top of a model card, which the Hub indexes."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ from ema_timm.checkpoints.cards.parts import yaml_block
 
 
 def front_matter(results: dict) -> str:
-    """The metadata block; facts that are not known are left out.
+    """The metadata block, without unknown fields.
 
     Args:
         results: Content of results.json.
     """
-    told, base = results.get("card", {}), results.get("base") or {}
+    card, base = results.get("card", {}), results.get("base") or {}
     tags = ["image-classification", "timm", "transformers"]
     if is_ema(results):
         tags.append("ema-attention")
@@ -19,11 +19,11 @@ def front_matter(results: dict) -> str:
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": tags,
-        "license": told.get("license") or base.get("license"),
-        "license_name": told.get("license_name"),
-        "license_link": told.get("license_link"),
-        "datasets": told.get("datasets"),
-        "base_model": told.get("base_model") or base.get("hub_repository"),
+        "license": card.get("license") or base.get("license"),
+        "license_name": card.get("license_name"),
+        "license_link": card.get("license_link"),
+        "datasets": card.get("datasets"),
+        "base_model": card.get("base_model") or base.get("hub_repository"),
         "metrics": ["accuracy"] if results.get("metrics") else None,
         "model-index": _model_index(results),
     }
@@ -31,14 +31,14 @@ def front_matter(results: dict) -> str:
 
 
 def is_ema(results: dict) -> bool:
-    """Whether a network has EMA attention: by its name, and by what its layers compute."""
+    """Whether a network has EMA attention, by its name and its multiply-accumulates."""
     if not results["architecture"].endswith("_ema"):
         return False
-    return (results.get("macs") or {}).get("ema") != 0  # 0 where another layer has its place
+    return (results.get("macs") or {}).get("ema") != 0  # 0 if it has other layers in their place
 
 
 def measured_on(results: dict) -> dict:
-    """The images that ``metrics`` are of: ``name`` and ``split``, each None where unknown."""
+    """The images that ``metrics`` are of: ``name`` and ``split``, each None if unknown."""
     data = results.get("evaluation", {}).get("data")
     if data:
         return {"name": data["name"], "split": data["split"]}
@@ -48,14 +48,14 @@ def measured_on(results: dict) -> dict:
 
 
 def _model_index(results: dict) -> list | None:
-    metrics, told = results.get("metrics"), results.get("card", {})
+    metrics, card = results.get("metrics"), results.get("card", {})
     where = measured_on(results)
-    if not metrics or not (where["name"] or told.get("datasets")):
+    if not metrics or not (where["name"] or card.get("datasets")):
         return None
     # The Hub's name for a folder of images with one folder a class.
     dataset = {"type": "imagefolder", "name": where["name"]}
-    if told.get("datasets"):
-        dataset = {"type": told["datasets"][0], "name": told["datasets"][0]}
+    if card.get("datasets"):
+        dataset = {"type": card["datasets"][0], "name": card["datasets"][0]}
     if where["split"]:
         dataset["split"] = where["split"]
     measured = [("accuracy", "Top-1 accuracy", metrics["top1"])]
@@ -67,5 +67,5 @@ def _model_index(results: dict) -> list | None:
     ]
     entries.append({"type": "loss", "name": "Cross-entropy", "value": round(metrics["loss"], 6)})
     task = {"type": "image-classification", "name": "Image classification"}
-    name = (told.get("repo_id") or results["architecture"]).split("/")[-1]
+    name = (card.get("repo_id") or results["architecture"]).split("/")[-1]
     return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": entries}]}]

@@ -1,34 +1,74 @@
-"""What every card is put together from: a template with blanks, metadata, tables of numbers."""
+"""The parts of every model card: template, metadata, tables of numbers, citations, checksum.
+
+The last line of a card is a checksum of the text above it. It tells generated cards from cards that
+somebody has edited.
+"""
 
 import hashlib
+import json
 import re
 from importlib import resources
 from string import Template
 
 import yaml
 
+from ema_timm.errors import some
+
+SHOWN = 20
+"""Most classes whose names a card lists."""
+
+_CHECKSUM = re.compile(r"<!-- ema-timm card, sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
+
+CITE_EMA = """\
+```bibtex
+@inproceedings{ouyang2023ema,
+  title     = {Efficient Multi-Scale Attention Module with Cross-Spatial Learning},
+  author    = {Ouyang, Daliang and He, Su and Zhang, Guozhong and Luo, Mingzhu and Guo, Huaiyong
+               and Zhan, Jian and Huang, Zhijie},
+  booktitle = {ICASSP},
+  pages     = {1--5},
+  year      = {2023},
+  doi       = {10.1109/ICASSP49357.2023.10096516}
+}
+```"""
+
+CITE_TIMM = """\
+```bibtex
+@misc{rw2019timm,
+  title  = {PyTorch Image Models},
+  author = {Wightman, Ross},
+  year   = {2019},
+  doi    = {10.5281/zenodo.4414861}
+}
+```"""
+
 
 def fill(template: str, **values: str) -> str:
-    """A file of ``templates/`` with its blanks filled; an empty one leaves no gap."""
+    """A file of ``templates/`` with its blanks filled; an empty value leaves no gap."""
     text = resources.files(__package__).joinpath("templates", template).read_text("utf-8")
     return re.sub(r"\n{3,}", "\n\n", Template(text).substitute(values))
 
 
 def yaml_block(facts: dict) -> str:
-    """The metadata at the top of a card; what is not known is left out."""
+    """The metadata at the top of a card, without those that are unknown."""
     known = {key: value for key, value in facts.items() if value}
     text = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{text}---\n\n"
 
 
 def table(rows: list[tuple[str, str | None]], title: str = "measured") -> str:
-    """A table of two columns; a row without a value is left out."""
+    """A table of two columns, without rows that have no value."""
     lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
     return "\n".join([f"| {title} | |", "|---|---|", *lines])
 
 
+def quoted(classes: list[str]) -> str:
+    """The first class names in quotes, and how many more there are."""
+    return some([json.dumps(name, ensure_ascii=False) for name in classes], SHOWN)
+
+
 def count_rows(results: dict) -> list[tuple[str, str | None]]:
-    """The table rows of what is counted on the network alone."""
+    """Table rows of what is counted on the network without images."""
     macs = results.get("macs")
     ema = total = definition = None
     if macs:
@@ -44,42 +84,13 @@ def count_rows(results: dict) -> list[tuple[str, str | None]]:
     ]
 
 
-# MERGED: What a card asks to cite.
-EMA = """\
-```bibtex
-@inproceedings{ouyang2023ema,
-  title     = {Efficient Multi-Scale Attention Module with Cross-Spatial Learning},
-  author    = {Ouyang, Daliang and He, Su and Zhang, Guozhong and Luo, Mingzhu and Guo, Huaiyong
-               and Zhan, Jian and Huang, Zhijie},
-  booktitle = {ICASSP},
-  pages     = {1--5},
-  year      = {2023},
-  doi       = {10.1109/ICASSP49357.2023.10096516}
-}
-```"""
-
-TIMM = """\
-```bibtex
-@misc{rw2019timm,
-  title  = {PyTorch Image Models},
-  author = {Wightman, Ross},
-  year   = {2019},
-  doi    = {10.5281/zenodo.4414861}
-}
-```"""
-
-
-# MERGED: The last line of a card, by which a card that nobody has edited is known.
-_SEAL = re.compile(r"<!-- ema-timm card, sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
-
-
-def seal(text: str) -> str:
-    """``text`` with a last line by which `is_generated` knows it again."""
+def with_checksum(text: str) -> str:
+    """``text`` with its checksum as the last line."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{text}\n<!-- ema-timm card, sha256 of the text above: {digest} -->\n"
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card is as it was generated, at whatever time, and nobody has edited it."""
-    sealed = _SEAL.search(text)
-    return bool(sealed) and text == seal(text[: sealed.start() - 1])
+    """Whether a card is as it was generated, by this version or an earlier one."""
+    found = _CHECKSUM.search(text)
+    return bool(found) and text == with_checksum(text[: found.start() - 1])

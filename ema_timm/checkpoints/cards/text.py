@@ -1,10 +1,8 @@
-"""Measured results -> the text of a model card. Pure: reads no weights and no network."""
-
-import json
+"""The text of a model card, from results.json only."""
 
 from ema_timm.checkpoints.cards import parts
 from ema_timm.checkpoints.cards.metadata import front_matter, is_ema, measured_on
-from ema_timm.checkpoints.cards.parts import count_rows, fill, seal, table
+from ema_timm.checkpoints.cards.parts import SHOWN, count_rows, fill, quoted, table, with_checksum
 from ema_timm.checkpoints.config import needs_auto_map
 
 _WHAT_EMA = (
@@ -14,15 +12,14 @@ _WHAT_EMA = (
 )
 _WHAT_PLAIN = "An image classifier in timm's format."
 _SETTINGS = ("opt", "lr", "weight_decay", "epochs", "batch_size", "sched", "smoothing", "seed")
-_SHOWN = 20
 
 
 def card_text(results: dict) -> str:
     """The README.md of a checkpoint folder; the same results give the same text.
 
     Args:
-        results: Content of results.json (`ema_timm.checkpoints.results` lists it). Of what is not
-            always there, what is unknown is left out.
+        results: Content of results.json (`ema_timm.checkpoints.results` lists its keys). Optional
+            keys that are missing are not mentioned.
     """
     ema, ours = is_ema(results), needs_auto_map(results["architecture"])
     repository = results.get("card", {}).get("repo_id")
@@ -39,9 +36,9 @@ def card_text(results: dict) -> str:
         transformers_name=repository or "PATH/TO/THIS/FOLDER",
         where=_where(repository, ours),
         limits=_limits(results),
-        citation="\n\n".join([parts.EMA, parts.TIMM] if ema else [parts.TIMM]),
+        citation="\n\n".join([parts.CITE_EMA, parts.CITE_TIMM] if ema else [parts.CITE_TIMM]),
     )
-    return seal(front_matter(results) + body)
+    return with_checksum(front_matter(results) + body)
 
 
 def _numbers(results: dict) -> str:
@@ -81,7 +78,7 @@ def _measured(results: dict) -> str:
         "validation script does, to the last image."
     )
     classes = evaluation["per_class"]
-    if len(classes) <= _SHOWN:
+    if len(classes) <= SHOWN:
         rows = [(_cell(name), f"{c['correct']} of {c['images']}") for name, c in classes.items()]
         text += "\n\n" + table(rows, "correct, by class")
     return "\n\n".join([text, *_plots(results, "confusion.png", "confusion matrix")])
@@ -130,7 +127,7 @@ def _epoch(results: dict) -> str:
 
 
 def _in_parts(results: dict) -> str:
-    """That the run went on after its end, or ended before: its settings say not all of it."""
+    """A sentence about a run that was extended, or that ended early."""
     ends, early, text = results.get("extended_after"), results.get("stopped_early"), ""
     if ends:
         once = f"epoch {ends[0]}" if len(ends) == 1 else f"epochs {', '.join(map(str, ends))}"
@@ -164,9 +161,7 @@ def _where(repository: str | None, ours: bool) -> str:
 
 def _limits(results: dict) -> str:
     classes = results["classes"]
-    shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in classes[:_SHOWN])
-    more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
-    text = f"It tells {len(classes)} classes apart: {shown}{more}."
+    text = f"It tells {len(classes)} classes apart: {quoted(classes)}."
     if _chosen_on_the_same(results):
         text += (
             " The epoch was chosen on the same images that the accuracy is given for, so expect a "

@@ -1,6 +1,6 @@
-"""Cards of the warm starts: what is counted on the network, and what the base's authors publish.
+"""Cards of the ``warm_`` tags: counts of the network, and timm's published accuracy of its base.
 
-Written anew, with a clone of timm at hand, by
+Write them again, with a clone of timm, by
 
     python -m ema_timm.checkpoints.cards.warm_start TIMM_REPO COMMIT model_cards
 """
@@ -15,22 +15,22 @@ from timm.models import get_pretrained_cfg
 
 from ema_timm.backbones.complexity import count_macs, count_parameters
 from ema_timm.checkpoints.cards import parts
-from ema_timm.checkpoints.cards.parts import count_rows, fill, seal, table, yaml_block
+from ema_timm.checkpoints.cards.parts import count_rows, fill, table, with_checksum, yaml_block
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.checkpoints.results import FORMAT
 
 BASES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenetv2_100")
-"""The plain networks whose warm starts have a card, each from its default tag."""
+"""The networks whose default tag has a card here as a ``warm_`` tag."""
 
 _SOURCE = "https://github.com/huggingface/pytorch-image-models/blob/{}/results/results-imagenet.csv"
 
 
 def warm_start_results(base: str, timm_repo: str | Path, commit: str) -> dict:
-    """The results.json of the warm start of a plain network's default weights.
+    """The results.json of a network with EMA attention that starts from the default weights.
 
     Args:
-        base: The plain network.
+        base: timm's network without EMA attention.
         timm_repo: A clone of timm, for its published accuracies.
         commit: The clone's commit, for the link to them.
     """
@@ -53,14 +53,14 @@ def warm_start_results(base: str, timm_repo: str | Path, commit: str) -> dict:
 
 
 def counts(architecture: str, input_size: tuple[int, int, int], **model_args) -> dict:
-    """``parameters`` and ``macs`` of a network, from its shapes alone."""
+    """``parameters`` and ``macs`` of a network, from its shapes."""
     with torch.device("meta"):
         network = timm.create_model(architecture, **model_args)
     return {"parameters": count_parameters(network), "macs": count_macs(network, input_size)}
 
 
 def published(name: str, timm_repo: str | Path) -> list[dict]:
-    """What timm publishes of a model's accuracy on ImageNet-1k, smallest images first."""
+    """The accuracies on ImageNet-1k that timm publishes of a model, smallest images first."""
     file = Path(timm_repo) / "results" / "results-imagenet.csv"
     with file.open(newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if row["model"] == name]
@@ -89,9 +89,9 @@ def warm_start_card_text(results: dict) -> str:
         convention=results["macs"]["convention"],
         published=_published_table(start["published"]),
         source=start["source"],
-        citation=f"{parts.EMA}\n\n{parts.TIMM}",
+        citation=f"{parts.CITE_EMA}\n\n{parts.CITE_TIMM}",
     )
-    return seal(yaml_block(facts) + body)
+    return with_checksum(yaml_block(facts) + body)
 
 
 def _published_table(rows: list[dict]) -> str:

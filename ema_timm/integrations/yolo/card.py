@@ -1,20 +1,18 @@
-"""The model card of a detector's folder: text from results.json, written over nobody's edits."""
+"""The model card of a detector's folder, written from results.json. Edited cards are kept."""
 
-import json
 from pathlib import Path
 
 from ema_timm.checkpoints.cards import parts
-from ema_timm.checkpoints.cards.file import WrittenCard, read_card, require_unedited
-from ema_timm.checkpoints.cards.parts import fill, seal, table, yaml_block
-from ema_timm.checkpoints.folder import CheckpointWriter
-from ema_timm.checkpoints.layout import CARD, RESULTS
+from ema_timm.checkpoints.cards.file import WrittenCard, save_card
+from ema_timm.checkpoints.cards.parts import fill, quoted, table, with_checksum, yaml_block
+from ema_timm.checkpoints.layout import RESULTS
 from ema_timm.errors import UserError
 from ema_timm.integrations.yolo.contents import DESCRIPTION, read_description
 from ema_timm.integrations.yolo.folder import load
 from ema_timm.integrations.yolo.results import carried, known_facts
 
-TOLD = ("datasets", "base_model", "repo_id")
-"""What nobody can measure; the licence is what detector.json says."""
+CARD_FIELDS = ("datasets", "base_model", "repo_id")
+"""Fields that cannot be measured. The licence is that of detector.json."""
 
 # The Hub's names for what ultralytics calls a task.
 _PIPELINES = {
@@ -33,49 +31,38 @@ _KINDS = {
     "accuracy_top5": ("top_5_accuracy", "Top-5 accuracy"),
 }
 _OF = {"B": "boxes", "M": "masks", "P": "keypoints"}
-_SHOWN = 20
 
 
 def write_detector_card(
-    folder: str | Path, told: dict | None = None, force: bool = False
+    folder: str | Path, fields: dict | None = None, force: bool = False
 ) -> WrittenCard:
-    """Write a detector folder's README.md and, where it is missing, its results.json.
+    """Write a detector folder's README.md and, if it is missing, its results.json.
 
     Args:
         folder: What `ema_timm.integrations.yolo.save_folder` wrote.
-        told: Facts that nobody can measure (`TOLD`); kept in results.json.
+        fields: Fields that cannot be measured (`CARD_FIELDS`); saved in results.json.
         force: Replace a card that was edited by hand.
 
     Raises:
         EditedCardError: If the card was edited by hand and ``force`` is off.
-        UserError: If the folder is damaged, or something else is told.
+        UserError: If the folder is damaged, or another field is given.
     """
-    folder, told = Path(folder), told or {}
-    other = [name for name in told if name not in TOLD]
+    folder, fields = Path(folder), fields or {}
+    other = [name for name in fields if name not in CARD_FIELDS]
     if other:
         raise UserError(
-            f"the licence of a detector is what {folder / DESCRIPTION} says, that of ultralytics, "
-            f"and --{other[0].replace('_', '-')} would say another. Leave it out."
+            f"--{other[0].replace('_', '-')} is not for detectors: their licence is that of "
+            f"ultralytics, which {folder / DESCRIPTION} names. Leave it out."
         )
     facts = known_facts(folder, read_description(folder), load(folder))
     before = carried(folder, facts)
     results = {**before, **facts}
-    if told:
-        results["card"] = {**before.get("card", {}), **told}
-    text, old = detector_card_text(results), read_card(folder)
-    if old is not None and not force:
-        kept = (
-            f"{folder / CARD} was edited by hand and is kept; the difference is above. Replace it "
-            f"with: ema-timm card {folder} --force"
-        )
-        require_unedited(old, text, (str(folder / CARD), "as it would be written"), kept)
-    writer = CheckpointWriter(folder)
-    if results != before or not (folder / RESULTS).is_file():
-        writer.write_json(RESULTS, results)
-    if text != old:
-        writer.write_text(CARD, text)
+    if fields:
+        results["card"] = {**before.get("card", {}), **fields}
+    new_results = results != before or not (folder / RESULTS).is_file()
+    changed = save_card(folder, detector_card_text(results), results, new_results, force)
     unknown = [name for name in ("datasets",) if not results.get("card", {}).get(name)]
-    return WrittenCard(text != old, unknown)
+    return WrittenCard(changed, unknown)
 
 
 def detector_card_text(results: dict) -> str:
@@ -98,9 +85,9 @@ def detector_card_text(results: dict) -> str:
         else ' From the Hugging Face Hub, `load("USER/NAME")` does the same.',
         limits=_limits(results),
         licence=_licence(about["license"]),
-        citation=parts.EMA,
+        citation=parts.CITE_EMA,
     )
-    return seal(_front_matter(results) + body)
+    return with_checksum(_front_matter(results) + body)
 
 
 def _name(results: dict) -> str:
@@ -142,7 +129,7 @@ def _scores(results: dict) -> list[tuple[str, float]]:
 
 
 def _label(name: str) -> str:
-    """What readers call a metric: "mAP@0.5, boxes" for "mAP50(B)"."""
+    """The usual name of a metric: "mAP@0.5, boxes" for "mAP50(B)"."""
     kind, _, of = name.partition("(")
     shown = _KINDS.get(kind, ("", kind.capitalize()))[1]
     return f"{shown}, {_OF.get(of.rstrip(')'), of.rstrip(')'))}" if of else shown
@@ -173,10 +160,8 @@ def _measured(results: dict) -> str:
 
 def _limits(results: dict) -> str:
     classes = results["classes"]
-    shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in classes[:_SHOWN])
-    more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
     known = f"{len(classes)} class{'es' if len(classes) > 1 else ''}"
-    return f"It knows {known}: {shown}{more}. Other images were not tried."
+    return f"It knows {known}: {quoted(classes)}. Other images were not tried."
 
 
 def _licence(name: str) -> str:
@@ -187,7 +172,7 @@ def _licence(name: str) -> str:
 
 
 def _front_matter(results: dict) -> str:
-    told = results.get("card", {})
+    card = results.get("card", {})
     pipeline = _PIPELINES.get(results["task"], (None,))[0]
     family = "rt-detr" if results["detector"]["decoder"] == "RTDETR" else "yolo"
     tags = ["ultralytics", family, pipeline, "ema-attention" if results["layers"] else None]
@@ -196,15 +181,15 @@ def _front_matter(results: dict) -> str:
         "pipeline_tag": pipeline,
         "tags": [tag for tag in tags if tag],
         "license": results["detector"]["license"],
-        "datasets": told.get("datasets"),
-        "base_model": told.get("base_model"),
+        "datasets": card.get("datasets"),
+        "base_model": card.get("base_model"),
         "model-index": _model_index(results),
     }
     return yaml_block(facts)
 
 
 def _model_index(results: dict) -> list | None:
-    told, pipeline = results.get("card", {}), _PIPELINES.get(results["task"])
+    card, pipeline = results.get("card", {}), _PIPELINES.get(results["task"])
     if not results.get("metrics") or not pipeline:
         return None
     data = results["evaluation"]["data"]
@@ -213,7 +198,7 @@ def _model_index(results: dict) -> list | None:
         for name, value in _scores(results)
         if (kind := name.partition("(")[0]) in _KINDS
     ]
-    dataset = (told.get("datasets") or [data["name"]])[0]
+    dataset = (card.get("datasets") or [data["name"]])[0]
     where = {"type": dataset, "name": dataset, "split": data["split"]}
     task = {"type": pipeline[0], "name": pipeline[1]}
     found = {"task": task, "dataset": where, "metrics": entries}

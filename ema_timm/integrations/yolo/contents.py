@@ -1,9 +1,9 @@
-"""The files of a detector's folder, read as what strangers wrote: bounded, and nothing of it run.
+"""Reads the files of a detector's folder as untrusted input: with limits, and without running code.
 
-ultralytics' builder looks a row's name up in a module that holds more than layers, evaluates
-``activation``, and builds as many and as wide layers as it is told. So rows, activation and sizes
-are settled before it is called with memory to fill: every name is that of a layer, and the network
-on the meta device has exactly the tensors that the weights file has.
+ultralytics' builder looks up a row's name in a module that holds more than layers, evaluates
+``activation``, and builds layers of any number and width. So rows, activation and sizes are checked
+before it allocates memory: every name is that of a layer, and the network on the meta device has
+exactly the tensors of the weights file.
 """
 
 import copy
@@ -19,24 +19,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ema_timm.checkpoints.weights import check_bounds
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 from ema_timm.integrations.yolo.rows import rows_of
 
-WEIGHTS = "model.safetensors"
 MODEL = "model.yaml"
 DESCRIPTION = "detector.json"
 
 DECODERS = ("YOLO", "RTDETR")
 LONGEST_TEXT = 2**20
-"""Bytes of the YAML or the description; those of the largest detectors have some ten thousand."""
+"""Bytes of the YAML or the description; those of the largest detectors have about ten thousand."""
 DEEPEST = 20
 """Levels of the YAML; a row's arguments are the fourth."""
 MOST_REPEATS = 100
-"""Of a row's layer; YOLO's deepest has 12."""
+"""Repeats of a row's layer; YOLO's deepest has 12."""
 
-REMEDY = "Write the folder anew, or fetch it again from where it was whole"
+REMEDY = "Write the folder again, or copy it again from its source"
 _ACTIVATION = re.compile(r"(torch\.)?nn\.[A-Za-z0-9]+\([0-9A-Za-z_=., -]*\)")
-# What the builder raises for rows that make no network.
+# What the builder raises for rows that are not a network.
 _BUILDER = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
     SyntaxError, TypeError, ValueError,
@@ -47,7 +46,7 @@ def read_description(folder: Path) -> dict:
     """Read detector.json: ``task``, ``decoder``, ``names``, ``imgsz``, ``license`` and others.
 
     Raises:
-        UserError: If it is missing, damaged or of something else.
+        UserError: If it is missing, damaged or describes something else.
     """
     file = folder / DESCRIPTION
     try:
@@ -61,15 +60,15 @@ def read_description(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is missing or damaged. {REMEDY}.") from error
     if not whole:
-        raise UserError(f"{file} describes no detector. {REMEDY}.")
+        raise UserError(f"{file} does not describe a detector. {REMEDY}.")
     return described
 
 
 def read_model_yaml(folder: Path) -> dict:
-    """Read model.yaml, and refuse one that could make ultralytics do anything but build layers.
+    """Read model.yaml, which must make ultralytics build layers and do nothing else.
 
     Raises:
-        UserError: If it is missing, damaged or refused.
+        UserError: If it is missing or damaged, or could do something else.
     """
     file = folder / MODEL
     try:
@@ -78,16 +77,16 @@ def read_model_yaml(folder: Path) -> dict:
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{file} is missing or damaged. {REMEDY}.") from error
     if not isinstance(config, dict):
-        raise UserError(f"{file} describes no detector. {REMEDY}.")
-    refuse_what_is_no_layer(config)
+        raise UserError(f"{file} does not describe a detector. {REMEDY}.")
+    require_layers(config)
     return config
 
 
 def _is_plain(text: str) -> bool:
     """Whether a YAML takes time and memory in proportion to its length.
 
-    A few lines of names for parts of it, and names in those parts, stand for billions; PyYAML takes
-    minutes for what is nested as deep as it is long.
+    Nested aliases can expand a few lines to billions of nodes, and PyYAML takes minutes for deeply
+    nested text.
     """
     depth = 0
     for event in yaml.parse(text):
@@ -104,12 +103,12 @@ def _text(file: Path) -> str:
     return file.read_text("utf-8")
 
 
-def refuse_what_is_no_layer(config: dict) -> None:
-    """Refuse a model YAML that could make ultralytics call anything but a layer.
+def require_layers(config: dict) -> None:
+    """Check that a model YAML can make ultralytics call nothing but layers.
 
     Raises:
-        UserError: For the first row whose module is no layer or that repeats it too often, or an
-            activation that is more than a layer with plain arguments.
+        UserError: For the first row whose module is not a layer or that repeats it too often, or
+            for an activation that is more than a layer with plain arguments.
     """
     import ultralytics.nn.tasks as tasks
 
@@ -120,8 +119,8 @@ def refuse_what_is_no_layer(config: dict) -> None:
         name = str(row[2])
         if not _is_layer(_found(name, tasks), tasks):
             raise UserError(
-                f"{MODEL}: row {number} names {name!r}, which is no layer that this ultralytics "
-                "has. Install the version that detector.json names, and trust no other YAML."
+                f"{MODEL}: row {number} names {name!r}, which is not a layer of this ultralytics. "
+                "Install the version that detector.json names, and trust no other YAML."
             )
         if not isinstance(row[1], int) or not 1 <= row[1] <= MOST_REPEATS:
             raise UserError(
@@ -131,7 +130,7 @@ def refuse_what_is_no_layer(config: dict) -> None:
 
 
 def _found(name: str, tasks: ModuleType):
-    """What ultralytics would find under a row's name."""
+    """The object that ultralytics would find for a row's name."""
     if name.startswith("nn."):
         return getattr(nn, name[3:], None)
     if name.startswith("torchvision.ops."):
@@ -142,21 +141,21 @@ def _found(name: str, tasks: ModuleType):
 
 
 def _is_layer(found, tasks: ModuleType) -> bool:
-    """Whether it is a layer; the networks of that module would read another YAML, and run it."""
+    """Whether it is a layer. The networks of that module would read and run another YAML."""
     layer = isinstance(found, type) and issubclass(found, nn.Module)
     return layer and found.__module__ != tasks.__name__
 
 
 def check_tensors(config: dict, file: Path) -> None:
-    """See that the weights are those of the network, before either takes memory.
+    """Check that the weights are those of the network, before either takes memory.
 
     Args:
-        config: Of `read_model_yaml`.
+        config: The result of `read_model_yaml`.
         file: The weights.
 
     Raises:
-        UserError: If the file is damaged or claims too much, its tensors are others, or the rows
-            make no network.
+        UserError: If the file is damaged or declares too much, has other tensors, or the rows are
+            not a network.
     """
     import ultralytics.nn.tasks as tasks
 
@@ -175,7 +174,7 @@ def check_tensors(config: dict, file: Path) -> None:
             built, _ = tasks.parse_model(scaled, channels, verbose=False)
     except _BUILDER as error:
         raise UserError(
-            f"{MODEL} builds no network with this ultralytics: {first_line(error).rstrip('.')}. "
+            f"{MODEL} does not build with this ultralytics: {sentence(error)} "
             f"{REMEDY}, or install the version that {DESCRIPTION} names."
         ) from error
     own = {f"model.{name}": tuple(tensor.shape) for name, tensor in built.state_dict().items()}
@@ -188,7 +187,7 @@ def check_tensors(config: dict, file: Path) -> None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Read weights that `check_tensors` has seen.
+    """Read weights that passed `check_tensors`.
 
     Raises:
         UserError: If there are values that are not finite.

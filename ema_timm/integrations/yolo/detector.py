@@ -1,6 +1,5 @@
-"""A detector of the user's ultralytics: which versions, what its rows give, where blocks are."""
+"""A detector of ultralytics: supported versions, the outputs of its rows, the places for layers."""
 
-import importlib.util
 from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
@@ -8,24 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_timm.errors import UserError
+from ema_timm.errors import UserError, require_packages
 from ema_timm.integrations.yolo.layer import EmaAttnRow
-from ema_timm.integrations.yolo.rows import rows_of, sources
+from ema_timm.integrations.yolo.rows import PLACES, rows_of, sources
 
 OLDEST = (8, 2)
 NEXT = (9,)
-PLACES = ("head", "backbone", "neck", "all")
 
-# Large enough for RT-DETR, whose decoder picks 300 places of a picture; a multiple of every stride.
+# Large enough for RT-DETR, whose decoder picks 300 places of an image; a multiple of every stride.
 _PIXELS = 256
-_BLOCK = 3  # convolutions; a plain row has one, a pooling pyramid or a ghost convolution two
+_BLOCK = 3  # convolutions; other rows have one, a pooling pyramid or a ghost convolution two
 
 
 def require_ultralytics() -> None:
-    """Raise UserError where ultralytics is missing or of another version than was tested."""
+    """Raise UserError if ultralytics is missing or of an untested version."""
     rule = f"ultralytics >= {OLDEST[0]}.{OLDEST[1]}, < {NEXT[0]}"
-    if importlib.util.find_spec("ultralytics") is None:
-        raise UserError(f"this needs {rule}, which is not installed: pip install 'ema-timm[yolo]'.")
+    require_packages(["ultralytics"], "yolo")
     found = version("ultralytics")
     numbers = tuple(int(part) for part in found.split(".")[:2])
     if not OLDEST <= numbers < NEXT:
@@ -39,7 +36,7 @@ def network_of(yolo: Any) -> nn.Module:
 
     Raises:
         TypeError: If there is none, as in an exported model.
-        UserError: If its modules are not those rows: where references cannot be moved, nothing is.
+        UserError: If its modules are not those rows, because references could not be moved.
     """
     net = getattr(yolo, "model", None)
     if not isinstance(net, nn.Module) or not isinstance(getattr(net, "yaml", None), dict):
@@ -53,7 +50,7 @@ def network_of(yolo: Any) -> nn.Module:
     if found != [(i, _listed(row[0])) for i, row in enumerate(rows)]:
         raise UserError(
             f"the {len(layers)} layers of this network are not the {len(rows)} rows of its YAML, "
-            "so that references cannot be moved safely. Start from a network built by its YAML."
+            "so references cannot be moved safely. Start from a network built by its YAML."
         )
     return net
 
@@ -63,15 +60,15 @@ def _listed(froms) -> list[int]:
 
 
 @torch.no_grad()
-def look(net: nn.Module) -> tuple[list[Tensor], list[tuple[int, ...] | None]]:
-    """Run a fixed picture through a network.
+def trace_rows(net: nn.Module) -> tuple[list[Tensor], list[tuple[int, ...] | None]]:
+    """Run a fixed image through a network.
 
     Args:
-        net: The network; its mode is as before afterwards.
+        net: The network; its modes are restored.
 
     Returns:
-        What its last row is given, and the shape of what each row gives; None for rows that give
-        anything but one tensor.
+        The inputs of its last row, and the shape of each row's output; None for rows whose output
+        is not one tensor.
     """
     given: list[Tensor] = []
     shapes: list[tuple[int, ...] | None] = []
@@ -100,17 +97,17 @@ def look(net: nn.Module) -> tuple[list[Tensor], list[tuple[int, ...] | None]]:
 
 
 def choose_rows(net: nn.Module, after: str | Iterable[int], shapes: list) -> list[int]:
-    """Which rows get EMA attention behind them.
+    """The rows after which EMA attention goes.
 
     Args:
         net: The network.
         after: "head": the rows that feed the last one. "backbone", "neck", "all": the blocks of
-            that part, where a block is a row of three convolutions or more (the first row, a stem,
-            aside) and the neck is what lies between backbone and last row. Or numbers of rows.
-        shapes: Of each row's output, from `look`.
+            that part. A block is a row of three convolutions or more, except the first row, the
+            stem; the neck is between backbone and last row. Or numbers of rows.
+        shapes: Shape of each row's output, from `trace_rows`.
 
     Raises:
-        UserError: If there is no such row, or one that gives no map or has EMA attention already.
+        UserError: If there is no such row, its output is not a map, or it has EMA attention.
     """
     rows, split = rows_of(net.yaml), len(net.yaml["backbone"])
     last = len(rows) - 1
@@ -129,10 +126,10 @@ def choose_rows(net: nn.Module, after: str | Iterable[int], shapes: list) -> lis
         )
     for number in chosen:
         if not 0 <= number < last:
-            raise UserError(f"EMA attention goes behind rows 0 to {last - 1}, got {number}.")
+            raise UserError(f"EMA attention goes after rows 0 to {last - 1}, got {number}.")
         if shapes[number] is None or len(shapes[number]) != 4:
             raise UserError(
-                f"row {number} ({rows[number][2]}) gives no single map (B, C, H, W), so EMA "
+                f"row {number} ({rows[number][2]}) does not give one map (B, C, H, W), so EMA "
                 "attention cannot follow it. Choose other rows."
             )
         if any(isinstance(net.model[i], EmaAttnRow) for i in (number, number + 1)):

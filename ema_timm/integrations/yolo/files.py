@@ -6,15 +6,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ema_timm.errors import UserError, VerificationError, first_line
+from ema_timm.errors import UserError, VerificationError, sentence
 from ema_timm.files import make_writable, write_whole
-from ema_timm.integrations.yolo.detector import look, require_ultralytics
-from ema_timm.integrations.yolo.injection import TOLERANCE, Injection, injected, relative_difference
+from ema_timm.integrations.yolo.detector import require_ultralytics, trace_rows
+from ema_timm.integrations.yolo.injection import (
+    INJECTION_TOLERANCE,
+    Injection,
+    injected,
+    largest_difference,
+)
 from ema_timm.integrations.yolo.rows import yaml_text
 
 SUFFIXES = (".pt", ".yaml")
 
-# A checkpoint in float16 rounds the weights of the detector itself, if they were not so before.
+# A checkpoint in float16 rounds the weights of the detector, unless they were float16 before.
 _HALF_TOLERANCE = 2e-2
 
 
@@ -33,29 +38,30 @@ def open_detector(source: str | Path) -> Any:
         return (RTDETR if "rtdetr" in Path(source).stem.lower() else YOLO)(str(source))
     except (FileNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"there is no {source}, neither here nor among what ultralytics has or can download "
-            f"now ({first_line(error).rstrip('.')}). Correct the name, or fetch the file."
+            f"there is no {source}, and ultralytics cannot download it now: {sentence(error)} "
+            "Correct the name, or download the file."
         ) from error
 
 
 def inject_file(
     source: str | Path, output: str | Path, after: str | list[int], groups: int
 ) -> tuple[Injection, list[Path]]:
-    """A detector's file -> files of the detector with EMA attention.
+    """Write the files of a detector with EMA attention.
 
     Args:
-        source: A checkpoint, whose function is kept, or a model YAML, which gets the paper's layer.
-        output: ``.pt``, beside which the YAML is written, or ``.yaml`` alone.
+        source: A checkpoint, whose outputs stay the same, or a model YAML, which gets the paper's
+            layer.
+        output: ``.pt``, for which the YAML is written as well, or ``.yaml``.
         after: As in `ema_timm.integrations.yolo.injection`.
         groups: The same.
 
     Returns:
-        What was done, and the files.
+        The injection, and the files.
 
     Raises:
-        UserError: If a path has another suffix, would write over the source, or ``.pt`` is asked
-            for from a YAML, which has no weights.
-        VerificationError: If the checkpoint, loaded afresh, does not compute the same.
+        UserError: If a path has another suffix, is the source, or is a ``.pt`` for a YAML, which
+            has no weights.
+        VerificationError: If the checkpoint, loaded again, gives other outputs.
     """
     source, output = Path(source), Path(output)
     if output.suffix not in SUFFIXES:
@@ -65,7 +71,7 @@ def inject_file(
     description = output.with_suffix(".yaml")
     for path in {output, description}:
         if path.exists() and source.exists() and path.samefile(source):
-            raise UserError(f"--output {output} would write over {source}. Give another name.")
+            raise UserError(f"--output {output} is the file {source}. Give another name.")
     yolo = open_detector(source)
     done = injected(yolo, after, groups, preserve=source.suffix == ".pt")
     make_writable(output.parent)
@@ -78,15 +84,15 @@ def inject_file(
 
 
 def write_checkpoint(yolo: Any, path: Path) -> None:
-    """Save as ultralytics saves, in half precision, and see that the file computes the same."""
+    """Save as ultralytics saves, in half precision, and check the outputs of the file."""
     write_whole(path, yolo.save)
     loaded = type(yolo)(str(path)).model
-    maps = look(yolo.model)[0]
-    difference = relative_difference(maps, look(loaded)[0])
-    if not difference <= (TOLERANCE if is_rounded(yolo.model) else _HALF_TOLERANCE):
+    maps = trace_rows(yolo.model)[0]
+    difference = largest_difference(maps, trace_rows(loaded)[0])
+    if not difference <= (INJECTION_TOLERANCE if is_rounded(yolo.model) else _HALF_TOLERANCE):
         path.unlink()
         raise VerificationError(
-            f"{path}, loaded afresh, gives maps that differ by {difference:.1e}, and was removed."
+            f"{path}, loaded again, gives maps that differ by {difference:.1e}, and was removed."
         )
 
 

@@ -1,7 +1,7 @@
 """A detector as a folder without a pickle: safetensors, the model YAML and a description.
 
-YOLO's own ``.pt`` is a pickle, which runs what it likes when it is loaded. Here the weights are
-numbers, and the YAML is read as `ema_timm.integrations.yolo.contents` says.
+YOLO's own ``.pt`` is a pickle, which can run any code when it is loaded. Here the weights are
+numbers, and `ema_timm.integrations.yolo.contents` checks the YAML.
 """
 
 import contextlib
@@ -18,12 +18,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save
 
 from ema_timm.errors import UserError, first_line
-from ema_timm.files import make_writable, write_whole
+from ema_timm.files import WEIGHTS, make_writable, write_whole
 from ema_timm.hub.fetch import fetch
 from ema_timm.integrations.yolo.contents import (
     DESCRIPTION,
     MODEL,
-    WEIGHTS,
     check_tensors,
     read_description,
     read_model_yaml,
@@ -34,7 +33,7 @@ from ema_timm.integrations.yolo.files import is_rounded
 from ema_timm.integrations.yolo.rows import yaml_text
 
 LICENSE = "agpl-3.0"
-"""What ultralytics stamps into the checkpoints that it saves."""
+"""The licence that ultralytics writes into its checkpoints."""
 
 
 def save_folder(yolo: Any, folder: str | Path) -> list[Path]:
@@ -42,7 +41,7 @@ def save_folder(yolo: Any, folder: str | Path) -> list[Path]:
 
     Args:
         yolo: A YOLO or RTDETR object, not fused.
-        folder: Where to; made if it is not there.
+        folder: The folder; created if it does not exist.
 
     Returns:
         The files.
@@ -55,7 +54,7 @@ def save_folder(yolo: Any, folder: str | Path) -> list[Path]:
     if net.is_fused():
         raise UserError(
             "this network's norms are fused into its convolutions, so no YAML describes it. Load "
-            "the checkpoint anew, before predict() or fuse()."
+            "the checkpoint again, before predict() or fuse()."
         )
     make_writable(folder)
     half = is_rounded(net)
@@ -90,19 +89,19 @@ def _architecture(config: dict) -> str:
 
 
 def load(source: str | Path, revision: str | None = None) -> Any:
-    """Rebuild the YOLO or RTDETR object from what `save_folder` wrote; no pickle is read.
+    """Rebuild the YOLO or RTDETR object of a folder; no pickle is read.
 
     Args:
-        source: The folder, or ``USER/NAME`` on the Hub.
+        source: A folder that `save_folder` wrote, or ``USER/NAME`` on the Hub.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        The object; ``train()``, ``val()``, ``predict()`` and ``export()`` take it from there.
+        The object, ready for ``train()``, ``val()``, ``predict()`` and ``export()``.
 
     Raises:
-        UserError: If a file is missing or damaged, a row of the YAML names no layer, or the
+        UserError: If a file is missing or damaged, a row of the YAML does not name a layer, or the
             weights are not those of the network.
-        HubError: If the Hub, or the way to it, failed.
+        HubError: If a download from the Hub fails.
     """
     require_ultralytics()
     folder = Path(source) if Path(source).is_dir() else _fetched(source, revision)
@@ -113,10 +112,10 @@ def load(source: str | Path, revision: str | None = None) -> Any:
     net = yolo.model
     net.load_state_dict(weights)
     net.names = {int(number): name for number, name in described["names"].items()}
-    # No such file; it names the network where the detector is saved again.
+    # There is no such file; it names the network when the detector is saved again.
     net.yaml["yaml_file"] = str(folder / f"{described.get('architecture', 'yolo')}.yaml")
     yolo.ckpt = {"model": net}  # with it, train() starts from these weights
-    # No such file: workers that would load one must miss it, not build the YAML without weights.
+    # There is no such file: workers that load one must fail, not build the YAML without weights.
     yolo.overrides |= {"model": str(folder / "model.pt"), "imgsz": described["imgsz"]}
     net.eval()
     return yolo
@@ -136,7 +135,7 @@ def _built(described: dict, config: dict) -> Any:
 
 @contextlib.contextmanager
 def _quiet_about_the_scale() -> Iterator[None]:
-    """Without the warning that the first scale is assumed: it is written first, being the one."""
+    """Hide the warning that the first scale is assumed: the right one is written first."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "no model scale passed" not in record.getMessage()
@@ -150,10 +149,10 @@ def _quiet_about_the_scale() -> Iterator[None]:
 
 
 def _fetched(source: str | Path, revision: str | None) -> Path:
-    """The folder of a repository's three files, all of one commit and as the Hub names them."""
+    """A folder with a repository's three files, of one commit and compared with their hashes."""
     if Path(source).is_file():
         raise UserError(
-            f"{source} is a file. A .pt is what YOLO(...) loads; a folder is made of it by: "
+            f"{source} is a file. YOLO(...) loads a .pt; write it as a folder with: "
             f"ema-timm yolo {source} --folder DIR"
         )
     repo = str(source)
@@ -164,7 +163,7 @@ def _fetched(source: str | Path, revision: str | None) -> Path:
             f"{repo} is neither a folder nor on the Hub: {first_line(error)}"
         ) from error
     described = _fetch(f"{repo}@{revision}" if revision else repo, DESCRIPTION)
-    commit = described.parent.name  # the client keeps files under the commit that they are of
+    commit = described.parent.name  # the client caches files by commit
     for name in (MODEL, WEIGHTS):
         _fetch(f"{repo}@{commit}", name)
     return described.parent
@@ -174,7 +173,7 @@ def _fetch(where: str, name: str) -> Path:
     file = fetch(where, name)
     if file is None:
         raise UserError(
-            f"{where} on the Hub has no {name}, so it holds no detector that ema-timm published. A "
-            ".pt is not read from there: it is a pickle, which runs what it likes."
+            f"{where} on the Hub has no {name}, so ema-timm has not published a detector there. A "
+            ".pt is not read: it is a pickle, which can run any code."
         )
     return file

@@ -1,9 +1,10 @@
-"""EMA attention into a detector that is built or trained, without changing what it computes.
+"""Adds EMA attention to a built or trained detector without changing its outputs.
 
-Behind a row goes `EmaAttnRow` with the neutral start of `ema_timm.backbones.warm_start`, whose gate
-is one half for every input, and a gain of 2: the map passes unchanged. Doubling a neighbour's
-weights, as in timm's networks, will not do here: blocks end in SiLU. The start stands on a grid
-that float16 holds, because YOLO saves checkpoints in half precision.
+A row is followed by an `EmaAttnRow` with the identity initialisation of
+`ema_timm.backbones.warm_start`, whose gate is one half for every input, and a gain of 2: the map
+passes unchanged. Doubling the weights of the layer before, as in timm's networks, does not work
+here, because blocks end in SiLU. The initial weights are multiples of 2⁻¹⁰, which float16 holds:
+YOLO saves checkpoints in half precision.
 """
 
 import copy
@@ -21,32 +22,34 @@ from ema_timm.backbones.warm_start import neutral_state
 from ema_timm.errors import UserError, VerificationError
 from ema_timm.integrations.yolo.detector import (
     choose_rows,
-    look,
     network_of,
     require_ultralytics,
+    trace_rows,
 )
 from ema_timm.integrations.yolo.layer import EmaAttnRow
 from ema_timm.integrations.yolo.rows import NAME, Insertion, insert_rows, rows_of, sources
+from ema_timm.ops.reference import relative_difference
 
 # Multiples of 2⁻¹⁰ up to 2 are exact in float16, and so are their sums in float32.
 HALF_GRID = 2.0**10
 NEUTRAL_GAIN = 2.0
-TOLERANCE = 1e-5  # of the largest value; 1 / n is rounded where n is no power of two
+INJECTION_TOLERANCE = 1e-5  # of the largest value; 1 / n is rounded unless n is a power of two
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What was done to a detector.
+    """The result of `injected`.
 
     Attributes:
         yolo: The detector.
         layers: For each layer its row, the name of the block before, C and G.
-        carried: How many tensors of the detector came along unchanged.
-        tensors: How many it had.
-        rebuilt: How many of them ``train()``, which builds anew from the YAML, will take over.
-        parameters: Numbers in all parameters, before and after.
-        difference: Largest difference between the maps that the last row is given, before and
-            after, relative to the largest value; None where it was not to stay the same.
+        carried: Number of the detector's tensors that are unchanged.
+        tensors: Number of its tensors.
+        rebuilt: Number of the unchanged tensors that ``train()``, which builds the network again
+            from the YAML, loads.
+        parameters: Number of parameters, before and after.
+        difference: Largest difference of the last row's inputs, before and after, relative to the
+            largest value; None if they need not stay the same.
     """
 
     yolo: Any
@@ -60,7 +63,7 @@ class Injection:
     def __str__(self) -> str:
         before, after = self.parameters
         lines = [
-            f"row {row}: EMA attention behind {block}, {channels} channels in {groups} groups"
+            f"row {row}: EMA attention after {block}, {channels} channels in {groups} groups"
             for row, block, channels, groups in self.layers
         ]
         lines.append(
@@ -79,26 +82,26 @@ def inject(
     groups: int = DEFAULT_GROUPS,
     preserve: bool = True,
 ) -> Any:
-    """Put EMA attention into a detector; it computes what it computed, and trains from there.
+    """Add EMA attention to a detector. Its outputs stay the same until you train it.
 
     Args:
         yolo: ``YOLO("yolo11n.pt")``, or any YOLO or RTDETR object of ultralytics; changed in place.
-            For training on several GPUs save it and train the file: in older versions (8.2, say)
-            worker processes read a file.
-        after: "head" (behind the blocks that feed the head), "backbone", "neck", "all", or numbers
+            For training on several GPUs save it and train the file: in older versions (such as
+            8.2) worker processes read a file.
+        after: "head" (after the blocks that feed the head), "backbone", "neck", "all", or numbers
             of rows.
-        groups: Upper bound for the number of groups of each layer.
-        preserve: Start from weights with which the detector computes what it computed before.
-            False is the paper's layer from its random start.
+        groups: Maximum number of groups of each layer.
+        preserve: Initialise the layers so that the outputs stay the same. False is the paper's
+            layer with random weights.
 
     Returns:
-        ``yolo``. What was done is logged as ultralytics logs; `injected` returns it.
+        ``yolo``. A report is logged as ultralytics logs; `injected` returns it.
 
     Raises:
         TypeError: If ``yolo`` holds no PyTorch network.
         UserError: If ultralytics is missing or too old, a row cannot take EMA attention, or the
-            network is one whose references cannot be moved safely.
-        VerificationError: If the result does not compute the same; ``yolo`` is as before.
+            references of the network cannot be moved safely.
+        VerificationError: If the outputs differ; ``yolo`` is unchanged.
     """
     done = injected(yolo, after, groups, preserve)
     logging.getLogger("ultralytics").info("%s", done)
@@ -115,15 +118,15 @@ def injected(
     require_ultralytics()
     net = network_of(yolo)
     _require_trainable(net)
-    maps, shapes = look(net)
+    maps, shapes = trace_rows(net)
     chosen = choose_rows(net, after, shapes)
     insertion = insert_rows(net.yaml, chosen, [-1, 1, NAME, _arguments(groups, preserve)])
     layers = {row: _layer(shapes[row][1], groups, preserve) for row in chosen}
     new = _assembled(net, insertion, layers)
-    difference = relative_difference(maps, look(new)[0]) if preserve else None
-    if difference is not None and not difference <= TOLERANCE:
+    difference = largest_difference(maps, trace_rows(new)[0]) if preserve else None
+    if difference is not None and not difference <= INJECTION_TOLERANCE:
         raise VerificationError(
-            f"with EMA attention behind rows {chosen} the last row is given maps that differ by "
+            f"with EMA attention after rows {chosen} the inputs of the last row differ by "
             f"{difference:.1e}, so nothing was changed. Choose other rows."
         )
     carried = {_moved_name(name, insertion.moved) for name in net.state_dict()}
@@ -141,7 +144,7 @@ def injected(
 
 
 def _arguments(groups: int, preserve: bool) -> list:
-    """What the YAML says: c2 fits every scale, and a rebuilt layer needs the gain."""
+    """Arguments of the row: c2 fits every scale, and a rebuilt layer needs the gain."""
     return ["c2", groups, int(NEUTRAL_GAIN)] if preserve else ["c2", groups]
 
 
@@ -149,7 +152,7 @@ def _require_trainable(net: nn.Module) -> None:
     if net.is_fused():
         raise UserError(
             "this network's norms are fused into its convolutions, so training would start "
-            "without them. Load the checkpoint anew, before predict() or fuse()."
+            "without them. Load the checkpoint again, before predict() or fuse()."
         )
     import ultralytics.nn.tasks as tasks
 
@@ -161,7 +164,7 @@ def _require_trainable(net: nn.Module) -> None:
 
 
 def _assembled(net: nn.Module, insertion: Insertion, added: dict[int, EmaAttnRow]) -> nn.Module:
-    """The network's own modules with layers between them; every attribute stays."""
+    """The network's own modules with the layers between them; every attribute stays."""
     new = copy.deepcopy(net)
     froms = [row[0] for row in rows_of(insertion.config)]
     layers = []
@@ -181,7 +184,7 @@ def _assembled(net: nn.Module, insertion: Insertion, added: dict[int, EmaAttnRow
 
 
 def _kept(index: int, row: list) -> list[int]:
-    """Rows whose output must be kept for row ``index``: all it reads but the one just before."""
+    """Rows whose output row ``index`` needs later: all that it reads except the one before it."""
     froms = [row[0]] if isinstance(row[0], int) else row[0]
     return [s for f, s in zip(froms, sources(index, row), strict=True) if f != -1]
 
@@ -190,19 +193,16 @@ def _layer(channels: int, groups: int, preserve: bool) -> EmaAttnRow:
     layer = EmaAttnRow(channels, groups, NEUTRAL_GAIN if preserve else 1)
     if preserve:
         layer.load_state_dict(neutral_state(layer, HALF_GRID))
-        layer.half().float()  # what a checkpoint rounds is rounded now
-    # What the builders note on each layer for their summaries.
+        layer.half().float()  # rounded now, as a checkpoint rounds
+    # The builders set these on each layer for their summaries.
     layer.type = f"{EmaAttnRow.__module__}.{EmaAttnRow.__qualname__}"
     layer.np = _count(layer)
     return layer
 
 
-def relative_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """Largest difference of two lists of maps, relative to the largest value of each pair."""
-    return max(
-        float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-        for a, b in zip(after, before, strict=True)
-    )
+def largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest `relative_difference` of two lists of maps, pair by pair."""
+    return max(relative_difference(a, b) for a, b in zip(after, before, strict=True))
 
 
 def _moved_name(name: str, moved: tuple[int, ...]) -> str:
@@ -212,7 +212,7 @@ def _moved_name(name: str, moved: tuple[int, ...]) -> str:
 
 
 def _rebuilt(new: nn.Module, carried: set[str]) -> int:
-    """How many carried tensors fit the network that ``train()`` will build from the YAML."""
+    """Number of carried tensors that fit the network that ``train()`` builds from the YAML."""
     config = copy.deepcopy(new.yaml)
     channels = config.get("channels", config.get("ch", 3))
     with torch.random.fork_rng():
@@ -226,15 +226,15 @@ def _rebuilt(new: nn.Module, carried: set[str]) -> int:
 
 
 def _adopt(yolo: Any, new: nn.Module) -> None:
-    """Put the network into the wrapper so that ``train()``, ``save()`` and ``val()`` take it."""
+    """Put the network into the wrapper, so that ``train()``, ``save()`` and ``val()`` use it."""
     kept = yolo.ckpt.get("train_args") if isinstance(yolo.ckpt, dict) else None
     yolo.model = new
-    # train() takes weights from memory only while a checkpoint is set; this one has no epoch or
-    # optimizer, so that nothing resumes the run of the detector before.
+    # train() uses the weights in memory only if a checkpoint is set. This one has no epoch or
+    # optimizer, so that no earlier run is resumed.
     yolo.ckpt = {"model": new, **({"train_args": kept} if kept else {})}
     yolo.ckpt_path = None
-    # In older versions the workers of a training on several GPUs load this file: better that they
-    # miss it than that they train the detector before.
+    # In older versions the workers of a multi-GPU training load this file: they should fail rather
+    # than train the detector without the layers.
     yolo.overrides["model"] = f"{Path(str(yolo.overrides.get('model', 'yolo'))).stem}-ema.pt"
     yolo.predictor = None
 

@@ -1,6 +1,7 @@
 """The layer that a row ``[-1, 1, EmaAttn, [c2]]`` of a YOLO model YAML builds.
 
-Checkpoints of YOLO are pickles and name this module and class: both names stay.
+YOLO's builders look the name ``EmaAttn`` up in their own module, so `register` puts it there.
+YOLO's checkpoints are pickles that name this module and class, so neither may be renamed.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, FoldedEma, largest_group_count
+from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
 from ema_timm.integrations.yolo.rows import NAME
 
 _ROW = f"Write the row as [-1, 1, {NAME}, [c2]]; c2 is the width of the row before, at every scale"
@@ -22,10 +23,10 @@ class EmaAttnRow(EmaAttn):
 
     Args:
         channels: C, the width of the row before. In a YAML ``c2``, which both builders resolve.
-        groups: Upper bound for the number of groups; the largest divisor of C below it is taken,
-            so that one YAML fits every scale.
-        gain: The output is multiplied by it. 2 undoes the gate of one half that the neutral start
-            has (`ema_timm.integrations.yolo.injection`); 1 is the paper's layer.
+        groups: Maximum number of groups. The largest divisor of C up to it is used, so that one
+            YAML fits every scale.
+        gain: The output is multiplied by it. 2 undoes the gate of one half that the identity
+            initialisation has (`ema_timm.integrations.yolo.injection`); 1 is the paper's layer.
 
     Raises:
         TypeError: If an argument is missing, one too many, or of the wrong kind.
@@ -57,11 +58,11 @@ class EmaAttnRow(EmaAttn):
             (B, C, H, W), the dtype and memory format of ``x``.
 
         Raises:
-            ValueError: If ``x`` is several maps or not C wide: the row is wrong.
+            ValueError: If ``x`` is several maps, or not C wide: the row is wrong.
         """
         if isinstance(x, list | tuple):
             raise ValueError(f"An {NAME} row takes one map, and its 'from' names {len(x)}. {_ROW}.")
-        # A tracer's shapes are not numbers; what is traced has run before.
+        # A tracer's shapes are not numbers, and a traced layer has run before.
         plain = isinstance(x, Tensor) and not torch.jit.is_tracing()
         if plain and x.dim() == 4 and x.shape[1] != self.channels:
             raise ValueError(
@@ -77,12 +78,12 @@ class EmaAttnRow(EmaAttn):
 
 
 def count_for_thop(layer: EmaAttnRow, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Tell thop, which YOLO prints GFLOPs with, what the closed form computes: 10nHW a group.
+    """Add the layer's operations to thop's count, from which YOLO prints GFLOPs: 10nHW a group.
 
-    That is the collapsed 3×3 convolution and the votes of the normalised branch, as in
-    `ema_timm.backbones.complexity`. The terms that do not grow with the area, n²(H + W) + 9n² a
-    group, are left out: YOLO profiles a map of one stride and multiplies by the area, which would
-    turn thousands of them into billions. At 640 pixels they are under 0.01 GFLOPs a layer.
+    These are the collapsed 3×3 convolution and the cross-spatial weights of the normalised branch,
+    as in `ema_timm.backbones.complexity`. The terms that do not grow with the area, n²(H + W) + 9n²
+    a group, are not counted: YOLO profiles a map of one stride and multiplies by the area, which
+    would turn thousands into billions. At 640 pixels they are under 0.01 GFLOPs a layer.
 
     Args:
         layer: The layer; ``total_ops`` is thop's count of multiply-accumulates.
@@ -97,28 +98,27 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# MERGED: The name ``EmaAttn`` for the builders of YOLO models, which look rows up in their own module.
 def register(module: ModuleType) -> None:
-    """Let the builder in ``module`` know the layer; a second call does nothing.
+    """Register the layer with the builder in ``module``; a second call does nothing.
 
-    A class of that name that the user put there stays.
+    If the user has put another class of that name there, it stays.
 
     Args:
         module: ``ultralytics.nn.tasks``, or ``models.yolo`` of YOLOv5. A module without
-            ``parse_model`` is another project's and is left alone.
+            ``parse_model`` belongs to another project and is not changed.
     """
     if not hasattr(module, "parse_model"):
         return
     theirs = vars(module).setdefault(NAME, EmaAttnRow)
     if theirs is not EmaAttnRow:
         warnings.warn(
-            f"{module.__name__} has an {NAME} of its own ({theirs!r}), and rows of that name build "
-            "it, not ema-timm's layer. Give yours another name to have both.",
+            f"{module.__name__} has its own {NAME} ({theirs!r}), and rows of that name build it "
+            "instead of ema-timm's layer. Give yours another name to have both.",
             UserWarning,
             stacklevel=2,
         )
     # What ULTRALYTICS_SAFE_LOAD=1, and any torch.load(weights_only=True), may rebuild.
-    torch.serialization.add_safe_globals([EmaAttnRow, FoldedEma])
+    torch.serialization.add_safe_globals([EmaAttnRow])
     try:
         thop = importlib.import_module("thop.profile")
     except ImportError:

@@ -1,4 +1,4 @@
-"""A detector's folder and labelled images -> metrics, counted by ultralytics' own validation."""
+"""A detector as a folder with its metrics, from ultralytics' own validation, and its card."""
 
 import hashlib
 import tempfile
@@ -8,7 +8,7 @@ from typing import Any
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.layout import RESULTS, read_json
 from ema_timm.environment import versions
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 from ema_timm.integrations.yolo.card import write_detector_card
 from ema_timm.integrations.yolo.check import is_detector
 from ema_timm.integrations.yolo.contents import read_description
@@ -17,8 +17,60 @@ from ema_timm.integrations.yolo.files import open_detector
 from ema_timm.integrations.yolo.folder import load, save_folder
 from ema_timm.integrations.yolo.results import carried, known_facts
 
-# What ultralytics raises for a data set that is missing or not described as it should be.
+# What ultralytics raises for a data set that is missing or wrongly described.
 _DATA = (FileNotFoundError, SyntaxError, RuntimeError, ValueError)
+
+
+def make_folder(
+    source: str | Path,
+    folder: str | Path | None = None,
+    data: str | Path | None = None,
+    imgsz: int | None = None,
+    split: str = "val",
+    device: str | None = None,
+) -> tuple[Path, dict]:
+    """Write a checkpoint as a folder, measure it and write its card.
+
+    Args:
+        source: A checkpoint ``.pt``, or a folder that exists.
+        folder: The folder to write; None if ``source`` is the folder.
+        data: As in `measure_folder`; None measures nothing.
+        imgsz: As in `measure_folder`.
+        split: As in `measure_folder`.
+        device: As in `measure_folder`.
+
+    Returns:
+        The folder, and the content of its results.json.
+
+    Raises:
+        UserError: If the source or the data set cannot be read.
+        EditedCardError: If the folder has a card that was edited by hand; the rest is written.
+    """
+    if folder is None:
+        if not is_detector(source):
+            raise UserError(
+                f"{source} is not the folder of a detector. Write one first: ema-timm yolo "
+                "MODEL.pt --folder DIR"
+            )
+        folder = source
+    elif Path(source).suffix != ".pt":
+        raise UserError(f"a folder is made of a checkpoint .pt, got {source}.")
+    else:
+        save_folder(open_detector(source), folder)
+    folder = Path(folder)
+    if data is not None:
+        measure_folder(folder, data, imgsz, split=split, device=device)
+    write_detector_card(folder)
+    return folder, read_json(folder / RESULTS, "Run the command again.")
+
+
+def measured_lines(results: dict) -> list[str]:
+    """A line for each metric, or one that says that nothing was measured."""
+    metrics = dict(results.get("metrics") or {})
+    if not metrics:
+        return ["not measured: --data DATA.yaml does that"]
+    images = metrics.pop("images")
+    return [*(f"{name}: {value:.4f}" for name, value in metrics.items()), f"images: {images}"]
 
 
 def measure_folder(
@@ -29,15 +81,15 @@ def measure_folder(
     split: str = "val",
     device: str | None = None,
 ) -> dict:
-    """Measure what lies in a folder by ``YOLO.val``, and note it in the folder's results.json.
+    """Measure a folder's detector by ``YOLO.val`` and write the folder's results.json.
 
     Args:
         folder: What `ema_timm.integrations.yolo.save_folder` wrote.
-        data: The data set as ultralytics takes it: a YAML, or a folder for classification.
+        data: The data set as ultralytics names it: a YAML, or a folder for classification.
         imgsz: Size of the images in pixels; the detector's own by default.
-        batch: Images at a time.
+        batch: Batch size.
         split: "val", "test" or "train".
-        device: As ultralytics takes it; chosen by it if None.
+        device: As ultralytics names it; None lets ultralytics choose.
 
     Returns:
         The content of results.json.
@@ -76,8 +128,8 @@ def _validated(yolo: Any, data, imgsz, batch, split, device) -> Any:
         theirs = validator.data.get("names") or {}
         if len(theirs) != len(classes):
             raise UserError(
-                f"{data} has {len(theirs)} classes and the detector {len(classes)}. Give the data "
-                "set that it was trained for."
+                f"{data} has {len(theirs)} classes, but the detector has {len(classes)}. Give the "
+                "data set that it was trained for."
             )
 
     yolo.add_callback("on_val_start", check_classes)
@@ -97,14 +149,14 @@ def _validated(yolo: Any, data, imgsz, batch, split, device) -> Any:
             )
         except _DATA as error:
             raise UserError(
-                f"ultralytics cannot measure on {data}: {first_line(error).rstrip('.')}. Give its "
-                "name for a data set, or a YAML of yours."
+                f"ultralytics cannot measure on {data}: {sentence(error)} Give a data set that "
+                "ultralytics knows by name, or your own YAML."
             ) from error
     return ended[-1]
 
 
 def _data(validator: Any, data: str | Path, split: str) -> dict:
-    """What was measured on; no path of this machine."""
+    """The measured images, without local paths."""
     images = validator.dataloader.dataset
     files = getattr(images, "im_files", None) or [sample[0] for sample in images.samples]
     labels = getattr(images, "labels", None)
@@ -128,7 +180,7 @@ def _fingerprint(images: list[str], labels) -> str:
 
 
 def _conditions(validator: Any) -> dict:
-    """How it was measured, for others to repeat it."""
+    """Settings and versions, so that others can repeat the measurement."""
     from ultralytics import __version__
 
     said = validator.args
@@ -143,56 +195,3 @@ def _conditions(validator: Any) -> dict:
         "device": validator.device.type,
         "versions": {"ultralytics": __version__, **versions()},
     }
-
-
-# MERGED: A detector's checkpoint -> its folder, measured where that is asked for, with its card.
-def make_folder(
-    source: str | Path,
-    folder: str | Path | None = None,
-    data: str | Path | None = None,
-    imgsz: int | None = None,
-    split: str = "val",
-    device: str | None = None,
-) -> tuple[Path, dict]:
-    """Write a checkpoint as a folder, or take one that is there; measure it; write its card.
-
-    Args:
-        source: A checkpoint ``.pt``, or a folder, where that is to be measured.
-        folder: Where to; None where ``source`` is the folder.
-        data: As in `ema_timm.integrations.yolo.measure.measure_folder`; None measures nothing.
-        imgsz: The same.
-        split: The same.
-        device: The same.
-
-    Returns:
-        The folder, and the content of its results.json.
-
-    Raises:
-        UserError: If the source is neither, or cannot be read, or the data set cannot.
-        EditedCardError: If the folder has a card that was edited by hand; the rest is written.
-    """
-    if folder is None:
-        if not is_detector(source):
-            raise UserError(
-                f"{source} is no folder of a detector. Write one first: ema-timm yolo MODEL.pt "
-                "--folder DIR"
-            )
-        folder = source
-    elif Path(source).suffix != ".pt":
-        raise UserError(f"a folder is made of a checkpoint .pt, got {source}.")
-    else:
-        save_folder(open_detector(source), folder)
-    folder = Path(folder)
-    if data is not None:
-        measure_folder(folder, data, imgsz, split=split, device=device)
-    write_detector_card(folder)
-    return folder, read_json(folder / RESULTS, "Run the command again.")
-
-
-def measured_lines(results: dict) -> list[str]:
-    """What was measured, a line each; that nothing was, where nothing was."""
-    metrics = dict(results.get("metrics") or {})
-    if not metrics:
-        return ["not measured: --data DATA.yaml does that"]
-    images = metrics.pop("images")
-    return [*(f"{name}: {value:.4f}" for name, value in metrics.items()), f"images: {images}"]

@@ -1,8 +1,8 @@
-"""The paper's two detectors, for the original YOLOv5, written from the user's own copy of it.
+"""The paper's two detectors for the original YOLOv5, written from the user's own copy of it.
 
 Placement, settings and figures are the paper's and its authors' (ICASSP 2023, arXiv:2305.13563;
-their released model YAMLs decide where the layers stand). No YAML of YOLOv5 or of the authors is
-part of this package: rows are moved and inserted in the one that the user has.
+the places of the layers are those of their released model YAMLs). No YAML of YOLOv5 or of the
+authors is part of this package: rows are moved and inserted in the user's own one.
 """
 
 import copy
@@ -60,7 +60,7 @@ _VISDRONE = """\
 
 
 def recipes() -> dict[str, str]:
-    """What each recipe is for, by name, in one line."""
+    """The purpose of each recipe by its name, in one line."""
     return {
         name: text.partition("\n")[0].removeprefix("# ") for name, (text, _) in _RECIPES.items()
     }
@@ -71,18 +71,18 @@ def read(name: str, folder: Path | None = None) -> str:
 
     Args:
         name: One of `recipes`.
-        folder: Where YOLOv5's model YAMLs are; ``models`` of the clone one stands in, or of the
-            installed package, by default.
+        folder: Folder of YOLOv5's model YAMLs; by default ``models`` in the current folder, a clone
+            of YOLOv5, or in the installed package.
 
     Raises:
-        UserError: If there is no YOLOv5, or its YAML is of another release than was understood.
+        UserError: If there is no YOLOv5, or its YAML is of an unknown release.
     """
     text, build = _RECIPES[name]
     return f"{text}\n{yaml_text(build(folder or _models_folder()))}"
 
 
 def yolov5s_ema(folder: Path) -> dict:
-    """YOLOv5s with a layer behind the last two C3 of the backbone, at strides 16 and 32."""
+    """YOLOv5s with a layer after the last two C3 of the backbone, at strides 16 and 32."""
     config = _base(folder / "yolov5s.yaml")
     rows = rows_of(config)[: len(config["backbone"])]
     blocks = [i for i, row in enumerate(rows) if row[2] == "C3"]
@@ -109,7 +109,7 @@ def yolov5x_p2(folder: Path) -> dict:
 
 
 def yolov5x_p2_ema(folder: Path) -> dict:
-    """`yolov5x_p2` with a layer behind every C3 of the head but the last."""
+    """`yolov5x_p2` with a layer after every C3 of the head except the last."""
     config = yolov5x_p2(folder)
     split = len(config["backbone"])
     rows = rows_of(config)

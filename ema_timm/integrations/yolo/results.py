@@ -1,4 +1,4 @@
-"""results.json of a detector's folder: what is known of it, what was measured, of which weights.
+"""results.json of a detector's folder: its metadata and metrics.
 
 One JSON object, with the rules of `ema_timm.checkpoints.results`:
 
@@ -6,29 +6,28 @@ One JSON object, with the rules of `ema_timm.checkpoints.results`:
   ``parameters``, ``classes`` (names in the order of their numbers).
 - ``detector``: ``decoder``, ``imgsz``, ``license``, ``ultralytics``, as in detector.json.
 - ``layers``: of each EMA layer its ``row``, ``channels`` and ``groups``.
-- ``metrics``, where it was measured: what ultralytics' own validation counted, under its names
+- ``metrics``, if it was measured: those of ultralytics' own validation, by its names
   ("mAP50(B)", "mAP50-95(B)", ... from 0 to 1), and ``images``.
 - ``evaluation``: ``data`` (``name``, ``split``, ``images``, ``instances``, ``fingerprint``) and how
   it was measured: ``imgsz``, ``batch_size``, ``conf``, ``iou``, ``rect``, ``dtype``, ``device``,
   ``versions``.
-- ``card``: what was told, not measured: ``datasets``, ``base_model``, ``repo_id``.
+- ``card``: options of ``ema-timm card``: ``datasets``, ``base_model``, ``repo_id``.
 """
 
 from pathlib import Path
 from typing import Any
 
-from ema_timm.checkpoints.layout import RESULTS, read_json
-from ema_timm.checkpoints.results import FORMAT
+from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json
+from ema_timm.checkpoints.results import FORMAT, check_format
 from ema_timm.errors import UserError
 from ema_timm.files import sha256
-from ema_timm.integrations.yolo.contents import WEIGHTS
 from ema_timm.integrations.yolo.layer import EmaAttnRow
 
 _DESCRIBED = ("decoder", "imgsz", "license", "ultralytics")
 
 
 def known_facts(folder: Path, described: dict, yolo: Any) -> dict:
-    """What is known of a detector without measuring it.
+    """The metadata of a detector.
 
     Args:
         folder: Its folder.
@@ -53,7 +52,7 @@ def known_facts(folder: Path, described: dict, yolo: Any) -> dict:
 
 
 def carried(folder: Path, facts: dict) -> dict:
-    """What results.json says already; of other weights, what was told for the card alone.
+    """The content of results.json; if it is of other weights, only the card's fields.
 
     Raises:
         UserError: If there is one that cannot be read.
@@ -67,16 +66,16 @@ def carried(folder: Path, facts: dict) -> dict:
 
 
 def read_own_results(folder: Path, facts: dict) -> dict:
-    """Read a folder's results.json, which must be of the detector beside it.
+    """Read a folder's results.json, which must be of the folder's detector.
 
     Raises:
-        UserError: If it is missing, damaged, or of another.
+        UserError: If it is missing, damaged, or of another detector.
     """
     results = _read(folder)
     other = [key for key, value in facts.items() if results.get(key) != value]
     if other:
         raise UserError(
-            f"{folder / RESULTS} is of another detector ({', '.join(other)}). Write it anew: "
+            f"{folder / RESULTS} is of another detector ({', '.join(other)}). Write it again: "
             f"ema-timm card {folder}, or measure: ema-timm yolo {folder} --data DATA.yaml"
         )
     _check_measured(folder, results)
@@ -85,17 +84,12 @@ def read_own_results(folder: Path, facts: dict) -> dict:
 
 def _read(folder: Path) -> dict:
     results = read_json(folder / RESULTS, f"Write it with: ema-timm card {folder}")
-    form = results.get("format", FORMAT)
-    if form != FORMAT:
-        raise UserError(
-            f"{folder / RESULTS} is of format {form!r}, and this ema-timm reads format {FORMAT}. "
-            "Update it: pip install -U ema-timm"
-        )
+    check_format(results, folder / RESULTS)
     return results
 
 
 def _check_measured(folder: Path, results: dict) -> None:
-    """Refuse metrics that no card can be written from."""
+    """Raise UserError for metrics without the data that they are of."""
     metrics, data = results.get("metrics"), results.get("evaluation", {}).get("data")
     if metrics is None and data is None:
         return
@@ -104,6 +98,6 @@ def _check_measured(folder: Path, results: dict) -> None:
     whole = whole and {"name", "split", "images", "fingerprint"} <= data.keys()
     if not whole or metrics.get("images") != data["images"]:
         raise UserError(
-            f"{folder / RESULTS} has metrics that do not say what they are of. Measure again: "
+            f"{folder / RESULTS} has metrics without their data. Measure again: "
             f"ema-timm yolo {folder} --data DATA.yaml"
         )

@@ -1,4 +1,4 @@
-"""The rows of a YOLO model YAML, and how inserting some moves what the others refer to.
+"""The rows of a YOLO model YAML, and how references move when rows are inserted.
 
 A row is ``[from, number, module, arguments]``; ``backbone`` and ``head`` are one list of rows.
 ``from`` names rows by index, or backwards if negative; -1 is the row before.
@@ -13,7 +13,10 @@ import yaml
 from ema_timm.errors import UserError
 
 NAME = "EmaAttn"
-"""What rows call the layer."""
+"""The layer's name in a row."""
+
+PLACES = ("head", "backbone", "neck", "all")
+"""Parts of a network after whose rows layers go, by name."""
 
 IMAGE = -1
 """In place of a row's index: the image, which the first row reads."""
@@ -44,7 +47,7 @@ def rows_of(config: dict) -> list[list]:
     if not all(parts) or not well_formed:
         raise UserError(
             "a YOLO model YAML has the lists 'backbone' and 'head' of rows [from, number, module, "
-            "arguments], and this one has not. Give a model YAML, or a checkpoint built from one."
+            "arguments], but this one has not. Give a model YAML, or a checkpoint built from one."
         )
     return [list(row) for row in rows]
 
@@ -55,13 +58,13 @@ def sources(index: int, row: Sequence) -> list[int]:
     found = [f if f >= 0 else index + f for f in froms]
     if not all(IMAGE <= f < index for f in found):
         raise UserError(
-            f"row {index} reads {row[0]}, and a row reads earlier rows alone. Correct the YAML."
+            f"row {index} reads {row[0]}, but a row can only read earlier rows. Correct the YAML."
         )
     return found
 
 
 def insert_rows(config: dict, after: Iterable[int], row: Sequence) -> Insertion:
-    """Insert a copy of ``row`` behind each of some rows; whoever read those reads it instead.
+    """Insert a copy of ``row`` after each of some rows; their readers read the copy instead.
 
     Args:
         config: Content of a model YAML; not changed.
@@ -84,7 +87,7 @@ def insert_rows(config: dict, after: Iterable[int], row: Sequence) -> Insertion:
 
 
 def _moved_from(index: int, row: Sequence, new_index: int, output: dict[int, int]):
-    """``from`` of an old row, as it stands in the new YAML; negative ones stay negative."""
+    """``from`` of an old row in the new YAML; negative numbers stay negative."""
     froms = [row[0]] if isinstance(row[0], int) else row[0]
     new = [
         output[source] - new_index * (f < 0)
@@ -104,8 +107,8 @@ def yaml_text(config: dict) -> str:
     scales, own = content.get("scales"), config.get("scale")
     if scales and own in scales:
         content["scales"] = {own: scales[own], **scales}
-    # In PyYAML's mixed style a mapping of numbers alone is one line in braces, and rows after it
-    # are no YAML.
+    # In PyYAML's mixed style a mapping of only numbers is one line in braces, and rows after it are
+    # not valid YAML.
     mixed = None if any(isinstance(v, dict | list) for v in content.values()) else False
     settings = yaml.safe_dump(content, sort_keys=False, default_flow_style=mixed).rstrip()
     lines = [settings] if content else []

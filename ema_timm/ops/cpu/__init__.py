@@ -1,1 +1,1 @@
-"""The exact closed form: the formula that traces, and hand-written forms of it for the CPU."""
+"""The closed form on the CPU: the C kernel, and PyTorch operators where it is missing."""

@@ -1,11 +1,13 @@
-"""The closed form without autograd: forward and backward passes written for the eager CPU.
+"""The closed form in PyTorch operators on chunks of tiles, without autograd.
 
-Same identities as `ema_timm.ops.formula`, other loops. A (sample, group) tile is
-independent of every other, so the work is cut into chunks of tiles that stay in cache from the
-first pass to the last: the maps between two passes are never larger than one chunk.
+It runs where the C kernel cannot: without a compiler, in float64, on devices other than CUDA.
 
-The forward's chunk is here, the backward's in `eager_backward`. T tiles of one chunk, n channels of
-a group, H height, W width. README.md here has the measurements behind each choice.
+Same identities as `ema_timm.ops.formula`. Each tile (one group of one sample) is independent of
+the others. The work is therefore cut into chunks of tiles that stay in the cache from the first
+pass to the last: no map between two passes is larger than one chunk.
+
+The backward of one chunk is in `chunks_backward`. T tiles of one chunk, n channels of a group, H
+height, W width. README.md here has the measurements behind each choice.
 """
 
 from collections.abc import Iterator
@@ -14,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ema_timm.ops.cpu.chunks_backward import TileSums, add_convolution, backward_chunk
-from ema_timm.ops.formula import fold, shifted_means, vote
-from ema_timm.ops.gradients import finish_weights
-from ema_timm.ops.saved import Saved, new_saved
+from ema_timm.ops.formula import cross_spatial_weights, fold, shifted_means
+from ema_timm.ops.saved import Saved, finish_weights, new_saved
 from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
 
 CHUNK = 1 << 19
@@ -61,12 +62,12 @@ def _forward_chunk(g: Tensor, w: FoldedWeights, out: Tensor) -> Saved:
     y = torch.mul(g, gate_h).mul_(gate_w)
     mean = y.mean((2, 3), keepdim=True)
     y.sub_(mean)
-    # The rounded mean leaves a rest, which r would magnify 316 times on a constant channel.
+    # The rounded mean leaves a residual, which r would magnify 316 times on a constant channel.
     rest = y.mean((2, 3))
     # The norm of the centred map: var_mean needs many times as long for the same number.
     var = torch.linalg.vector_norm(y, dim=(2, 3)).square_().div_(height * width)
     r = var.sub_(rest.square()).clamp_(min=0).add_(EPS).rsqrt_()
-    u = vote(shifted_means(g, row, col).flatten(1), w)  # (T, n)
+    u = cross_spatial_weights(shifted_means(g, row, col).flatten(1), w)  # (T, n)
 
     coef = u * w.gn_weight * r
     logits = torch.matmul(coef[:, None], y.flatten(2)).view(-1, height, width)
@@ -98,12 +99,12 @@ def backward(
         saved: From `forward`.
         weights: Parameters in the type of the statistics.
         groups: G.
-        need_x: Whether the gradient of ``x`` is wanted.
-        need_weights: Whether the gradients of the parameters are wanted.
+        need_x: Whether the gradient of ``x`` is needed.
+        need_weights: Whether the gradients of the parameters are needed.
 
     Returns:
         The gradient of ``x`` in its type and layout, and those of the parameters; None where not
-        wanted.
+        needed.
     """
     folded = fold(weights)
     dx = torch.empty_like(x) if need_x else None

@@ -1,6 +1,7 @@
-"""The backward of `eager` on one chunk, step by step in the order of the derivation.
+"""The backward of `chunks` on one chunk, step by step in the order of the derivation.
 
-T tiles of one chunk, n channels of a group, H height, W width; ŷ = (y − mean)·r.
+The collapsed 3×3 convolution of both directions is here too. T tiles of one chunk, n channels of a
+group, H height, W width; ŷ = (y − mean)·r.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ema_timm.ops.formula import shifted_means
-from ema_timm.ops.gradients import spread_taps
 from ema_timm.ops.saved import Saved
 from ema_timm.ops.weights import FoldedWeights
 
@@ -21,7 +21,7 @@ class TileSums:
         self.mix = torch.zeros_like(like.mix_weight)  # (n, n)
         self.mix_bias = torch.zeros_like(like.mix_bias)
         self.kernel = torch.zeros_like(like.kernel)  # (9, n)
-        self.votes = torch.zeros_like(like.vote_weight)  # (n, 9n): Σ dm ⊗ means
+        self.vote_weight = torch.zeros_like(like.vote_weight)  # (n, 9n): Σ dm ⊗ means
         self.vote_bias = torch.zeros_like(like.vote_bias)
         self.gn_weight = torch.zeros_like(like.gn_weight)
         self.gn_bias = torch.zeros_like(like.gn_bias)
@@ -33,7 +33,7 @@ class TileSums:
             self.mix,
             self.mix_bias,
             self.kernel,
-            self.votes,
+            self.vote_weight,
             self.vote_bias,
             self.gn_weight,
             self.gn_bias,
@@ -84,7 +84,7 @@ def backward_chunk(
         grad: The gradient of the output, (T, n, H, W).
         saved: What the forward kept of these T tiles.
         w: Folded parameters in the type of the statistics.
-        dg: Takes the gradient of ``g``, (T, n, H, W); None where it is not wanted.
+        dg: Takes the gradient of ``g``, (T, n, H, W); None where it is not needed.
         total: Takes this chunk's share of the parameters' gradients.
     """
     dtype = w.gn_weight.dtype
@@ -103,8 +103,8 @@ def backward_chunk(
     total.gn_weight += (c.u * y_dot).sum(0)
     total.gn_bias += (c.u * sum_dlogits).sum(0)
 
-    dm = _vote_gradient(c, w, y_dot, sum_dlogits)
-    total.votes += dm.t() @ means.flatten(1)
+    dm = _cross_spatial_gradient(c, w, y_dot, sum_dlogits)
+    total.vote_weight += dm.t() @ means.flatten(1)
     total.vote_bias += dm.sum(0)
 
     dmix = _mix_gradient(c, dy)
@@ -133,7 +133,9 @@ def _norm_gradient(
     return y.sub_((coef * sum_dlogits / area)[..., None, None]), y_dot
 
 
-def _vote_gradient(c: _Chunk, w: FoldedWeights, y_dot: Tensor, sum_dlogits: Tensor) -> Tensor:
+def _cross_spatial_gradient(
+    c: _Chunk, w: FoldedWeights, y_dot: Tensor, sum_dlogits: Tensor
+) -> Tensor:
     """dm, (T, n), the gradient of the logits of u = softmax(means · W₃ + b₃)."""
     du = w.gn_weight * y_dot + w.gn_bias * sum_dlogits
     return c.u * (du - (c.u * du).sum(1, keepdim=True))
@@ -161,7 +163,7 @@ def _input_gradient(
     dtaps = (dm @ w.vote_weight).div_(height * width).view(*dm.shape, 3, 3)
     dpool = torch.matmul(w.mix_weight.t(), dmix)
     drow, dcol = dpool[..., :height] / width, dpool[..., height:] / height
-    spread_taps(dtaps, drow, dcol)
+    _spread_taps(dtaps, drow, dcol)
 
     acc = dy.mul_(c.gate_h[..., None]).mul_(c.gate_w[..., None, :])
     acc.addcmul_(c.grad, c.gate_map[:, None])
@@ -174,7 +176,23 @@ def _input_gradient(
     return acc
 
 
-# MERGED: The collapsed 3×3 convolution and its transpose as shifted copies: T tiles, H height, W width.
+def _spread_taps(dtaps: Tensor, drow: Tensor, dcol: Tensor) -> None:
+    """Add the gradients of the shifted means, except at the corners, to those of rows and columns.
+
+    A tap reaches every pixel except the border row and column that its shift leaves out.
+
+    Args:
+        dtaps: Gradient of each tap's sum, (T, n, 3, 3).
+        drow: The gradient that every pixel of a row receives, (T, n, H); changed in place.
+        dcol: The same of every pixel of a column, (T, n, W); changed in place.
+    """
+    drow += dtaps.sum((2, 3))[..., None]
+    drow[..., -1] -= dtaps[..., 0, :].sum(-1)
+    drow[..., 0] -= dtaps[..., 2, :].sum(-1)
+    dcol[..., -1] -= dtaps[..., :, 0].sum(-1)
+    dcol[..., 0] -= dtaps[..., :, 2].sum(-1)
+
+
 def add_convolution(logits: Tensor, g: Tensor, kernel: Tensor) -> None:
     """Add conv(g; k), zero-padded: nine products summed over channels, then shifted adds.
 

@@ -102,7 +102,7 @@ def _built() -> tuple[int | None, str | None]:
         note = json.loads((_HERE / NOTE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         note = {}
-    if (_HERE / "csrc").is_dir():  # a checkout: what is there now counts, whatever was built last
+    if (_HERE / "csrc").is_dir():  # a checkout: the sources count, whatever was built last
         abi = digest(_HERE / "csrc")
         return abi, note.get("failure") if note.get("abi") == abi else None
     return note.get("abi"), note.get("failure")

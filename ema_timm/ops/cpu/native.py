@@ -1,8 +1,8 @@
 """The closed form's CPU kernel: calls the library built from ``csrc`` through ctypes.
 
 The library holds no PyTorch symbol, so one build serves every PyTorch. It shares the OpenMP
-threads that PyTorch has started. Where it is absent (no compiler at install time, a platform it
-does not know) `eager` does the same in PyTorch, and `library` logs it once.
+threads that PyTorch has started. If it is missing (no compiler at install time, an unsupported
+platform), `chunks` computes the same in PyTorch, and `library` logs that once.
 
 B batch, C channels, G groups, n = C / G, H height, W width; BG = B·G tiles.
 """
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ema_timm.ops.cpu.library import has_float16, library
 from ema_timm.ops.formula import fold
-from ema_timm.ops.gradients import finish_weights
-from ema_timm.ops.saved import Saved, new_saved
+from ema_timm.ops.saved import Saved, finish_weights, new_saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -31,7 +30,7 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 class _Shape(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_int64) for name in ("batch", "groups", "n", "height", "width")],
-        *[(name, ctypes.c_int64) for name in ("dtype", "threads", "votes")],
+        *[(name, ctypes.c_int64) for name in ("dtype", "threads")],
         *[(name, ctypes.c_int64 * 4) for name in ("x", "out", "grad")],
     )
 
@@ -54,7 +53,7 @@ class _Sums(NamedTuple):
     Attributes:
         sums: One row a thread, (threads, ema_sums_size(n)): they depend on the number of threads,
             never on their timing.
-        dm: Gradient of the votes of each tile, (BG, n).
+        dm: Gradient of the logits of u of each tile, (BG, n).
         means: Shifted means of each tile, (BG, 9n).
     """
 
@@ -73,10 +72,10 @@ def _dtypes() -> dict[torch.dtype, int]:
 
 
 def takes(x: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether the kernel can run; it gets bare pointers, so every tensor is looked at.
+    """Whether the kernel can run. It gets bare pointers, so every tensor is checked.
 
-    It can on plain, strided CPU tensors, where a library was built and no dispatch mode is on,
-    which would not see what the kernel does.
+    The kernel needs plain, strided CPU tensors and a library. It does not run under a dispatch
+    mode, which could not see it.
 
     Args:
         x: (B, C, H, W).
@@ -90,7 +89,7 @@ def takes(x: Tensor, others: Iterable[Tensor]) -> bool:
         return False
     if x.numel() == 0 or torch._C._len_torch_dispatch_stack():
         return False
-    # Every call comes through here, so the loop stands alone and asks the cheapest way.
+    # Every call passes here, so the loop is written out and makes the cheapest checks.
     for tensor in (x, *others):
         if (
             type(tensor) not in _PLAIN
@@ -127,14 +126,14 @@ def forward(
     out = torch.empty_like(x)
     saved = new_saved(x, groups, torch.float32) if save else None
     weights = FoldedWeights(*[w.contiguous() for w in weights])
-    shape = _shape(x, out, None, groups, weights)
+    shape = _shape(x, out, None, groups)
     _check(
         library().ema_forward(
             ctypes.byref(shape),
             ctypes.byref(_pointers(_Weights, weights)),
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
-            ctypes.byref(_pointers(_Saved, saved or (None,) * 3)),
+            ctypes.byref(_pointers(_Saved, saved) if save else _Saved()),
         )
     )
     return out, saved
@@ -155,7 +154,7 @@ def backward(
     folded = FoldedWeights(*[w.contiguous() for w in fold(weights)])
     dx = torch.empty_like(x) if need_x else None
     sums = _new_sums(x, groups) if need_weights else None
-    shape = _shape(x, dx if need_x else x, grad, groups, folded)
+    shape = _shape(x, dx if need_x else x, grad, groups)
     _check(
         library().ema_backward(
             ctypes.byref(shape),
@@ -163,7 +162,7 @@ def backward(
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(grad.data_ptr()),
             ctypes.byref(_pointers(_Saved, saved)),
-            ctypes.byref(_pointers(_Grads, (dx, *(sums or (None,) * 3)))),
+            ctypes.byref(_pointers(_Grads, (dx, *(sums or ())))),
         )
     )
     return dx, None if sums is None else _weight_gradients(sums, weights)
@@ -196,7 +195,7 @@ def _weight_gradients(found: _Sums, weights: EmaWeights) -> EmaWeights:
     return finish_weights(folded, logits, weights)
 
 
-def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int, w: FoldedWeights) -> _Shape:
+def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int) -> _Shape:
     batch, channels, height, width = x.shape
     strides = ctypes.c_int64 * 4
     return _Shape(
@@ -207,7 +206,6 @@ def _shape(x: Tensor, out: Tensor, grad: Tensor | None, groups: int, w: FoldedWe
         width,
         _dtypes()[x.dtype],
         torch.get_num_threads(),
-        w.vote_bias.shape[0],
         strides(*x.stride()),
         strides(*out.stride()),
         strides(*(x if grad is None else grad).stride()),

@@ -1,60 +1,58 @@
 """The closed form in few passes of PyTorch's operators over the whole map, written for GPUs.
 
-Same identities as `ema_timm.ops.formula`. A GPU keeps no chunk of tiles in a cache of
-its own, so what counts is how often the map is read and written. Between two passes a map has the
-type of the input and is overwritten in place; what is broadcast onto it, and every sum, is in the
-type of the statistics. Nothing depends on strides: all memory formats take these passes, and none
-a copy.
+Same identities as `ema_timm.ops.formula`. A GPU has no cache that would hold a chunk of tiles, so
+the cost is how often the map is read and written. Between two passes a map has the type of the
+input and is overwritten in place. The factors that are broadcast onto it, and every sum, have the
+type of the statistics. Nothing depends on strides: every memory format works without a copy.
 
-The map of y = g·s_h·s_w, rounded to half precision, would lose its variation where its mean is
-large. Between the passes stands e = scale·(κ − g·s_w) instead, κ being the mean of a row times the
-mean of its gates: rounding is then relative to a deviation. scale, 1/2 for float16, keeps e in
-range; y is scaled alike.
+In half precision the map y = g·s_h·s_w would lose its variation if its mean is large. The passes
+therefore store e = scale·(κ − g·s_w), where κ is the mean of a row times the gate of the whole
+mean: rounding is then relative to a deviation. scale, 1/2 for float16, keeps e in range; y is
+scaled likewise.
 
-Small matrix products are convolutions that are told not to round to TF32: what PyTorch's settings
-allow elsewhere changes nothing here. B batch, G groups, n channels of a group, H height, W width.
-The forward is here, the backward in `whole_map_backward`, what both need in `passes`.
+Small matrix products are convolutions with TF32 switched off, whatever PyTorch's settings allow
+elsewhere. B batch, G groups, n channels of a group, H height, W width.
+The forward is here, the backward in `passes_backward`, what both need in `steps`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ema_timm.ops.gpu.gpu_fold import fold
 from ema_timm.ops.gpu.passes_backward import backward
 from ema_timm.ops.gpu.steps import (
+    PassesSaved,
     Rows,
-    Saved,
     convolve,
     gated_rows,
     images,
     pool,
     scale,
-    shifted_means,
+    shifted_means_reversed,
     split,
 )
+from ema_timm.ops.gpu.steps import fold_in_few_operators as fold
 from ema_timm.ops.weights import EPS, FoldedWeights
 
-__all__ = ["Saved", "backward", "fold", "forward", "takes"]
+__all__ = ["PassesSaved", "backward", "fold", "forward", "takes"]
 
 KEPT = 0.45
-"""The largest share of the input that gate map and pools may be for the pools to be kept too."""
+"""The pools are saved too if gate map and pools are at most this share of the input."""
 
 
 def takes(x: Tensor) -> bool:
-    """Whether these passes are what suits ``x``, (B, C, H, W): on CUDA, in eager mode."""
+    """Whether eager mode uses these passes for ``x``, (B, C, H, W): on CUDA, unless it is empty."""
     return x.device.type == "cuda" and x.numel() > 0
 
 
 def forward(
     x: Tensor, weights: FoldedWeights, groups: int, save: bool
-) -> tuple[Tensor, Saved | None]:
+) -> tuple[Tensor, PassesSaved | None]:
     """`ema_timm.ops.cpu.chunks.forward`: (B, C, H, W) in and out."""
     g = split(x, groups)
     rows = gated_rows(g, pool(g, weights.gn_weight.dtype), weights.mix_weight, weights.mix_bias)
     mean, r = _norm(rows)
-    means = shifted_means(g, rows.pooled)
-    u = _vote(means, weights)
+    means = shifted_means_reversed(g, rows.pooled)
+    u = _cross_spatial_weights(means, weights)
     coef = (u * weights.gn_weight).mul_(r)
     logits = _normed_branch(rows, mean, u * weights.gn_bias, coef)
     seen, repeats = images(x, groups)
@@ -68,7 +66,7 @@ def forward(
     small = rows.pooled.nbytes + gate_map.nbytes <= KEPT * x.nbytes
     pooled = rows.pooled if small else rows.pooled.new_empty(0)
     means = means.view(-1, 9 * g.shape[2]).to(x.dtype)
-    return out, Saved(pooled, gate_map, mean, r, u, coef, means, taps[0, 0])
+    return out, PassesSaved(pooled, gate_map, mean, r, u, coef, means, taps[0, 0])
 
 
 def _norm(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -82,13 +80,11 @@ def _norm(rows: Rows) -> tuple[Tensor, Tensor]:
     return mean, var.add_(EPS * scale(e) ** 2).rsqrt_()
 
 
-def _vote(means: Tensor, w: FoldedWeights) -> Tensor:
-    """u, (B, G, n), from `shifted_means`."""
+def _cross_spatial_weights(means: Tensor, w: FoldedWeights) -> Tensor:
+    """u, (B, G, n), from `shifted_means_reversed`."""
     n = means.shape[2]
     taps = w.vote_weight.reshape(-1, n, 9).flip(2)
     logits = convolve(means.view(-1, n, 9), taps, w.vote_bias)[..., 0]
-    if logits.shape[1] < n:  # a row left out votes 0
-        logits = F.pad(logits, (n - logits.shape[1], 0))
     return logits.softmax(1).view(means.shape[:3])
 
 

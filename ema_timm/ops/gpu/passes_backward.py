@@ -1,9 +1,9 @@
-"""The backward of `whole_map`, step by step in the order of the derivation.
+"""The backward of `passes`, step by step in the order of the derivation.
 
 B batch, G groups, n channels of a group, H height, W width, N = H·W; D is the gradient of the
 output, y = s_h·s_w·g, ŷ = (y − mean)·r and dev = mean − s_h·κ, so that ŷ = −r·(dev + s_h·e).
-Sums over a map are taken as means: what a pixel receives is a number of the pixels' own size, which
-float16 can hold.
+Sums over a map are computed as means, because float16 can hold what one pixel receives, which is
+of the size of the pixels.
 """
 
 import math
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ema_timm.ops.gpu.steps import (
+    PassesSaved,
     Rows,
-    Saved,
     convolve,
     ends,
     gated_rows,
@@ -23,15 +23,15 @@ from ema_timm.ops.gpu.steps import (
     scale,
     split,
 )
-from ema_timm.ops.gradients import finish_weights
+from ema_timm.ops.saved import finish_weights
 from ema_timm.ops.weights import EPS, EmaWeights, FoldedWeights
 
 PIECES = 128
-"""Most pieces of a sum over lines, each a product of matrices of its own."""
+"""Most pieces of a sum over rows and columns, each a separate product of matrices."""
 
 
 class _Logits(NamedTuple):
-    """The gradient of the gate's logits, and what of it meets the norm.
+    """The gradient of the gate's logits, and the terms of it that the norm needs.
 
     Attributes:
         map: dL, (B, G, H, W).
@@ -40,7 +40,7 @@ class _Logits(NamedTuple):
         dev: mean − s_h·κ, (B, G, n, H).
         product: The mean over N of −dL·ŷ, (B, G, n).
         slope: The same times r, (B, G, n).
-        votes: The gradient of the logits of u over N, (B, G, n).
+        dm: The gradient of the logits of u over N, (B, G, n).
     """
 
     map: Tensor
@@ -49,13 +49,13 @@ class _Logits(NamedTuple):
     dev: Tensor
     product: Tensor
     slope: Tensor
-    votes: Tensor
+    dm: Tensor
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
-    saved: Saved,
+    saved: PassesSaved,
     weights: EmaWeights,
     groups: int,
     need_x: bool = True,
@@ -75,7 +75,7 @@ def backward(
     dx, dtaps = _convolution_gradients(x, logits.map, saved.taps, need_x, need_weights)
     if need_x:
         torch.sub(split(dx, groups), dy, out=dy)
-        dx = _add_to_input(dy, d, saved.gate_map, logits.votes, dmix, weights).flatten(1, 2)
+        dx = _add_to_input(dy, d, saved.gate_map, logits.dm, dmix, weights).flatten(1, 2)
     if not need_weights:
         return dx, None
     found, total = _parameters(saved, pooled, logits, dmix, dtaps, x)
@@ -83,16 +83,16 @@ def backward(
 
 
 def _logits_gradient(
-    g: Tensor, d: Tensor, rows: Rows, saved: Saved, w: EmaWeights, buffer: Tensor
+    g: Tensor, d: Tensor, rows: Rows, saved: PassesSaved, w: EmaWeights, buffer: Tensor
 ) -> _Logits:
-    """Through the gate to the votes and to what the norm needs; fills ``buffer``."""
+    """Through the gate to the logits of u and to the terms of the norm; fills ``buffer``."""
     dtype = w.gn_weight.dtype
     dgate = torch.mul(d, g, out=buffer).sum(2)
     # Not sigmoid_backward: on CUDA it computes in the type of its output.
     gate = saved.gate_map
     dlogits = torch.addcmul(gate, gate, gate, value=-1, out=torch.empty_like(dgate)).mul_(dgate)
     average = dlogits.mean((2, 3), keepdim=True, dtype=dtype)
-    # What the norm takes off again is taken off first, before rounding can grow with 1/std.
+    # The norm's backward subtracts the mean. Subtract it first, before 1/std magnifies rounding.
     centred = torch.sub(dlogits, average, out=torch.empty_like(dlogits))
     row = centred.mean(3, dtype=dtype)  # (B, G, H)
     torch.mul(rows.deviation, centred[:, :, None], out=buffer)
@@ -101,8 +101,8 @@ def _logits_gradient(
     product = product.mean(3).mul_(saved.r)
     # The constant v·b₃ of the logits does not tell channels apart: the softmax takes it off.
     du = torch.addcmul(average[..., 0] * w.gn_bias, w.gn_weight, product, value=-1)
-    votes = torch._softmax_backward_data(du, saved.u, -1, dtype)
-    return _Logits(dlogits, average, centred, dev, product, product * saved.r, votes)
+    dm = torch._softmax_backward_data(du, saved.u, -1, dtype)
+    return _Logits(dlogits, average, centred, dev, product, product * saved.r, dm)
 
 
 def _gated_gradient(rows: Rows, logits: _Logits, coef: Tensor) -> Tensor:
@@ -166,8 +166,8 @@ def _convolution_gradients(
 def _depthwise_gradient(x: Tensor, dlogits: Tensor, n: int) -> Tensor:
     """The gradient of k of every channel by itself, (C, 1, 3, 3).
 
-    The backward of a convolution over channels rounds float32 to TF32 unless all of PyTorch is told
-    not to. In that of single channels there is no product of matrices to round for.
+    The backward of a convolution over channels rounds float32 to TF32 unless a global setting of
+    PyTorch forbids it. That of single channels has no product of matrices, and so no rounding.
     """
     one = [1, 1]
     grad = torch.empty_like(x)
@@ -179,15 +179,15 @@ def _depthwise_gradient(x: Tensor, dlogits: Tensor, n: int) -> Tensor:
 
 
 def _add_to_input(
-    dx: Tensor, d: Tensor, gate_map: Tensor, votes: Tensor, dmix: Tensor, w: EmaWeights
+    dx: Tensor, d: Tensor, gate_map: Tensor, dm: Tensor, dmix: Tensor, w: EmaWeights
 ) -> Tensor:
     """Add D·A and what the pools receive to ``dx``; it and D are (B, G, n, H, W)."""
     n, height = dx.shape[2:4]
     mixing = w.conv1x1_weight.reshape(n, n, 1)
     dpool = convolve(dmix.flatten(0, 1), mixing, transposed=True).view_as(dmix)
-    # In the order of `shifted_means`.
+    # In the order of `shifted_means_reversed`.
     taps = w.conv3x3_weight.reshape(n, n, 9).flip(2)
-    dtaps = convolve(votes.view(-1, n, 1), taps, transposed=True).view(*votes.shape, 3, 3)
+    dtaps = convolve(dm.view(-1, n, 1), taps, transposed=True).view(*dm.shape, 3, 3)
     row, col = dpool[..., :height], dpool[..., height:]  # minus what each pixel receives
     row.sub_(dtaps.sum((3, 4))[..., None])
     for pools, borders in ((row, dtaps.sum(4)), (col, dtaps.sum(3))):
@@ -206,7 +206,7 @@ def _meeting(borders: Tensor, seen: Tensor, dim: int) -> Tensor:
 
 
 def _parameters(
-    saved: Saved,
+    saved: PassesSaved,
     pooled: Tensor,
     logits: _Logits,
     dmix: Tensor,
@@ -216,18 +216,18 @@ def _parameters(
     """Gradients of the folded parameters, and the sum of dL, (1,); takes ``dmix``."""
     n, (height, width) = dmix.shape[2], x.shape[2:]
     dtype, u = dmix.dtype, saved.u
-    # Never rounded to TF32; the votes' gradients are below the range of float16.
+    # Never rounded to TF32; dm is below the range of float16.
     exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float64
     # A pixel's share times the pixels: of a row, of a column. Where they are as many, at the end.
     pixels = width if height == width else 1
     if height != width:
         torch._foreach_mul_([dmix[..., :height], dmix[..., height:]], [width, height])
-    dm = logits.votes.view(-1, n)
-    votes = torch.matmul(dm.to(exact).t(), saved.means.to(exact)).to(dtype)
+    dm = logits.dm.view(-1, n)
+    through_u = torch.matmul(dm.to(exact).t(), saved.means.to(exact)).to(dtype)
     sums = [
         _products(dmix, pooled[..., :-1], x.dtype),
         dmix.sum((0, 1, 3)),
-        votes.view(n, n, 9).flip(2).view(n, 9 * n),
+        through_u.view(n, n, 9).flip(2).view(n, 9 * n),
         dm.sum(0),
         (u * logits.product).sum((0, 1)),
         torch.mv(u.view(-1, n).t(), logits.mean.flatten()),

@@ -1,4 +1,4 @@
-"""What forward and backward of `whole_map` share: views, pools, gates, convolutions.
+"""What forward and backward of `passes` share: folded weights, pools, gates, convolutions.
 
 B batch, G groups, n channels of a group, H height, W width.
 """
@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_timm.ops.formula import constant_channel_weights
+from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
-class Saved(NamedTuple):
+
+class PassesSaved(NamedTuple):
     """What the backward needs beyond the input and the weights.
 
     Attributes:
@@ -19,7 +22,7 @@ class Saved(NamedTuple):
         r: 1/std of scale·y, (B, G, n).
         u: (B, G, n).
         coef: u·γ·r, (B, G, n).
-        means: `shifted_means`, (B·G, 9n), in the type of the map.
+        means: `shifted_means_reversed`, (B·G, 9n), in the type of the map.
         taps: k in the type of the map, (n, 9).
     """
 
@@ -57,6 +60,32 @@ class Rows(NamedTuple):
     def gate_w(self) -> Tensor:
         """(B, G, n, W)."""
         return self.gates[..., self.deviation.shape[3] : -1]
+
+
+def fold_in_few_operators(w: EmaWeights) -> FoldedWeights:
+    """`ema_timm.ops.formula.fold` for a GPU, where each operator is a launch, however small.
+
+    The operators of that one are more, but converters know them.
+    """
+    return fold_with_v(w)[0]
+
+
+def fold_with_v(w: EmaWeights) -> tuple[FoldedWeights, Tensor]:
+    """`fold_in_few_operators`, and v, the softmax of β, (n,)."""
+    n = w.gn_bias.shape[0]
+    v = constant_channel_weights(w.gn_bias)
+    # A product with one vector is never rounded to TF32.
+    kernel = torch.mv(w.conv3x3_weight.reshape(n, 9 * n).t(), v)
+    weights = FoldedWeights(
+        w.conv1x1_weight.reshape(n, n),
+        w.conv1x1_bias,
+        kernel.view(n, 9).t(),
+        w.conv3x3_weight.reshape(n, 9 * n),
+        w.conv3x3_bias,
+        w.gn_weight,
+        w.gn_bias + torch.dot(v, w.conv3x3_bias),
+    )
+    return weights, v
 
 
 def gated_rows(g: Tensor, pooled: Tensor, mix_weight: Tensor, mix_bias: Tensor) -> Rows:
@@ -140,11 +169,11 @@ def pool(g: Tensor, dtype: torch.dtype) -> Tensor:
     return pooled
 
 
-def shifted_means(g: Tensor, pooled: Tensor) -> Tensor:
+def shifted_means_reversed(g: Tensor, pooled: Tensor) -> Tensor:
     """`ema_timm.ops.formula.shifted_means`, from the last tap to the first.
 
-    The first, (dy, dx) = (1, 1), leaves out the first row and the first column: in this order the
-    borders stand as they do in the map.
+    The first, (dy, dx) = (1, 1), leaves out the first row and the first column. In this order the
+    borders have the order of the map.
 
     Returns:
         (B, G, n, 3, 3).

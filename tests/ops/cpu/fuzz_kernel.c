@@ -232,8 +232,7 @@ static Case new_case(void) {
     front = (int)below(2);
     c.need_x = below(4) > 0;
     c.need_sums = !c.need_x || below(4) > 0;
-    c.save = below(4) > 0; /* else inference, which alone has folded votes */
-    s->votes = c.save || below(2) ? n : n - 1;
+    c.save = below(4) > 0; /* else inference */
     c.x = new_map(s, (int)below(LAYOUTS), s->dtype);
     c.grad = new_map(s, (int)below(LAYOUTS), s->dtype);
     fill(&c.x);
@@ -244,8 +243,8 @@ static Case new_case(void) {
     c.parameter[MIX] = numbers(n * n, scale, 0);
     c.parameter[MIX_BIAS] = numbers(n, 0.5f, 0);
     c.parameter[KERNEL] = numbers(9 * n, scale / 3, 0);
-    c.parameter[VOTES] = numbers(s->votes * 9 * n, scale / 3, 0);
-    c.parameter[VOTE_BIAS] = numbers(s->votes, 0.5f, 0);
+    c.parameter[VOTES] = numbers(n * 9 * n, scale / 3, 0);
+    c.parameter[VOTE_BIAS] = numbers(n, 0.5f, 0);
     c.parameter[GN_WEIGHT] = numbers(n, 0.5f, 1);
     c.parameter[GN_BIAS] = numbers(n, 0.5f, 0);
     const float *at[PARAMETERS];

@@ -23,7 +23,6 @@ SANITIZERS = (
 )
 
 pytestmark = [
-    pytest.mark.long,
     pytest.mark.skipif(not CSRC.is_dir(), reason="no C sources: not a checkout"),
     pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"),
     pytest.mark.skipif(os.name != "posix", reason="guard pages are made by mmap"),
@@ -78,14 +77,17 @@ def assert_clean(program: Path, first: int, last: int) -> None:
     assert sum(int(text.split()[0]) for _, text in found) == last - first
 
 
+@pytest.mark.slow
 def test_a_few_hundred_cases(fuzz):
     assert_clean(fuzz, 0, 500)
 
 
+@pytest.mark.long
 def test_the_whole_grid(fuzz):
     assert_clean(fuzz, 500, 20_000)
 
 
+@pytest.mark.long
 def test_optimised_as_installed_without_sanitizers(tmp_path):
     """The pages alone: other code than the sanitizers' build, with the loops vectorised."""
     assert_clean(build(CSRC, tmp_path / "fuzz", "-O3"), 0, 5_000)
@@ -94,6 +96,7 @@ def test_optimised_as_installed_without_sanitizers(tmp_path):
 CROSS, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not (shutil.which(CROSS) and shutil.which(EMULATOR)), reason="no cross-compiler or emulator"
 )
@@ -150,6 +153,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("broken", BROKEN)
 def test_an_index_off_by_one_is_found(broken, fuzz, tmp_path):
     sources = shutil.copytree(CSRC, tmp_path / "csrc")

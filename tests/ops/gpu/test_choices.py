@@ -3,7 +3,6 @@
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from torch._subclasses import FakeTensorMode
 from ema_timm import EmaAttn, ema_attention
 from ema_timm.errors import CannotCompileError, UserError
 from ema_timm.ops import dispatch
-from ema_timm.ops.gpu import choices
-from ema_timm.ops.gpu.choices import Layer
-from ema_timm.ops.gpu.gpu_fold import fold as gpu_fold
+from ema_timm.ops.gpu import choice_file, choices
+from ema_timm.ops.gpu.choice_file import Layer, Records, file_of, tuning_key
 
 GPU = torch.device("cuda:0")
 LAYER = Layer(2, 8, 2, 6, 5, "float32", "contiguous", False)
@@ -24,7 +22,7 @@ LAYER = Layer(2, 8, 2, 6, 5, "float32", "contiguous", False)
 def fresh(monkeypatch, tmp_path):
     """A process that has looked nothing up, and a cache of its own."""
     monkeypatch.setattr(choices, "_chosen", {})
-    monkeypatch.setattr(choices, "_otherwise", {})
+    monkeypatch.setattr(choices, "_default", {})
     monkeypatch.setenv("EMA_TIMM_CACHE", str(tmp_path))
     monkeypatch.delenv("EMA_TIMM_GPU", raising=False)
     choices.pass_over.cache_clear()
@@ -83,18 +81,6 @@ def test_a_named_implementation_is_not_overruled(ran):
     assert ran == ["closed_form"]
 
 
-def test_folded_weights_take_the_choice_for_inference(monkeypatch):
-    with FakeTensorMode():
-        layer = EmaAttn(8, 2, device=GPU)
-        x = torch.randn(2, 8, 6, 5, device=GPU)
-    layer.reparameterize()
-    asked = []
-    monkeypatch.setattr(choices, "look_up", lambda *call: asked.append(call[1:]))
-    with torch.no_grad():
-        layer(x)
-    assert asked == [(2, False)]
-
-
 def test_the_cpu_never_asks(monkeypatch):
     def refuse(*call):
         raise AssertionError("looked up")
@@ -102,28 +88,27 @@ def test_the_cpu_never_asks(monkeypatch):
     monkeypatch.setattr(choices, "look_up", refuse)
     layer = EmaAttn(8, 2)
     layer(torch.randn(2, 8, 6, 5)).sum().backward()
-    layer.reparameterize()
     with torch.no_grad():
         layer(torch.randn(2, 8, 6, 5))
 
 
 def test_once_loaded_a_call_costs_a_look_at_a_dict(monkeypatch):
     x, _ = on_gpu((2, 8, 6, 5))
-    monkeypatch.setattr(choices, "environment", lambda device: {"device": "none"})
+    monkeypatch.setattr(choice_file, "tuning_key", lambda device: {"device": "none"})
     assert choices.look_up(x, 2, False) is None
 
     def refuse(*call):
         raise AssertionError("looked further")
 
-    for name in ("read", "environment", "wish"):
+    for name in ("read_device", "gpu_mode"):
         monkeypatch.setattr(choices, name, refuse)
     assert choices.look_up(x, 2, False) is None
 
 
 def test_a_later_process_reads_the_file(monkeypatch, tmp_path):
     here = {"device": "a GPU", "torch": "2"}
-    monkeypatch.setattr(choices, "environment", lambda device: here)
-    file = choices.file_of(here)
+    monkeypatch.setattr(choice_file, "tuning_key", lambda device: here)
+    file = file_of(here)
     file.parent.mkdir(parents=True)
     file.write_text(content(here))
     x, _ = on_gpu((2, 8, 6, 5))
@@ -131,9 +116,9 @@ def test_a_later_process_reads_the_file(monkeypatch, tmp_path):
     assert choices.look_up(x, 2, True) is None
 
 
-def content(environment, **changes):
+def content(key, **changes):
     entry = {"layer": LAYER._asdict(), "chosen": "fused", "candidates": {}}
-    return json.dumps({"environment": environment, "barred": {}, "layers": [entry], **changes})
+    return json.dumps({"environment": key, "disabled": {}, "layers": [entry], **changes})
 
 
 @pytest.mark.parametrize(
@@ -147,7 +132,7 @@ def content(environment, **changes):
         content({"device": "another"}),
         content({"device": "a GPU"}, layers=[{"layer": {}, "chosen": None, "candidates": {}}]),
         content({"device": "a GPU"}, layers=7),
-        content({"device": "a GPU"}, barred=[]),
+        content({"device": "a GPU"}, disabled=[]),
         content({"device": "a GPU"}).replace('"float32"', '"float33"'),
         content({"device": "a GPU"}).replace('"candidates": {}', '"candidates": []'),
         content({"device": "a GPU"})[:-9],
@@ -156,16 +141,24 @@ def content(environment, **changes):
 def test_what_is_damaged_or_of_another_environment_is_ignored_with_one_line(tmp_path, caplog, text):
     file = tmp_path / "choices.json"
     file.write_text(text)
-    assert choices.read_file(file, {"device": "a GPU"}) == choices.Notes()
+    assert choice_file.read_file(file, {"device": "a GPU"}) == Records()
     (record,) = caplog.records
     assert "ignored" in record.message and "\n" not in record.message
 
 
-def test_every_part_of_the_environment_has_a_file_of_its_own():
-    here = choices.environment(torch.device("cpu"))
+def test_what_is_written_is_read_again(tmp_path):
+    key, file = {"device": "a GPU"}, tmp_path / "choices.json"
+    candidates = {"fused": {"state": "accepted", "ms": 0.1}}
+    records = Records({LAYER: candidates}, {LAYER: "fused"}, {"reference": "it is slow"})
+    choice_file.write_file(file, key, records)
+    assert choice_file.read_file(file, key) == records
+
+
+def test_every_tuning_key_has_its_own_file():
+    here = tuning_key(torch.device("cpu"))
     assert {"device", "capability", "driver", "torch", "triton", "sources"} < set(here)
-    files = {choices.file_of({**here, part: "other"}) for part in here}
-    assert len(files | {choices.file_of(here)}) == len(here) + 1
+    files = {file_of({**here, part: "other"}) for part in here}
+    assert len(files | {file_of(here)}) == len(here) + 1
 
 
 def test_off_and_fused_overrule_what_was_chosen(monkeypatch, ran, caplog):
@@ -183,10 +176,7 @@ def test_off_and_fused_overrule_what_was_chosen(monkeypatch, ran, caplog):
     assert len(caplog.records) == 1 and "float64" in caplog.text
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(
-    monkeypatch, ran, caplog, folded
-):
+def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(monkeypatch, ran, caplog):
     """Chosen where there was a compiler; who names the kernels is still told."""
     tried = []
 
@@ -197,27 +187,21 @@ def test_kernels_that_no_longer_compile_leave_auto_to_the_closed_form(
         except OSError as error:
             raise CannotCompileError("in one line, with the remedy") from error
 
-    kernels = SimpleNamespace(fused_operator=failing, fused_folded_operator=failing)
-    monkeypatch.setattr(dispatch, "_fused", lambda *_: kernels)
+    monkeypatch.setattr(dispatch, "_fused", failing)
     monkeypatch.setattr(dispatch, "fused_unavailable", lambda *_: None)
+    monkeypatch.setattr(dispatch, "require_fused", lambda *_: None)
     x, weights = on_gpu((2, 8, 6, 5))
-    call = ema_attention
-    if folded:
-        monkeypatch.setattr(
-            dispatch, "closed_form_folded_eager", lambda x, *_: ran.append("closed_form") or x
-        )
-        call, weights = dispatch.folded_ema_attention, gpu_fold(weights)
     choices.remember(GPU, {LAYER: "fused", LAYER._replace(batch=3): "fused"})
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert call(x, weights, 2).shape == x.shape
+            assert ema_attention(x, weights, 2).shape == x.shape
     assert len(tried) == 1 and ran == ["closed_form"] * 3
     (record,) = caplog.records
     assert "could not compile" in record.message and "Read-only" in record.message
     assert "\n" not in record.message
     assert choices.look_up(on_gpu((3, 8, 6, 5))[0], 2, False) is None
     with pytest.raises(CannotCompileError, match="with the remedy"):
-        call(x, weights, 2, impl="fused")
+        ema_attention(x, weights, 2, impl="fused")
 
 
 def test_a_choice_can_be_taken_back():
@@ -229,7 +213,7 @@ def test_a_choice_can_be_taken_back():
     assert choices.look_up(x, 2, False) is None
 
 
-def test_a_wrong_wish_is_one_clear_line(monkeypatch):
+def test_an_unknown_gpu_mode_is_one_clear_line(monkeypatch):
     monkeypatch.setenv("EMA_TIMM_GPU", "fuse")
     with pytest.raises(UserError, match=r"^EMA_TIMM_GPU must be .*'fuse'.*unset it\.$"):
         ema_attention(*on_gpu((2, 8, 6, 5)), 2)
@@ -240,7 +224,7 @@ def test_choices_depend_on_every_source_of_the_operator(monkeypatch):
     read = []
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or real(path))
-    choices._sources.__wrapped__()
-    ops = Path(choices.__file__).parents[1]
+    choice_file._sources.__wrapped__()
+    ops = Path(choice_file.__file__).parents[1]
     assert set(read) == set(ops.rglob("*.py"))
     assert ops / "dispatch.py" in read

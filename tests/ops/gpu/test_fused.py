@@ -10,11 +10,11 @@ from support import oracle
 
 from ema_timm import EmaAttn, ema_attention, set_implementation
 from ema_timm.bench.counter import Counter
-from ema_timm.bench.layer import AuthorsForm
+from ema_timm.bench.layer import AuthorsEmaAttn
 from ema_timm.errors import CannotCompileError
 from ema_timm.ops import EmaWeights
-from ema_timm.ops.formula import drop_common_vote, fold
-from ema_timm.ops.gpu.gpu_fold import fold as gpu_fold
+from ema_timm.ops.formula import fold
+from ema_timm.ops.gpu.steps import fold_in_few_operators
 
 triton = pytest.importorskip("triton", reason="PyTorch for this platform comes without Triton")
 if not hasattr(triton.language, "gather"):
@@ -74,11 +74,11 @@ SHAPES = [
     ((1, 10, 8, 1), 2),
     ((2, 8, 1, 1), 2),
     ((1, 9, 2, 2), 3),
-    pytest.param((2, 66, 5, 6), 2, marks=pytest.mark.long),
-    pytest.param((1, 128, 3, 2), 1, marks=pytest.mark.long),
+    pytest.param((2, 66, 5, 6), 2, marks=pytest.mark.slow),
+    pytest.param((1, 128, 3, 2), 1, marks=pytest.mark.slow),
     ((1, 48, 1, 7), 1),
     ((1, 34, 1, 1), 1),
-    pytest.param((1, 33, 3, 66), 1, marks=pytest.mark.long),
+    pytest.param((1, 33, 3, 66), 1, marks=pytest.mark.slow),
 ]
 
 
@@ -110,7 +110,7 @@ def test_sizes_of_one_in_training_and_inference(poison, shape):
         ],
         *[((1, 80, 4, 6), layout) for layout in ("contiguous", "channels_last")],
         *[
-            pytest.param((1, 80, 4, 6), layout, marks=pytest.mark.long)
+            pytest.param((1, 80, 4, 6), layout, marks=pytest.mark.slow)
             for layout in ("sliced", "transposed")
         ],
     ],
@@ -120,7 +120,7 @@ def test_every_type_and_layout(poison, shape, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_how_a_tile_is_walked_changes_nothing(monkeypatch, layout):
+def test_the_tiling_of_a_map_changes_nothing(monkeypatch, layout):
     case = on_device(oracle.make_case((1, 6, 5, 19), 2, layout=layout))
     expected = oracle.output_and_gradients(run, case)
     monkeypatch.setattr(tiling, "SHARE", 16)
@@ -136,7 +136,7 @@ def test_gradients_laid_out_unlike_the_input(poison):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 16, 9, 8), pytest.param((1, 80, 5, 9), marks=pytest.mark.long)]
+    "shape", [(2, 16, 9, 8), pytest.param((1, 80, 5, 9), marks=pytest.mark.slow)]
 )
 def test_the_same_bits_every_time(shape):
     case = on_device(oracle.make_case(shape, 2))
@@ -164,13 +164,13 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
     grad = torch.empty_like(case.x).copy_(case.grad)
     launched = []
     for module, name in [
-        (launch.whole_tile, "forward_tile"),
-        (launch.whole_tile_backward, "backward_tile"),
-        (launch.over_tiles, "sum_tiles"),
+        (launch.forward_kernels, "forward_tile"),
+        (launch.backward_kernels, "backward_tile"),
+        (launch.weight_gradients, "sum_tiles"),
     ]:
         monkeypatch.setattr(module, name, Noted(name, launched))
     with torch.no_grad(), Counter() as forward:
-        _, saved = launch.forward(case.x, gpu_fold(weights), 2, save=True)
+        _, saved = launch.forward(case.x, fold_in_few_operators(weights), 2, save=True)
     with torch.no_grad(), Counter() as backward:
         launch.backward(grad, case.x, saved, weights, 2)
     assert launched == ["forward_tile", "backward_tile", "sum_tiles"]
@@ -182,7 +182,7 @@ def test_a_training_step_is_three_launches_and_few_small_operators(monkeypatch, 
 def test_weights_folded_in_few_operators_are_those_of_the_derivation(n):
     weights = oracle.make_weights(n)
     with torch.no_grad(), Counter() as counter:
-        folded = gpu_fold(weights)
+        folded = fold_in_few_operators(weights)
     assert counter.launches <= 4, counter.lines
     for found, expected in zip(folded, fold(weights), strict=True):
         torch.testing.assert_close(found, expected)
@@ -222,12 +222,12 @@ def awkward_inputs():
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-100) is 0
 @pytest.mark.parametrize(
     "layout",
-    [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.long)],
+    [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("name", awkward_inputs())
 def test_awkward_inputs_lose_no_more_than_the_authors_form(name, layout):
     x = awkward_inputs()[name].contiguous(memory_format=layout)
-    authors = AuthorsForm(16, 2)
+    authors = AuthorsEmaAttn(16, 2)
     oracle.make_weights(8, torch.float32)
     authors.load_state_dict(
         dict(zip(authors.state_dict(), oracle.make_weights(8, torch.float32), strict=True))
@@ -240,30 +240,6 @@ def test_awkward_inputs_lose_no_more_than_the_authors_form(name, layout):
     scale = truth.abs().max().item()
     error = oracle.relative_error(found, truth, scale)
     assert error <= 2 * oracle.relative_error(authors(x), truth, scale) + 2**-23
-
-
-@pytest.mark.parametrize("channels", [16, 80])
-def test_folded_weights_give_the_same(poison, channels):
-    case = on_device(oracle.make_case((1, channels, 6, 5), 2))
-    with torch.no_grad():
-        out = run(case.x, case.weights, 2)
-        folded = drop_common_vote(fold(case.weights))
-        found = launch.forward(case.x, folded, 2, save=False)[0]
-    assert oracle.relative_error(found, out.double()) < 1e-6
-
-
-def test_a_folded_layer_keeps_the_implementation():
-    torch.manual_seed(0)
-    layer = EmaAttn(16, 4, device=DEVICE).eval()
-    x = torch.randn(1, 16, 5, 4, device=DEVICE)
-    expected = layer(x)
-    assert set_implementation(layer, "fused") == 1
-    layer.reparameterize()
-    assert layer.folded.impl == "fused"
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
-    x.requires_grad_()
-    layer(x).sum().backward()  # by the closed form: folded weights have no kernels for it
-    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("frozen", [["x"], list(EmaWeights._fields), ["gn_weight", "conv1x1_bias"]])
@@ -331,7 +307,7 @@ def test_derivatives_of_derivatives():
     ("shape", "layout"),
     [
         ((1, 8, 3, 4), "contiguous"),
-        pytest.param((1, 70, 2, 2), "channels_last", marks=pytest.mark.long),
+        pytest.param((1, 70, 2, 2), "channels_last", marks=pytest.mark.slow),
     ],
 )
 def test_passes_pytorchs_own_operator_checks(shape, layout):
@@ -339,12 +315,10 @@ def test_passes_pytorchs_own_operator_checks(shape, layout):
     from ema_timm.ops import operators  # registers them  # noqa: F401
 
     torch.library.opcheck(torch.ops.ema_timm.fused, (case.x, *case.weights, 2, True))
-    folded = [t.detach() for t in fold(case.weights)]
-    torch.library.opcheck(torch.ops.ema_timm.fused_folded, (case.x.detach(), *folded, 2))
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(backend):
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -456,7 +430,7 @@ def failing(raised):
 )
 def test_what_triton_cannot_compile_or_store_is_one_line_with_the_remedy(monkeypatch, raised):
     case = on_device(oracle.make_case((1, 8, 3, 5), 2))
-    monkeypatch.setattr(launch.whole_tile, "forward_tile", failing(raised))
+    monkeypatch.setattr(launch.forward_kernels, "forward_tile", failing(raised))
     with pytest.raises(CannotCompileError) as caught:
         run(case.x, case.weights, 2)
     said = str(caught.value)
@@ -497,7 +471,7 @@ def test_amd_is_refused_with_the_reason(monkeypatch):
     ("shape", "reason"),
     [
         ((1, 8, 2, 2049), "at most 2048 columns"),
-        ((1, 8, 1 << 20, 1 << 9), "less than 2.31 numbers"),
+        ((1, 8, 1 << 20, 1 << 9), "less than 2.31 elements"),
     ],
 )
 def test_maps_too_large_are_refused_with_the_reason(shape, reason):
@@ -514,7 +488,7 @@ def test_maps_too_large_are_refused_with_the_reason(shape, reason):
 )
 def test_a_failed_launch_is_pytorchs_error_with_the_shapes(monkeypatch, raised, kind):
     case = on_device(oracle.make_case((1, 8, 3, 5), 2))
-    monkeypatch.setattr(launch.whole_tile, "forward_tile", failing(raised))
+    monkeypatch.setattr(launch.forward_kernels, "forward_tile", failing(raised))
     said = str(raised)
     with pytest.raises(kind) as caught:
         launch.forward(case.x, fold(case.weights), 2, save=True)
@@ -535,7 +509,7 @@ def test_set_implementation_refuses_what_it_cannot_do():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.long), 90])
+@pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
     """Types, layouts and resources, which the interpreter does not look at."""
     code = (
@@ -554,9 +528,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(python, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape", [SINGLE[0], *[pytest.param(shape, marks=pytest.mark.long) for shape in SINGLE[1:]]]
-)
+@pytest.mark.parametrize("shape", SINGLE)
 def test_sizes_of_one_compile_for_training_and_inference(python, shape):
     """A size of 1 is a constant for the compiler, while the interpreter takes it for a number."""
     code = OFFLINE + (

@@ -51,10 +51,16 @@ MOST = {
     (2048, 7, "contiguous"): ((42, 13, 33), (48, 14, 35)),
     (2048, 7, "channels_last"): ((47, 14, 34), (60.5, 17, 38)),
 }
+SOONER = ((256, 56, "contiguous"), (2048, 7, "channels_last"))  # a quarter of a minute each
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("channels", "size", "layout"), MOST)
+@pytest.mark.parametrize(
+    ("channels", "size", "layout"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case in SOONER else pytest.mark.long)
+        for case in MOST
+    ],
+)
 def test_compiled_for_a_gpu_no_more_is_moved_than_was_counted(lowered, channels, size, layout):
     """Fixed sizes move at most 11 times the floor; free ones take the same kernels for all."""
     shape = channels, size, size

@@ -8,7 +8,7 @@ from support import oracle
 from support.gpu import GRID, LAYOUTS, NEEDS_GPU, NETWORKS, TYPES, on_gpu
 
 from ema_timm import EmaAttn, ema_attention
-from ema_timm.bench.authors_code import AuthorsForm
+from ema_timm.bench.authors_code import AuthorsEmaAttn
 from ema_timm.bench.bytes import Setting, count_layer
 
 pytestmark = NEEDS_GPU
@@ -61,7 +61,7 @@ def test_half_precision_is_no_worse_than_the_authors_form(mean, dtype):
         case = on_gpu((2, 64, 14, 14), 8, dtype, "channels_last", seed=seed)
         case = case._replace(x=(case.x.detach() + mean).requires_grad_())
         truth = oracle.expected(case)
-        layer = AuthorsForm(64, 8).cuda()
+        layer = AuthorsEmaAttn(64, 8).cuda()
         names = [name for name, _ in layer.named_parameters()]
 
         def authors(x, weights, groups, layer=layer, names=names):

@@ -61,7 +61,7 @@ static inline void backward_tile(const BackwardCall *call, BackwardScratch m, Su
     shifted_means(t.g, t.size, m.pools, m.means, 1);
     const float sum_dl = gate_gradient(t, m);
     const float inner = logit_dots(t, k, m, sum_dl);
-    vote_gradient(t, k, m, sum_dl, inner);
+    cross_spatial_gradient(t, k, m, sum_dl, inner);
     norm_gradient(t, k, m, sum_dl);
     mix_gradient(t, m);
     if (sums.wanted) {

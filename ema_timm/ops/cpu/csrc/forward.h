@@ -1,5 +1,5 @@
-/* The forward: tiles are opened (pools, gates, means) as many at a time as a vector has lanes, vote
- * together, and are closed one by one (norm, logits of the gate, output). */
+/* The forward opens as many tiles at a time as a vector has lanes (pools, gates, means), computes
+ * their cross-spatial weights together and closes them one by one (norm, logits, output). */
 #ifndef EMA_FORWARD_H
 #define EMA_FORWARD_H
 
@@ -140,7 +140,7 @@ static inline void forward_share(const ForwardCall *call, Arena arena) {
     for (int64_t first = share.first; first < share.end; first += at_once) {
         const int64_t count = first + at_once < share.end ? at_once : share.end - first;
         for (int64_t i = 0; i < count; i++) open_tile(call, &m, i, first + i);
-        vote(m.means, call->weights, size.n, s->votes, m.u);
+        cross_spatial_weights(m.means, call->weights, size.n, m.u);
         for (int64_t i = 0; i < count; i++) close_tile(call, m, i, first + i, first + at_once + i);
     }
 }

@@ -1,5 +1,5 @@
 /* The backward of one tile from the output to the mixed pools, in the order of the derivation: dL,
- * its dot products with every channel, the votes, the norm, the gates. */
+ * its dot products with every channel, the cross-spatial weights, the norm, the gates. */
 #ifndef EMA_GRADIENTS_H
 #define EMA_GRADIENTS_H
 
@@ -134,8 +134,9 @@ STEP float logit_dots(Tile t, const Weights *k, BackwardScratch m, float sum_dl)
     return inner;
 }
 
-/* dm (n), the gradient of the votes: u ⊙ (du - u·du). */
-STEP void vote_gradient(Tile t, const Weights *k, BackwardScratch m, float sum_dl, float inner) {
+/* dm (n), the gradient of the logits of u: u ⊙ (du - u·du). */
+STEP void cross_spatial_gradient(Tile t, const Weights *k, BackwardScratch m, float sum_dl,
+                                 float inner) {
     for (int64_t c = 0; c < t.size.n; c++)
         m.dm[c] = t.u[c] * (du_of(k, m.ydot[c], sum_dl, c) - inner);
 }

@@ -24,7 +24,7 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 typedef struct {
     int64_t batch, groups, n, height, width;
-    int64_t dtype, threads, votes; /* votes: rows of vote_weight, n or n - 1 */
+    int64_t dtype, threads;
     int64_t x[4], out[4], grad[4]; /* strides in numbers: B, C, H, W */
 } Shape;
 

@@ -1,4 +1,4 @@
-/* Pooling and votes: what the gates and u are made of, n channels and few numbers each. */
+/* Pooling and the cross-spatial weights u: few numbers for each of the n channels. */
 #ifndef EMA_POOLING_H
 #define EMA_POOLING_H
 
@@ -84,13 +84,10 @@ STEP void shifted_means(Maps g, Sizes size, const float *pools, float *means, in
     }
 }
 
-/* u (n, LANES): softmax over channels of the votes for as many tiles as a vector has lanes, from
- * their means (9 n, LANES). Where the first row was folded away its logit is 0. */
-STEP void vote(const float *means, const Weights *k, int64_t n, int64_t votes, float *u) {
-    const int64_t skip = n - votes;
-    store(u, (vec){0});
-    product((Matrix){k->vote_weight, 9 * n, 1, votes, 9 * n}, k->vote_bias, means,
-            u + skip * LANES, LANES);
+/* u (n, LANES) from the shifted means (9 n, LANES) of as many tiles as a vector has lanes: the
+ * softmax over channels of the mean 3x3 convolution. */
+STEP void cross_spatial_weights(const float *means, const Weights *k, int64_t n, float *u) {
+    product((Matrix){k->vote_weight, 9 * n, 1, n, 9 * n}, k->vote_bias, means, u, LANES);
     vec top = load(u), sum = {0};
     for (int64_t o = 1; o < n; o++) {
         const vec logit = load(u + o * LANES);

@@ -34,8 +34,8 @@ static inline Sums sums_of(float *row, Arena *arena, Sizes size) {
     return sums;
 }
 
-/* The norm, the collapsed kernel and its bias; dm and the means, from which the votes' gradients
- * are one matrix product, are kept for each tile. */
+/* The norm, the collapsed kernel and its bias. dm and the means are kept for each tile: the gradient
+ * of the 3x3 convolution through u is one matrix product of them. */
 STEP void add_norm_sums(Tile t, BackwardScratch m, const Grads *grads, int64_t tile, float sum_dl,
                         Sums sums) {
     const int64_t n = t.size.n;

@@ -1,7 +1,8 @@
 """Triton kernel of EMA attention: the backward of one tile by one program.
 
-Letters and bundles are those of `ema_timm.ops.gpu.fused.kernel_args`, walks those of
-`ema_timm.ops.gpu.fused.forward`, and `ema_timm.ops.gpu.fused.backward_sums` has the first of them.
+Letters and arguments are those of `ema_timm.ops.gpu.fused.kernel_args`, passes those of
+`ema_timm.ops.gpu.fused.forward`. `ema_timm.ops.gpu.fused.backward_sums` has the first passes,
+`ema_timm.ops.gpu.fused.backward_lines` the next ones.
 """
 
 from typing import Any, NamedTuple
@@ -24,11 +25,11 @@ from ema_timm.ops.gpu.fused.backward_sums import (
 from ema_timm.ops.gpu.fused.kernel_args import (
     Size,
     inside,
-    kept_of,
-    load_beside,
     load_columns,
+    load_row_of,
     load_rows,
     places,
+    saved_of,
     tile_of,
     widened,
 )
@@ -38,17 +39,17 @@ from ema_timm.ops.weights import FoldedWeights
 
 
 class Scratch(NamedTuple):
-    """What the walks of a tile tell each other, and a tile's share of the parameters' gradients.
+    """Intermediate results of a tile, and its share of the parameters' gradients.
 
     Attributes:
         dl: dL with a border of zeros, (B·G, H + 2, W + 2).
         sums: Sums of lines, (B·G, n, L).
         mixed: Gradients before the gates of lines, (B·G, n, L).
-        terms: What reaches x through its lines, (B·G, n, L).
+        terms: The gradient that reaches x through its lines, (B·G, n, L).
         totals: Sums of channels, (B·G, n).
         dots: Σ dL·ŷ, (B·G, n).
-        slopes: What `Slope` holds, (B·G, 4, n).
-        taps: What reaches x through each tap, (B·G, 9n).
+        slopes: The fields of `Slope`, (B·G, 4, n).
+        taps: The gradient that reaches x through each tap, (B·G, 9n).
         means: Shifted means, (B·G, 9n).
         parts: (B·G, 14n + n²): dk (n, 9), dm, dγ, dβ, db₃, db₁, dW₁ (n, n).
     """
@@ -114,28 +115,27 @@ def backward_tile(
     BL: tl.constexpr,
     PN: tl.constexpr,
 ):
-    """Everything behind the output for one tile: its dx and its share of the parameters' gradients.
+    """The backward of one tile: its dx and its share of the parameters' gradients.
 
     Grid (B·G,). Constants are those of `ema_timm.ops.gpu.fused.forward.forward_tile`.
     """
-    narrow = tile_of(
-        x, size, n, NARROW, EVEN, LAST
-    )  # few columns a thread, so that channels lie in it
+    # Few columns a thread, so that a thread holds several channels.
+    narrow = tile_of(x, size, n, NARROW, EVEN, LAST)
     grad, x = tile_of(grad, size, n, VECTOR, EVEN, LAST), tile_of(x, size, n, VECTOR, EVEN, LAST)
     dx = tile_of(dx, size, n, VECTOR, EVEN, LAST)
-    kept, own = kept_of(saved, x, n), scratch_of(scratch, x, n)
-    dl_sum = gate_gradient(grad, x, kept, own.dl, n, BC, BR, BW)
+    saved, own = saved_of(saved, x, n), scratch_of(scratch, x, n)
+    dl_sum = gate_gradient(grad, x, saved, own.dl, n, BC, BR, BW)
     tl.debug_barrier()
-    kernel_gradient(narrow, kept, own, dl_sum, n, PRODUCT, BD, BE, BW)
+    kernel_gradient(narrow, saved, own, dl_sum, n, PRODUCT, BD, BE, BW)
     tl.debug_barrier()
-    finish_vectors(x, kept, own, weights, v, dl_sum, n, PN)
+    finish_vectors(x, saved, own, weights, v, dl_sum, n, PN)
     tl.debug_barrier()
-    line_gradients(x, kept, own, n, LAST, BN, BH, BW, BA, BP, BQ)
+    line_gradients(x, saved, own, n, LAST, BN, BH, BW, BA, BP, BQ)
     tl.debug_barrier()
     store_means(x, own.sums, own.totals, own.means, n)
     mix_gradient(x, own, weights, n, BX, BL, PN)
     tl.debug_barrier()
-    input_gradient(grad, x, dx, kept, own, weights.kernel, n, BC, BR, BW, PN)
+    input_gradient(grad, x, dx, saved, own, weights.kernel, n, BC, BR, BW, PN)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def input_gradient(
     grad,
     x,
     dx,
-    kept,
+    saved,
     own,
     kernel,
     n: tl.constexpr,
@@ -152,15 +152,15 @@ def input_gradient(
     BW: tl.constexpr,
     PN: tl.constexpr,
 ):
-    """Write dx; what is taken twice from its corners is put back where they are written again."""
+    """Write dx. Corners lost two borders, so they are corrected and written again."""
     for h0 in range(0, x.H, BH):
         pixel_gradients(
-            grad, x, dx, kept, own, kernel, h0, tl.arange(0, BH), tl.arange(0, BW), n, BN, False
+            grad, x, dx, saved, own, kernel, h0, tl.arange(0, BH), tl.arange(0, BW), n, BN, False
         )
     tl.debug_barrier()
     ends = tl.arange(0, 2)
     h, w = ends * (x.H - 1), ends * (x.W - 1)
-    pixel_gradients(grad, x, dx, kept, own, kernel, 0, h, w, n, PN, True)
+    pixel_gradients(grad, x, dx, saved, own, kernel, 0, h, w, n, PN, True)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def pixel_gradients(
     grad,
     x,
     dx,
-    kept,
+    saved,
     own,
     kernel,
     h0,
@@ -180,11 +180,11 @@ def pixel_gradients(
 ):
     """Write dx of the rows h0 + ``rows`` and the columns w.
 
-    What the taps see of dL is loaded once for all channels.
+    The nine shifts of dL are loaded once for all channels.
     """
     h = h0 + rows
     pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
-    gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
+    gate = tl.load(saved.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
     dl = own.dl + pixels_at(x, h, w)
     above, below = dl - (x.W + 2), dl + (x.W + 2)
     seen = (
@@ -203,13 +203,13 @@ def pixel_gradients(
         at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
         of = slope_of(own, c, n)
         block = widened(tl.load(x.start + at, mask=mask, other=0.0))
-        gate_h, gate_w = load_rows(kept.gates, x, c, h, n), load_columns(kept.gates, x, c, w, n)
+        gate_h, gate_w = load_rows(saved.gates, x, c, h, n), load_columns(saved.gates, x, c, w, n)
         both = gate_h[:, :, None] * gate_w[:, None, :]
         found = load_rows(own.terms, x, c, h, n)[:, :, None]
         found += load_columns(own.terms, x, c, w, n)[:, None, :]
         found += norm_gradient(block * both, seen[4], of) * both
         for tap in tl.static_range(9):
-            taps = load_beside(kernel + c, tap, c, n)
+            taps = load_row_of(kernel + c, tap, c, n)
             found += taps[:, None, None] * seen[tap][None, :, :]
         incoming = widened(tl.load(grad.start + at, mask=mask, other=0.0))
         found += incoming * gate[None, :, :]
@@ -220,7 +220,7 @@ def pixel_gradients(
 
 @triton.jit
 def add_corners(found, taps, x, c, h, w, n: tl.constexpr):
-    """``found`` and, where it holds corners, what was taken from them twice.
+    """``found`` with the part of the corners added that was subtracted twice.
 
     Tap 0 loses the last row and the last column, tap 2 the last row and the first column, ...
     """

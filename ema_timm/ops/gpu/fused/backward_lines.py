@@ -1,6 +1,6 @@
-"""What reaches the lines of a tile in the backward of EMA attention, and x through them.
+"""Gradients of the lines of a tile in the backward of EMA attention, and of x through them.
 
-Letters and bundles are those of `ema_timm.ops.gpu.fused.kernel_args`.
+Letters and arguments are those of `ema_timm.ops.gpu.fused.kernel_args`.
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ import triton.language as tl
 from ema_timm.ops.gpu.fused.backward_sums import pixels_at
 from ema_timm.ops.gpu.fused.kernel_args import (
     inside,
-    load_beside,
     load_columns,
     load_lines,
+    load_row_of,
     load_rows,
     places,
     store_lines,
@@ -23,13 +23,13 @@ from ema_timm.ops.gpu.fused.kernel_args import (
 
 
 class Slope(NamedTuple):
-    """What the norm's gradient needs: dy = coef·dL − level − (y − μ)·slope, (BN,) each.
+    """Terms of the norm's gradient: dy = coef·dL − level − (y − μ)·slope, (BN,) each.
 
     Attributes:
         coef: uγr.
         slope: coef·r·mean(dL·ŷ).
-        level: coef·mean dL, and what the rounding of μ leaves.
-        mean: μ, but for what its rounding leaves.
+        level: coef·mean dL, corrected by the rounding residual of μ.
+        mean: μ as it was rounded.
     """
 
     coef: Any
@@ -42,8 +42,8 @@ class Slope(NamedTuple):
 def slope_of(own, c, n: tl.constexpr):
     """`Slope` of the channels c."""
     first = own.slopes + c
-    coef, slope = load_beside(first, 0, c, n), load_beside(first, 1, c, n)
-    return Slope(coef, slope, load_beside(first, 2, c, n), load_beside(first, 3, c, n))
+    coef, slope = load_row_of(first, 0, c, n), load_row_of(first, 1, c, n)
+    return Slope(coef, slope, load_row_of(first, 2, c, n), load_row_of(first, 3, c, n))
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def norm_gradient(y, dl, of):
 @triton.jit
 def line_gradients(
     x,
-    kept,
+    saved,
     own,
     n: tl.constexpr,
     LAST: tl.constexpr,
@@ -69,20 +69,22 @@ def line_gradients(
 ):
     """Write [dp | dq], the gradient before the gates of all lines, and the sums of x along them.
 
-    Walks are those of `ema_timm.ops.gpu.fused.steps.pool`.
+    Passes are those of `ema_timm.ops.gpu.fused.steps.pool`.
     """
     if LAST:
         for c0 in range(0, n, BA):
             c = c0 + tl.arange(0, BA)
             for p0 in range(0, x.W, BP):
                 p = p0 + tl.arange(0, BP)
-                found, pooled = across(x, kept, own, c, x.H, p, x.w, x.W, 0, x.h, x.H, n, BQ, False)
+                found, pooled = across(
+                    x, saved, own, c, x.H, p, x.w, x.W, 0, x.h, x.H, n, BQ, False
+                )
                 store_lines(own.mixed, found, x, c, x.H, p, x.W, n)
                 store_lines(own.sums, pooled, x, c, x.H, p, x.W, n)
             total = tl.zeros((BA,), tl.float32)
             for p0 in range(0, x.H, BP):
                 p = p0 + tl.arange(0, BP)
-                found, pooled = across(x, kept, own, c, 0, p, x.h, x.H, x.H, x.w, x.W, n, BQ, True)
+                found, pooled = across(x, saved, own, c, 0, p, x.h, x.H, x.H, x.w, x.W, n, BQ, True)
                 store_lines(own.mixed, found, x, c, 0, p, x.H, n)
                 store_lines(own.sums, pooled, x, c, 0, p, x.H, n)
                 total += tl.sum(pooled, axis=1)
@@ -92,13 +94,13 @@ def line_gradients(
         for c0 in range(0, n, BN):
             c = c0 + tl.arange(0, BN)
             of = slope_of(own, c, n)
-            gate_w = load_columns(kept.gates, x, c, w, n)
+            gate_w = load_columns(saved.gates, x, c, w, n)
             dq, columns = tl.zeros((BN, BH, BW), tl.float32), tl.zeros((BN, BH, BW), tl.float32)
             for h0 in range(0, x.H, BH):
                 h = h0 + rows
                 at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
                 block = widened(tl.load(x.start + at, mask=mask, other=0.0))
-                gate_h = load_rows(kept.gates, x, c, h, n)
+                gate_h = load_rows(saved.gates, x, c, h, n)
                 dl = tl.load(own.dl + pixels_at(x, h, w))
                 across_h, across_w = block * gate_w[:, None, :], block * gate_h[:, :, None]
                 dy = norm_gradient(across_h * gate_h[:, :, None], dl, of)
@@ -117,7 +119,7 @@ def line_gradients(
 @triton.jit
 def across(
     x,
-    kept,
+    saved,
     own,
     c,
     first,
@@ -135,7 +137,7 @@ def across(
 
     Steps are those of x along p and q; the lines that cross these are ``other`` + q.
     """
-    of, gate = slope_of(own, c, n), load_lines(kept.gates, x, c, first, p, P, n)
+    of, gate = slope_of(own, c, n), load_lines(saved.gates, x, c, first, p, P, n)
     found = tl.zeros((c.shape[0], BQ, p.shape[0]), tl.float32)
     pooled = tl.zeros((c.shape[0], BQ, p.shape[0]), tl.float32)
     q = tl.arange(0, BQ)
@@ -152,7 +154,7 @@ def across(
         else:
             pixels = (q0 + q + 1)[:, None] * wide + (p + 1)[None, :]
         dl = tl.load(own.dl + pixels, mask=here, other=0.0)
-        crossing = load_lines(kept.gates, x, c, other, q0 + q, Q, n)
+        crossing = load_lines(saved.gates, x, c, other, q0 + q, Q, n)
         part = block * crossing[:, :, None]
         found += norm_gradient(part * gate[:, None, :], dl, of) * part
         pooled += block
@@ -163,7 +165,7 @@ def across(
 def mix_gradient(
     x, own, weights, n: tl.constexpr, BX: tl.constexpr, BL: tl.constexpr, PN: tl.constexpr
 ):
-    """Write db₁, dW₁, and what reaches x through its lines, the votes' taps among them."""
+    """Write db₁, dW₁, and the gradient that reaches x through its lines, with that of the taps."""
     i = tl.arange(0, PN)
     L = x.H + x.W
     dw1 = tl.zeros((PN, PN, BX), tl.float32)

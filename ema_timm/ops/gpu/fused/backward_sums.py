@@ -1,7 +1,8 @@
 """Sums over a tile that the backward of EMA attention begins with.
 
-Letters and bundles are those of `ema_timm.ops.gpu.fused.kernel_args`. dL, which has no channels, lies in
-scratch with a border of zeros, so that its neighbours are read without asking where the map ends.
+Letters and arguments are those of `ema_timm.ops.gpu.fused.kernel_args`. dL has no channels. It is
+stored in scratch memory with a border of zeros, so that its neighbours can be read without a check
+for the end of the map.
 """
 
 import triton
@@ -21,7 +22,7 @@ from ema_timm.ops.gpu.fused.steps import centred, mean_of_columns, sum_pixels
 
 @triton.jit
 def gate_gradient(
-    grad, x, kept, dl, n: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
+    grad, x, saved, dl, n: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
 ):
     """Write dL = (Σ_c D·x)·A·(1 − A); returns its sum."""
     w, rows = tl.arange(0, BW), tl.arange(0, BR)
@@ -37,7 +38,7 @@ def gate_gradient(
             seen = widened(tl.load(grad.start + h0 * x.h + at, mask=mask, other=0.0))
             products += block * seen
         pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
-        gate = tl.load(kept.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
+        gate = tl.load(saved.gate_map + h[:, None] * x.W + w[None, :], mask=pixels, other=0.0)
         found = tl.sum(products, axis=0) * gate * (1 - gate)
         tl.store(dl + (h + 1)[:, None] * wide + (w + 1)[None, :], found, mask=pixels)
         tl.store(dl + (h + 1) * wide, 0.0, mask=h < x.H)
@@ -51,7 +52,7 @@ def gate_gradient(
 
 @triton.jit
 def pixels_at(x, h, w):
-    """Where dL of a block of pixels lies; positions outside of the map see its first pixel."""
+    """Offsets of dL of a block of pixels; positions outside the map get its first pixel."""
     pixels = (h < x.H)[:, None] & (w < x.W)[None, :]
     wide = x.W + 2
     return tl.where(pixels, (h + 1)[:, None] * wide + (w + 1)[None, :], wide + 1)
@@ -60,7 +61,7 @@ def pixels_at(x, h, w):
 @triton.jit
 def kernel_gradient(
     x,
-    kept,
+    saved,
     own,
     dl_sum,
     n: tl.constexpr,
@@ -75,25 +76,25 @@ def kernel_gradient(
         if PRODUCT:
             multiply_taps(x, own, c, n, BH, BW)
             w, rows = tl.arange(0, BW), tl.arange(0, BH)
-            gate_w = load_columns(kept.gates, x, c, w, n)
-            mean_w = mean_of_columns(x, load_vector(kept.mean, c, n), w)
+            gate_w = load_columns(saved.gates, x, c, w, n)
+            mean_w = mean_of_columns(x, load_vector(saved.mean, c, n), w)
             y_dot = tl.zeros((BN, BH, BW), tl.float32)
             for h0 in range(0, x.H, BH):
                 h = h0 + rows
                 at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
                 block = widened(tl.load(x.start + at, mask=mask, other=0.0))
                 dl = tl.load(own.dl + pixels_at(x, h, w))
-                gate_h = load_rows(kept.gates, x, c, h, n)
+                gate_h = load_rows(saved.gates, x, c, h, n)
                 y_dot += centred(x, block, gate_h, gate_w, mean_w, h, h0) * dl[None, :, :]
         else:
-            y_dot = sum_taps(x, kept, own, c, n, BH, BW)
-        dot = sum_pixels(y_dot) - load_vector(kept.rest, c, n) * dl_sum
-        store_vector(own.dots, dot * load_vector(kept.r, c, n), c, n)
+            y_dot = sum_taps(x, saved, own, c, n, BH, BW)
+        dot = sum_pixels(y_dot) - load_vector(saved.rest, c, n) * dl_sum
+        store_vector(own.dots, dot * load_vector(saved.r, c, n), c, n)
 
 
 @triton.jit
 def multiply_taps(x, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
-    """Write dk of the channels c: what each tap sees of dL times what there is of x."""
+    """Write dk of the channels c: the product of shifted dL and x, summed over pixels."""
     w, rows, t = tl.arange(0, BW), tl.arange(0, BH), tl.arange(0, 16)
     shift = tl.where(t < 9, (t // 3 - 1) * (x.W + 2) + (t % 3 - 1), 0)
     dk = tl.zeros((16, c.shape[0]), tl.float32)
@@ -115,7 +116,7 @@ def multiply_taps(x, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
 
 
 @triton.jit
-def sum_taps(x, kept, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def sum_taps(x, saved, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     """Write dk of the channels c; returns dL·(y − μ), to be summed: (BN, BH, BW)."""
     w, rows = tl.arange(0, BW), tl.arange(0, BH)
     below_right = tl.zeros((c.shape[0], BH, BW), tl.float32)
@@ -128,8 +129,8 @@ def sum_taps(x, kept, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexp
     above_same = tl.zeros((c.shape[0], BH, BW), tl.float32)
     above_left = tl.zeros((c.shape[0], BH, BW), tl.float32)
     y_dot = tl.zeros((c.shape[0], BH, BW), tl.float32)
-    gate_w = load_columns(kept.gates, x, c, w, n)
-    mean_w = mean_of_columns(x, load_vector(kept.mean, c, n), w)
+    gate_w = load_columns(saved.gates, x, c, w, n)
+    mean_w = mean_of_columns(x, load_vector(saved.mean, c, n), w)
     for h0 in range(0, x.H, BH):
         h = h0 + rows
         at, mask = h0 * x.h + places(x, c, rows, w), inside(x, c, h, w, n)
@@ -146,7 +147,7 @@ def sum_taps(x, kept, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexp
         above_right += block * tl.load(above + 1)[None, :, :]
         above_same += block * tl.load(above)[None, :, :]
         above_left += block * tl.load(above - 1)[None, :, :]
-        gate_h = load_rows(kept.gates, x, c, h, n)
+        gate_h = load_rows(saved.gates, x, c, h, n)
         y_dot += centred(x, block, gate_h, gate_w, mean_w, h, h0) * dl
     store_vector(own.parts + 0, sum_pixels(below_right), 9 * c, 9 * n)
     store_vector(own.parts + 1, sum_pixels(below_same), 9 * c, 9 * n)
@@ -161,29 +162,29 @@ def sum_taps(x, kept, own, c, n: tl.constexpr, BH: tl.constexpr, BW: tl.constexp
 
 
 @triton.jit
-def finish_vectors(x, kept, own, weights, v, dl_sum, n: tl.constexpr, PN: tl.constexpr):
-    """Write dm, dγ, dβ, db₃, what the norm's gradient needs and what reaches x through the taps."""
+def finish_vectors(x, saved, own, weights, v, dl_sum, n: tl.constexpr, PN: tl.constexpr):
+    """Write dm, dγ, dβ, db₃, the terms of the norm's gradient and the gradients of the taps."""
     o = tl.arange(0, PN)
-    u, y_dot = load_vector(kept.u, o, n), load_vector(own.dots, o, n)
+    u, y_dot = load_vector(saved.u, o, n), load_vector(own.dots, o, n)
     gamma, beta = load_vector(weights.gn_weight, o, n), load_vector(weights.gn_bias, o, n)
     du = gamma * y_dot + beta * dl_sum
     dm = u * (du - tl.sum(u * du, axis=0))
-    r = load_vector(kept.r, o, n)
+    r = load_vector(saved.r, o, n)
     slope = r * y_dot / (x.H * x.W)
     coef = u * gamma * r
     store_vector(own.slopes, coef, o, n)
     store_vector(own.slopes + n, coef * slope, o, n)
-    level = dl_sum / (x.H * x.W) - load_vector(kept.rest, o, n) * slope
+    level = dl_sum / (x.H * x.W) - load_vector(saved.rest, o, n) * slope
     store_vector(own.slopes + 2 * n, coef * level, o, n)
-    store_vector(own.slopes + 3 * n, load_vector(kept.mean, o, n), o, n)
+    store_vector(own.slopes + 3 * n, load_vector(saved.mean, o, n), o, n)
     products = tl.zeros((PN, 32), tl.float32)
     for k0 in range(0, 9 * n, 32):
         k = k0 + tl.arange(0, 32)
         at = o[:, None] * (9 * n) + k[None, :]
         mask = (o < n)[:, None] & (k < 9 * n)[None, :]
-        votes = tl.load(weights.vote_weight + at, mask=mask, other=0.0)
-        products += votes * load_vector(own.parts, k, 9 * n)[None, :]
-        reached = tl.sum(votes * dm[:, None], axis=0) / (x.H * x.W)
+        rows = tl.load(weights.vote_weight + at, mask=mask, other=0.0)
+        products += rows * load_vector(own.parts, k, 9 * n)[None, :]
+        reached = tl.sum(rows * dm[:, None], axis=0) / (x.H * x.W)
         tl.store(own.taps + k, reached, mask=k < 9 * n)
     v = load_vector(v, o, n)
     dv = tl.sum(products, axis=1) + load_vector(weights.vote_bias, o, n) * dl_sum

@@ -1,15 +1,15 @@
-"""EMA attention by fused Triton kernels: what is allocated, launched and kept.
+"""EMA attention by fused Triton kernels: allocates memory and launches the kernels.
 
 B batch, C channels, G groups, n = C / G, H height, W width; a tile is one group of one sample.
 
-One program takes a tile from end to end: the forward reads x from memory once and writes the output
-once, the backward reads x and the incoming gradient and writes dx; a second kernel sums the
-parameters' gradients over tiles. Maps of other layouts than contiguous and channels_last are copied
-first. Nothing is measured yet: README.md beside this file has what was counted, and why.
+One program computes one tile. The forward reads x from memory once and writes the output once. The
+backward reads x and the incoming gradient and writes dx; a second kernel sums the gradients of the
+parameters over tiles. Maps that are neither contiguous nor channels_last are copied first. The
+kernels are experimental until they have been timed on a GPU; README.md here has what was counted.
 
-The backward is that of `ema_timm.ops.cpu.chunks` and keeps the same things; in channels_last
-its gates lie in memory as (B·G, H + W, n). Sums over tiles are taken from per-tile vectors in a
-fixed order: no atomics, the same bits every time.
+The backward is that of `ema_timm.ops.cpu.chunks` and saves the same tensors, but in channels_last
+the gates are stored as (B·G, H + W, n). Sums over tiles add per-tile vectors in a fixed order,
+without atomics: the result has the same bits every time.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from ema_timm.ops.gpu.fused import backward as backward_kernels
 from ema_timm.ops.gpu.fused import forward as forward_kernels
 from ema_timm.ops.gpu.fused import weight_gradients
 from ema_timm.ops.gpu.fused.backward import Scratch
-from ema_timm.ops.gpu.fused.tiling import blocks_over_tiles, plan
-from ema_timm.ops.gpu.gpu_fold import fold_with_votes
+from ema_timm.ops.gpu.fused.tiling import blocks_over_tiles, make_tiling
+from ema_timm.ops.gpu.steps import fold_with_v
 from ema_timm.ops.saved import Saved, new_saved
 from ema_timm.ops.weights import EmaWeights, FoldedWeights
 
@@ -43,21 +43,20 @@ def forward(
         weights = _packed(weights)
         source, last = laid_out(x)
         target = out if out.stride() == source.stride() else torch.empty_like(source)
-        walk = plan(source, groups, last)
+        tiling = make_tiling(source, groups, last)
         n = x.shape[1] // groups
         with _launching(x, groups):
-            forward_kernels.forward_tile[(walk.tiles,)](
+            forward_kernels.forward_tile[(tiling.tiles,)](
                 source,
                 target,
                 saved,
-                saved.gates.new_empty(walk.tiles, n * (sum(x.shape[2:]) + 9)),
+                saved.gates.new_empty(tiling.tiles, n * (sum(x.shape[2:]) + 9)),
                 weights,
-                walk.size,
-                DROPPED=n - weights.vote_bias.shape[0],
+                tiling.size,
                 SAVE=save,
-                num_warps=walk.warps,
+                num_warps=tiling.warps,
                 num_stages=1,
-                **walk.forward,
+                **tiling.forward,
             )
         if target is not out:
             out.copy_(target)
@@ -78,15 +77,15 @@ def backward(
     if not x.numel():
         zeros = EmaWeights(*map(torch.zeros_like, weights))
         return dx if need_x else None, zeros if need_weights else None
-    folded, v = fold_with_votes(weights)
+    folded, v = fold_with_v(weights)
     source, last = laid_out(x)
     target = dx if dx.stride() == source.stride() else torch.empty_like(source)
     if grad.stride() != source.stride():
         grad = torch.empty_like(source).copy_(grad)
-    walk = plan(source, groups, last)
+    tiling = make_tiling(source, groups, last)
     scratch = _scratch(saved, x)
     with _launching(x, groups):
-        backward_kernels.backward_tile[(walk.tiles,)](
+        backward_kernels.backward_tile[(tiling.tiles,)](
             grad,
             source,
             target,
@@ -94,11 +93,11 @@ def backward(
             scratch,
             _packed(folded),
             v,
-            walk.size,
-            num_warps=walk.warps,
+            tiling.size,
+            num_warps=tiling.warps,
             num_stages=1,
-            maxnreg=walk.registers,
-            **walk.backward,
+            maxnreg=tiling.registers,
+            **tiling.backward,
         )
         dw = sum_over_tiles(scratch.parts, scratch.means, v, weights) if need_weights else None
     if target is not dx:
@@ -121,7 +120,7 @@ def laid_out(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def _scratch(saved: Saved, x: Tensor) -> Scratch:
-    """Memory for what one backward works out beside dx."""
+    """Memory for the intermediate results of one backward."""
     gates = saved.gates
     tiles, n = saved.vectors.shape[1:]
 

@@ -1,8 +1,8 @@
 """Steps of the derivation that the forward and the backward of a tile share.
 
-Letters, bundles and loads are those of `ema_timm.ops.gpu.fused.kernel_args`, identities a to d those of
-`ema_timm.ops.formula`; tap (dy, dx) has index t = 3·(dy + 1) + dx + 1. Where a channel
-i and a tap meet, their number is k = 9·i + t.
+Letters, arguments and loads are those of `ema_timm.ops.gpu.fused.kernel_args`, identities a to d
+those of `ema_timm.ops.formula`. Tap (dy, dx) has index t = 3·(dy + 1) + dx + 1; channel i and tap t
+together have index k = 9·i + t.
 """
 
 import triton
@@ -27,8 +27,9 @@ def pool(
 ):
     """Write the sum of every line and of every channel.
 
-    A thread that has neighbours of one row adds most of it by itself, and one walk makes both kinds
-    of lines. In channels_last it has channels, and each kind takes a walk along its lines.
+    In contiguous maps a thread holds neighbours in a row and adds most of them by itself, so that
+    one pass makes the sums of rows and columns. In channels_last a thread holds channels, and rows
+    and columns each take a pass along the lines.
     """
     if LAST:
         for c0 in range(0, n, BA):
@@ -64,8 +65,8 @@ def pool(
 def sum_lines(x, c, p, step_p, P, step_q, Q, n: tl.constexpr, BQ: tl.constexpr):
     """Sums of the lines at p, along Q positions, (BN, BP).
 
-    Lanes lie along p, or where they meet neighbours in memory, so that little is left to add
-    between lanes.
+    Threads are laid out along p, or along neighbours in memory, so that little is left to add
+    between threads.
     """
     total = tl.zeros((c.shape[0], BQ, p.shape[0]), tl.float32)
     q = tl.arange(0, BQ)
@@ -88,7 +89,7 @@ def centred(x, block, gate_h, gate_w, mean_w, h, h0):
         block: Of it.
         gate_h: Gates of the rows h.
         gate_w: Gates of the columns.
-        mean_w: The mean, and zero behind the last column: `mean_of_columns`.
+        mean_w: The mean, and zero after the last column: `mean_of_columns`.
         h: Rows.
         h0: The first of them.
     """

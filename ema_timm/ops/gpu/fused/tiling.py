@@ -1,4 +1,4 @@
-"""Where the fused kernels run, and in which blocks they walk the tiles of a shape.
+"""Where the fused kernels run, and in which blocks they pass over the tiles of a shape.
 
 n channels of a group; a tile is one group of one sample, (n, H, W).
 """
@@ -15,21 +15,21 @@ from ema_timm.ops.gpu.fused.kernel_args import Size
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 128
-"""Channels a group the kernels take."""
+"""Most channels of a group."""
 WIDEST_MAP = 2048
-"""Columns of a map the kernels take: a row lies in one block."""
+"""Most columns of a map: a row must fit in one block."""
 LONGEST = 1 << 31
-"""Numbers a sample has less of: offsets within it have 32 bits."""
+"""A sample must have fewer elements: offsets within it have 32 bits."""
 SHARE = 6272
-"""Numbers of a tile for each warp: the tiles of 16 warps fill the first-level cache."""
+"""Elements of a tile for each warp: the tiles of 16 warps fill the first-level cache."""
 THREAD = 16
-"""Numbers of a block for each thread."""
+"""Elements of a block for each thread."""
 PADDING = 1.2
-"""Most that a block's numbers may exceed those of the map inside it, where that can be chosen."""
+"""Largest ratio of a block's elements to those of the map inside it, where there is a choice."""
 
 
 def unavailable(x: Tensor, n: int) -> str | None:
-    """Why the kernels cannot take ``x`` in groups of ``n`` channels, or None if they can."""
+    """Why the kernels do not support ``x`` in groups of ``n`` channels, or None if they do."""
     if not hasattr(tl, "gather"):
         return f"it needs Triton 3.3 or newer, found {triton.__version__}"
     if x.dtype not in TYPES:
@@ -39,11 +39,11 @@ def unavailable(x: Tensor, n: int) -> str | None:
     if x.shape[3] > WIDEST_MAP:
         return f"it takes maps of at most {WIDEST_MAP} columns, got {x.shape[3]}"
     if x.shape[1] * x.shape[2] * x.shape[3] >= LONGEST:
-        return f"it takes samples of less than 2^31 numbers, got {tuple(x.shape[1:])}"
+        return f"it takes samples of less than 2^31 elements, got {tuple(x.shape[1:])}"
     if interpreted():
         return None
     if torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU, and on AMD's (HIP {torch.version.hip}) nothing is proved"
+        return f"it needs an NVIDIA GPU and has not been tested on AMD's (HIP {torch.version.hip})"
     if x.device.type != "cuda":
         return (
             f"it needs a CUDA GPU and the input is on {x.device} (under Triton's interpreter, "
@@ -57,7 +57,7 @@ def unavailable(x: Tensor, n: int) -> str | None:
 
 @torch.compiler.assume_constant_result
 def compute_capability(index: int) -> tuple[int, int]:
-    """Major and minor of one GPU; a constant for who compiles."""
+    """Major and minor version of one GPU, a constant to `torch.compile`."""
     return torch.cuda.get_device_capability(index)
 
 
@@ -66,16 +66,16 @@ def interpreted() -> bool:
     return not isinstance(forward.forward_tile, triton.runtime.JITFunction)
 
 
-class Plan(NamedTuple):
-    """How the tiles of one shape are walked.
+class Tiling(NamedTuple):
+    """How the kernels pass over the tiles of one shape.
 
     Attributes:
         tiles: B·G.
-        size: What a kernel is told of the shape when it runs.
+        size: The sizes that a kernel gets when it runs.
         warps: Warps of a program.
-        forward: What the forward must know when it is compiled.
+        forward: The constants that the forward is compiled with.
         backward: The same for the backward.
-        registers: Most for a thread of the backward, where some are spared for more warps; or None.
+        registers: Limit for a thread of the backward where fewer make room for more warps, or None.
     """
 
     tiles: int
@@ -86,20 +86,20 @@ class Plan(NamedTuple):
     registers: int | None
 
 
-def plan(x: Tensor, groups: int, last: bool) -> Plan:
-    """How to walk ``x``, (B, C, H, W), contiguous or, where ``last``, channels_last."""
+def make_tiling(x: Tensor, groups: int, last: bool) -> Tiling:
+    """The tiling of ``x``, (B, C, H, W), which is channels_last if ``last``, else contiguous."""
     n, height, width = x.shape[1] // groups, *x.shape[2:]
     warps = _power(min(max(n * height * width // SHARE, 1), 8))
     step = _dividing(n if last else width, 16 // x.element_size())
     forward = {
         **{"n": n, "PN": triton.next_power_of_2(n), "LAST": last, "VECTOR": step},
         "EVEN": _dividing(height, 4),
-        **_walks(n, height, width, warps, step if last else 0),
+        **_forward_blocks(n, height, width, warps, step if last else 0),
     }
-    backward = {**forward, **_gradient_walks(forward, height, warps)}
+    backward = {**forward, **_backward_blocks(forward, height, warps)}
     size = Size(groups, height, width)
     sparing = (last or not backward["PRODUCT"]) and warps > 1 and x.element_size() == 2
-    return Plan(x.shape[0] * groups, size, warps, forward, backward, 168 if sparing else None)
+    return Tiling(x.shape[0] * groups, size, warps, forward, backward, 168 if sparing else None)
 
 
 def blocks_over_tiles(n: int) -> tuple[int, dict]:
@@ -112,7 +112,7 @@ def blocks_over_tiles(n: int) -> tuple[int, dict]:
     return programs, {"BO": along, "BK": across, "BJ": columns, **steps}
 
 
-def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
+def _forward_blocks(n: int, height: int, width: int, warps: int, step: int) -> dict:
     """Blocks of the forward, as `ema_timm.ops.gpu.fused.forward.forward_tile` takes them.
 
     Args:
@@ -120,7 +120,7 @@ def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
         height: H.
         width: W.
         warps: Warps of a program.
-        step: Channels that are loaded at once, 0 where they do not lie side by side.
+        step: Channels that are loaded at once, 0 where they are not neighbours in memory.
     """
     columns, numbers = triton.next_power_of_2(width), THREAD * 32 * warps
     pixels = columns * triton.next_power_of_2(height)
@@ -149,15 +149,15 @@ def _walks(n: int, height: int, width: int, warps: int, step: int) -> dict:
     }
 
 
-def _gradient_walks(forward: dict, height: int, warps: int) -> dict:
-    """What the backward takes beside, or instead of, what the forward does."""
+def _backward_blocks(forward: dict, height: int, warps: int) -> dict:
+    """Constants that the backward has in addition to the forward's, or instead of them."""
     n, columns, step = forward["n"], forward["BW"], forward["VECTOR"]
     numbers = THREAD * 32 * warps
     product = _fitting(n, 32) >= 16 and columns * triton.next_power_of_2(height) >= 16
     channels = _fitting(n, 32) if product else max(_fitting(n, 8), forward["LAST"] * forward["BN"])
     if product:  # in channels_last more would spill
         numbers *= 1 if forward["LAST"] else 2
-    else:  # ten sums a number
+    else:  # ten sums an element
         numbers //= 2
     rows = _rows(height, numbers, channels * columns)
     return {
@@ -171,7 +171,7 @@ def _gradient_walks(forward: dict, height: int, warps: int) -> dict:
 
 
 def _rows(height: int, numbers: int, row: int) -> int:
-    """Rows of a block of ``numbers``, of which one row has ``row``."""
+    """Rows of a block of ``numbers`` elements whose rows have ``row`` elements."""
     return _fitting(height, max(1, numbers // row))
 
 

@@ -1,8 +1,9 @@
-"""Triton kernel of EMA attention: the parameters' gradients from what every tile left of them.
+"""Triton kernel of EMA attention: gradients of the parameters from every tile's share of them.
 
-T = B·G tiles. A program makes a block of one gradient, or of several that lie side by side, and
-walks all tiles in order: the same bits every time. Column j of ``parts`` belongs to one parameter,
-but for the first 10n: the gradient of the 3×3 convolution is Σ_tiles dm ⊗ means + v ⊗ Σ_tiles dk.
+T = B·G tiles. A program computes a block of one gradient, or of several neighbours, and passes over
+all tiles in order: the result has the same bits every time. Column j of ``parts`` belongs to one
+parameter, except the first 10n: the gradient of the 3×3 convolution is
+Σ_tiles dm ⊗ means + v ⊗ Σ_tiles dk.
 """
 
 import triton
@@ -25,7 +26,7 @@ def sum_tiles(
     BJ: tl.constexpr,  # columns of ``parts`` that are summed at once elsewhere, and tiles a step
     BS: tl.constexpr,
 ):
-    """Every gradient of a parameter; grid and blocks as in `plan.blocks_over_tiles`."""
+    """Every gradient of a parameter; grid and blocks as in `tiling.blocks_over_tiles`."""
     program = tl.program_id(0)
     across: tl.constexpr = (9 * n + BK - 1) // BK
     products: tl.constexpr = (n + BO - 1) // BO * across
@@ -44,18 +45,18 @@ def convolution_gradient(parts, means, v, out, tiles, o, k, n: tl.constexpr, BT:
     width: tl.constexpr = 14 * n + n * n
     at_dm, at_dk = t[:, None] * width + (9 * n + o)[None, :], t[:, None] * width + k[None, :]
     at_means = t[:, None] * (9 * n) + k[None, :]
-    through_votes = tl.zeros((o.shape[0], k.shape[0]), tl.float32)
+    through_u = tl.zeros((o.shape[0], k.shape[0]), tl.float32)
     dk = tl.zeros((BT, k.shape[0]), tl.float32)
     for t0 in range(0, tiles, BT):
         here = (t < tiles - t0)[:, None]
         dm = tl.load(parts + at_dm, mask=here & (o < n)[None, :], other=0.0)
         seen = tl.load(means + at_means, mask=here & (k < 9 * n)[None, :], other=0.0)
-        through_votes = tl.dot(tl.trans(dm), seen, through_votes, input_precision="ieee")
+        through_u = tl.dot(tl.trans(dm), seen, through_u, input_precision="ieee")
         dk += tl.load(parts + at_dk, mask=here & (k < 9 * n)[None, :], other=0.0)
         parts += BT * width
         means += BT * (9 * n)
     share = tl.load(v + o, mask=o < n, other=0.0)
-    total = through_votes + share[:, None] * tl.sum(dk, axis=0)[None, :]
+    total = through_u + share[:, None] * tl.sum(dk, axis=0)[None, :]
     mask = (o < n)[:, None] & (k < 9 * n)[None, :]
     tl.store(out + o[:, None] * (9 * n) + k[None, :], total, mask=mask)
 
