@@ -128,8 +128,8 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
     if args.int8 and args.batch_size not in (None, 1):
         raise UserError(
-            f"--int8 compares one image at a time, got --batch-size {args.batch_size}. Leave it out, or "
-            "give --batch-size 1."
+            f"--int8 compares one image at a time, got --batch-size {args.batch_size}. "
+            "Leave it out, or give --batch-size 1."
         )
     from ema_timm.export import InputSize, export, quantize_int8
 

@@ -46,8 +46,8 @@ def quantize_int8(folder: str | Path, fixed: InputSize = ALL_FREE) -> Quantized:
     """
     if fixed.batch not in (None, 1):
         raise UserError(
-            f"--int8 compares one image at a time, got --batch-size {fixed.batch}. Leave it out, or "
-            "give --batch-size 1."
+            f"--int8 compares one image at a time, got --batch-size {fixed.batch}. "
+            "Leave it out, or give --batch-size 1."
         )
     require_packages(["onnx", "onnxruntime"], "export")
     run, source = CheckpointWriter(folder), Path(folder) / FORMATS["onnx"].file
