@@ -1,13 +1,11 @@
-"""The network that is exported, and the inputs of several sizes that the file must support."""
+"""The sizes of the input that are fixed, and inputs of several sizes that a file must support."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ema_timm.checkpoints.network import open_network
 from ema_timm.errors import UserError, first_line
 
 FREE_AXES = {0: "batch", 2: "height", 3: "width"}
@@ -32,15 +30,6 @@ class InputSize(NamedTuple):
 
 
 ALL_FREE = InputSize()
-
-
-def load_folder(folder: str | Path) -> nn.Module:
-    """Load the network of a checkpoint folder, in inference mode.
-
-    Raises:
-        UserError: If the folder holds no checkpoint, or a damaged one.
-    """
-    return open_network(f"local-dir:{folder}")[0].eval()
 
 
 def check_inputs(model: nn.Module, fixed: InputSize = ALL_FREE) -> list[Tensor]:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.network import open_network
 from ema_timm.errors import UserError, require_packages
 from ema_timm.export.formats import FORMATS, Runnable, open_onnx
-from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, load_folder
+from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs
 from ema_timm.ops.reference import relative_difference
 
 INT8_IMAGES = 32
@@ -51,7 +52,8 @@ def quantize_int8(folder: str | Path, fixed: InputSize = ALL_FREE) -> Quantized:
         )
     require_packages(["onnx", "onnxruntime"], "export")
     run, source = CheckpointWriter(folder), Path(folder) / FORMATS["onnx"].file
-    size = check_inputs(load_folder(folder), fixed)[0].shape[1:]
+    network = open_network(f"local-dir:{folder}")[0]
+    size = check_inputs(network, fixed)[0].shape[1:]
     found = []
 
     def quantize_and_compare(path: Path) -> None:

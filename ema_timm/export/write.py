@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timm.layers import set_layer_config
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.network import open_network
 from ema_timm.errors import VerificationError, first_line, require_packages
 from ema_timm.export.formats import FORMATS, Format
-from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, load_folder, require_sizes
+from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, require_sizes
 from ema_timm.export.layers import ready_to_export
 from ema_timm.ops.reference import relative_difference
 
@@ -61,8 +61,8 @@ def export(
     """
     kind = FORMATS[format]
     require_packages([*kind.packages, *kind.exporters.get(exporter, ())], "export")
-    with set_layer_config(scriptable=kind.scriptable, exportable=kind.exportable):
-        model = load_folder(folder)
+    ways = {"scriptable": kind.scriptable, "exportable": kind.exportable}
+    model = open_network(f"local-dir:{folder}", **ways)[0].eval()
     if reparam:
         model = reparameterize_model(model).eval()
     inputs = check_inputs(model, fixed)
