@@ -152,7 +152,10 @@ FAULTS = {
         lambda f: (f / "model.yaml").write_text("!!python/object/apply:os.getcwd []"),
         "damaged",
     ),
-    "a YAML that is none": (lambda f: (f / "model.yaml").write_text("- 1"), "not describe a detector"),
+    "a YAML that is none": (
+        lambda f: (f / "model.yaml").write_text("- 1"),
+        "not describe a detector",
+    ),
     "cut weights": (cut, "damaged"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "missing"),
     "a tensor less": (changed_weights(lambda w: w.pop(FIRST)), f"first {FIRST}"),
@@ -171,7 +174,10 @@ FAULTS = {
     ),
     "no licence": (changed_description("license", None), "not describe a detector"),
     "a size that is none": (changed_description("imgsz", -1), "not describe a detector"),
-    "another kind of object": (changed_description("decoder", "os.system"), "not describe a detector"),
+    "another kind of object": (
+        changed_description("decoder", "os.system"),
+        "not describe a detector",
+    ),
     "names that are no numbers": (changed_description("names", {"x": "a"}), "damaged"),
 }
 
