@@ -16,10 +16,13 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import torch
 
+from ema_timm.integrations.int8 import disable_telemetry
+
 # Where no GPU is at hand, Triton's interpreter runs the fused kernels on the CPU. Triton looks at
 # this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+disable_telemetry()
 
 # OpenVINO and NNCF send telemetry if they can import this package. It calls the internet from
 # processes that it forks off a thread, and such a fork of the tests can deadlock.
@@ -130,6 +133,10 @@ def stage(hub_env):
         assert not hub.leaks  # the token has gone to the Hub alone, not to where large files are
 
 
+STARTED_BY = "PYTEST_STARTED_BY"  # an environment variable of whatever the tests start
+ENDS_BY_ITSELF = "multiprocessing.resource_tracker"  # with the process that it serves
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_process_is_left():
     """Fail at the end of the session, in each of xdist's workers, if a process is left."""
@@ -139,11 +146,6 @@ def _no_process_is_left():
     while (left := started_processes()) and time.monotonic() < until:
         time.sleep(0.2)
     assert not left, f"the tests left processes behind: {left}"
-
-
-STARTED_BY = "EMA_TIMM_TESTS_PROCESS"  # in the environment of whatever the tests start
-# Ends with the process that it serves.
-SERVANTS = ("multiprocessing.resource_tracker",)
 
 
 def started_processes():
@@ -156,7 +158,7 @@ def started_processes():
             command = (folder / "cmdline").read_text().replace("\0", " ").strip()
         except OSError:  # it has ended, or is another user's
             continue
-        if started and state != "Z" and not any(name in command for name in SERVANTS):
+        if started and state != "Z" and ENDS_BY_ITSELF not in command:
             found[int(folder.name)] = command
     return found
 

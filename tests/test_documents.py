@@ -203,6 +203,13 @@ def test_the_readme_can_be_read_outside_of_the_repository():
     assert f'Repository = "{REPOSITORY}"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
+def test_ruff_has_one_version():
+    """Another one formats differently."""
+    files = [ROOT / "pyproject.toml", ROOT / ".pre-commit-config.yaml"]
+    versions = [v for file in files for v in re.findall(r"ruff==([\d.]+)", file.read_text("utf-8"))]
+    assert len(versions) == 3 and len(set(versions)) == 1
+
+
 def test_the_readme_is_short():
     assert len(README.read_text("utf-8").splitlines()) <= 180
 

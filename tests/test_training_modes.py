@@ -49,6 +49,7 @@ def train(model, call, x, y):
     return model.state_dict()
 
 
+@pytest.mark.slow
 def test_two_processes_end_equal_and_as_one_process_does(step, tmp_path):
     model, x, y = step
     torch.save(model.state_dict(), tmp_path / "start.pt")

@@ -13,7 +13,13 @@ from ema_timm.attention import EmaAttn
 from ema_timm.bench.authors_code import AUTHORS, AuthorsEmaAttn
 from ema_timm.bench.model import BASELINES, build
 from ema_timm.bench.parity import PARITY_TOLERANCE, in_reference, relative_error
-from ema_timm.bench.runtimes import RUNTIMES, Loaded, load, missing_packages, require_runtime
+from ema_timm.bench.runtimes import (
+    RUNTIMES,
+    Loaded,
+    load_runtime,
+    missing_packages,
+    require_runtime,
+)
 from ema_timm.bench.timing import Clock, round_robin, unfinished
 from ema_timm.environment import machine
 from ema_timm.errors import first_line
@@ -124,7 +130,7 @@ def _bench(
     with torch.no_grad():
         for name, model in models.items():
             try:
-                found = load(runtime, model, images, fixed)
+                found = load_runtime(runtime, model, images, fixed)
                 errors[name] = relative_error([found.call(images)], [exact[name]])
             except Exception as error:  # the runtimes share no other class of errors
                 failed[name] = first_line(error)

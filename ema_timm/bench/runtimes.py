@@ -14,6 +14,7 @@ from ema_timm.errors import UserError, require_packages
 from ema_timm.export.formats import open_onnx, write_onnx
 from ema_timm.export.inputs import FREE_AXES
 from ema_timm.export.layers import ready_to_export
+from ema_timm.integrations.int8 import disable_telemetry
 
 
 class Loaded(NamedTuple):
@@ -28,17 +29,16 @@ class Loaded(NamedTuple):
     nodes: int
 
 
-def load(runtime: str, model: nn.Module, images: Tensor, fixed: bool) -> Loaded:
-    """Export a network, and load it.
+def load_runtime(runtime: str, model: nn.Module, images: Tensor, fixed: bool) -> Loaded:
+    """Export a network and load the result in a runtime.
 
     Args:
         runtime: A key of `RUNTIMES`.
-        model: In inference mode.
-        images: An input; its sizes are the file's where they are fixed.
-        fixed: Whether they are.
+        model: A network in inference mode.
+        images: An input.
+        fixed: Whether the result supports only the sizes of ``images``.
     """
-    image, own = images if fixed else None, ("torchscript", "torch.export")
-    ready = ready_to_export(model, image, runtime == "onnxruntime", pytorch=runtime in own)
+    ready = ready_to_export(model, RUNTIMES[runtime].dialect, images if fixed else None)
     if not fixed:
         images = images.repeat(2, 1, 1, 1)  # a batch of one would be burnt in
     with torch.no_grad(), warnings.catch_warnings():
@@ -57,6 +57,7 @@ def _onnxruntime(model: nn.Module, images: Tensor, free: dict[int, str]) -> Load
 
 
 def _openvino(model: nn.Module, images: Tensor, free: dict[int, str]) -> Loaded:
+    disable_telemetry()
     import openvino
 
     sizes = [-1 if axis in free else size for axis, size in enumerate(images.shape)]
@@ -94,19 +95,22 @@ class Runtime(NamedTuple):
     """A runtime.
 
     Attributes:
-        load: From a network made ready, images and the axes that stay free.
-        packages: What it needs beyond PyTorch.
+        load: Loads a network that `ready_to_export` returned; the other arguments are images and
+            the axes that stay free.
+        packages: The packages that it needs besides PyTorch.
+        dialect: The dialect of the exported layers, as `ready_to_export` names it.
     """
 
     load: Callable[[nn.Module, Tensor, dict[int, str]], Loaded]
     packages: tuple[str, ...] = ()
+    dialect: str = "plain"
 
 
 RUNTIMES = {
-    "onnxruntime": Runtime(_onnxruntime, ("onnx", "onnxruntime")),
+    "onnxruntime": Runtime(_onnxruntime, ("onnx", "onnxruntime"), "onnx"),
     "openvino": Runtime(_openvino, ("openvino",)),
-    "torchscript": Runtime(_torchscript),
-    "torch.export": Runtime(_torch_export),
+    "torchscript": Runtime(_torchscript, dialect="pytorch"),
+    "torch.export": Runtime(_torch_export, dialect="pytorch"),
 }
 
 

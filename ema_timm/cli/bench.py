@@ -15,7 +15,7 @@ def add_commands(commands) -> None:
     """Add the subcommand to the parser."""
     command = commands.add_parser(
         "bench",
-        help="measure the cost of EMA attention and of timm's other attention layers",
+        help="measure the cost of EMA attention and of other layers",
         description="Measure the cost of EMA attention. Each implementation must first agree with "
         "the float64 reference. All variants are timed in turn, so that a drift of the machine "
         "affects all alike.",
@@ -195,7 +195,7 @@ def _bench_deploy(args: argparse.Namespace) -> int:
 
 def _add_table(kinds) -> None:
     table = kinds.add_parser("table", help="print the Markdown table of a measurement's JSON file")
-    table.add_argument("file", metavar="FILE.json")
+    table.add_argument("file", metavar="FILE.json", help="JSON file of a measurement")
     table.add_argument(
         "--into", metavar="FILE.md", help="replace the part between its <!-- bench: … --> lines"
     )

@@ -83,25 +83,29 @@ def _publish(args: argparse.Namespace) -> int:
 def _add_export(commands) -> None:
     command = commands.add_parser(
         "export",
-        help="write a trained folder as ONNX, TorchScript or torch.export (.pt2), verified",
-        description="Write a checkpoint folder's network as one file into that folder. Batch, "
-        "height and width stay free unless --batch or --size fixes them. The file gets its name "
-        "only after it has been loaded afresh and has agreed with the network on three inputs. "
-        "The weights of EMA layers are always folded.",
-        epilog="example: ema-timm export runs/flowers --format onnx --size 224",
+        help="write a model as an ONNX, TorchScript or torch.export file",
+        description="Write the network of a checkpoint folder as one file into that folder. Batch, "
+        "height and width stay free unless --batch-size or --img-size fixes them. The file "
+        "is opened again and compared with the network on three inputs before it gets its name.",
+        epilog="example: ema-timm export runs/flowers --format onnx --img-size 224",
     )
     command.add_argument("folder", metavar="FOLDER", help="a checkpoint in timm's format")
-    command.add_argument("--format", required=True, choices=("onnx", "torchscript", "pt2"))
     command.add_argument(
-        "--size",
+        "--format",
+        required=True,
+        choices=("onnx", "torchscript", "pt2"),
+        help="file format; pt2 is torch.export",
+    )
+    command.add_argument(
+        "--img-size",
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="fix the image's size, one number or height and width: fewer and faster operators",
+        help="fix the image size (one number, or height and width): fewer and faster operators",
     )
-    command.add_argument("--batch", type=int, metavar="IMAGES", help="fix the batch too")
+    command.add_argument("--batch-size", type=int, metavar="IMAGES", help="fix the batch size, too")
     command.add_argument(
-        "--reparam", action="store_true", help="timm's, for other layers that fold weights"
+        "--reparam", action="store_true", help="fold the weights of other layers, as timm does"
     )
     command.add_argument(
         "--exporter",
@@ -110,21 +114,26 @@ def _add_export(commands) -> None:
         help="PyTorch's ONNX exporter; legacy is faster (default: %(default)s)",
     )
     command.add_argument(
-        "--int8", action="store_true", help="quantise the ONNX file too and report its agreement"
+        "--int8", action="store_true", help="quantise the ONNX file, too, and report its agreement"
     )
     command.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
     if args.format != "onnx" and (args.int8 or args.exporter != "dynamo"):
-        raise UserError("--int8 and --exporter go with --format onnx.")
-    if args.batch is not None and args.batch < 1:
-        raise UserError(f"--batch is at least 1, got {args.batch}.")
-    if args.int8 and args.batch not in (None, 1):
-        raise UserError("--int8 compares image by image: leave the batch free, or --batch 1.")
+        raise UserError(
+            f"--int8 and --exporter need --format onnx, got --format {args.format}. Leave them out."
+        )
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    if args.int8 and args.batch_size not in (None, 1):
+        raise UserError(
+            f"--int8 compares one image at a time, got --batch-size {args.batch_size}. "
+            "Leave it out, or give --batch-size 1."
+        )
     from ema_timm.export import InputSize, export, quantize_int8
 
-    fixed = InputSize(_image_size(args.size), args.batch)
+    fixed = InputSize(_image_size(args.img_size), args.batch_size)
     done = export(args.folder, args.format, args.reparam, args.exporter, fixed)
     sizes = ", ".join("x".join(map(str, size)) for size in done.sizes)
     print(f"{done.path}: agrees with the network at {sizes} to {done.difference:.1e}")
@@ -132,15 +141,18 @@ def _export(args: argparse.Namespace) -> int:
         small = quantize_int8(args.folder, fixed)
         print(
             f"{small.path}: differs by {small.difference:.1e}, same class for {small.same_class} "
-            f"of {small.images} random images; measure its accuracy on yours"
+            f"of {small.images} random images; measure its accuracy on your images"
         )
     return 0
 
 
-def _image_size(given: list[int] | None) -> tuple[int, int] | None:
-    """(H, W) of ``--size``, which takes one number or both."""
-    if given is None:
+def _image_size(pixels: list[int] | None) -> tuple[int, int] | None:
+    """(H, W) of ``--img-size``, which is one number or two."""
+    if pixels is None:
         return None
-    if len(given) > 2 or min(given) < 1:
-        raise UserError(f"--size takes one number of pixels or two, at least 1, got {given}.")
-    return given[0], given[-1]
+    if len(pixels) > 2 or min(pixels) < 1:
+        raise UserError(
+            f"--img-size must be one number of pixels or two, at least 1, got "
+            f"{' '.join(map(str, pixels))}."
+        )
+    return pixels[0], pixels[-1]

@@ -9,11 +9,11 @@ def add_commands(commands) -> None:
     """Add the subcommand to the parser."""
     command = commands.add_parser(
         "tune",
-        help="choose the fastest implementation of each EMA layer on this GPU (experimental)",
+        help="choose the fastest implementation on your GPU (experimental)",
         description="Compare each implementation with the float64 reference at every layer's "
         "shape, time those that agree, and store the fastest: impl='auto' uses it on this GPU from "
         "then on. Experimental: not measured on a GPU yet.",
-        epilog="example: ema-timm tune resnet50_ema --batch-size 256 --amp --channels-last",
+        epilog="example:\n  ema-timm tune resnet50_ema --batch-size 256 --amp --channels-last",
     )
     command.add_argument("model", metavar="MODEL", help="timm name or checkpoint folder")
     command.add_argument(

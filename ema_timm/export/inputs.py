@@ -1,21 +1,19 @@
-"""The network that is exported, and the inputs of several sizes that it must take."""
+"""The sizes of the input that are fixed, and inputs of several sizes that a file must support."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ema_timm.checkpoints.network import open_network
 from ema_timm.errors import UserError, first_line
 
 FREE_AXES = {0: "batch", 2: "height", 3: "width"}
-"""Axes of the input, (B, C, H, W), whose sizes a file leaves free unless told otherwise."""
+"""Axes of the input, (B, C, H, W), whose sizes a file leaves free by default, with their names."""
 
 
 class InputSize(NamedTuple):
-    """What is fixed of the sizes of the input; None is free.
+    """The sizes of the input that are fixed; None is free.
 
     Attributes:
         image: (H, W).
@@ -34,25 +32,12 @@ class InputSize(NamedTuple):
 ALL_FREE = InputSize()
 
 
-def load(folder: str | Path, **options) -> nn.Module:
-    """The network of a checkpoint folder, for inference.
-
-    Args:
-        folder: A checkpoint in timm's format.
-        options: What timm makes the network with, such as ``scriptable=True``.
-
-    Raises:
-        UserError: If the folder holds no checkpoint, or a damaged one.
-    """
-    return open_network(f"local-dir:{folder}", **options)[0].eval()
-
-
 def check_inputs(model: nn.Module, fixed: InputSize = ALL_FREE) -> list[Tensor]:
-    """Inputs of three sizes, the network's own first; the last is the exporters' example.
+    """Make inputs of three sizes, the network's own first; the last is the exporters' example.
 
     Args:
         model: The network.
-        fixed: What of their sizes is the same in all.
+        fixed: The sizes that are the same in all three.
     """
     channels, height, width = resolve_data_config(model=model)["input_size"]
     images = [(height, width), (height + 32, width), (height // 2 + 16, width // 2 + 25)]
@@ -65,18 +50,23 @@ def check_inputs(model: nn.Module, fixed: InputSize = ALL_FREE) -> list[Tensor]:
 
 
 def require_sizes(model: nn.Module, inputs: list[Tensor], fixed: InputSize) -> None:
-    """See that the network itself takes every input.
+    """Check that the network itself supports every input.
 
     Raises:
-        UserError: If not.
+        UserError: If it does not.
     """
     for x in inputs:
         try:
             with torch.no_grad():
                 model(x)
         except (RuntimeError, AssertionError) as error:
-            size = f"{x.shape[2]}x{x.shape[3]}"
-            said = "this network does not take"
+            unsupported = (
+                f"this network does not support images of {x.shape[2]}x{x.shape[3]} pixels: "
+                f"{first_line(error)}"
+            )
             if fixed.image is None:
-                said = f"export leaves the image size free without --size, and {said}"
-            raise UserError(f"{said} {size}: {first_line(error)}") from error
+                unsupported += (
+                    " Without --img-size the exported file must support several image sizes. Give "
+                    "the size of your images with --img-size."
+                )
+            raise UserError(unsupported) from error

@@ -6,23 +6,24 @@ from typing import NamedTuple
 import torch
 
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.network import open_network
 from ema_timm.errors import UserError, require_packages
-from ema_timm.export.formats import FORMATS, Run, open_onnx
-from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, load
+from ema_timm.export.formats import FORMATS, Runnable, open_onnx
+from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs
 from ema_timm.ops.reference import relative_difference
 
 INT8_IMAGES = 32
-"""Random images on which the int8 file is compared."""
+"""Number of random images on which the int8 file is compared."""
 
 
 class Quantized(NamedTuple):
-    """An int8 file, and how it agrees with the float32 file on random images.
+    """An int8 file, and its agreement with the float32 file on random images.
 
     Attributes:
-        path: Where it is.
+        path: The file.
         difference: Largest difference from the float32 file, relative to its largest output.
-        same_class: Images with the same most probable class.
-        images: Images compared.
+        same_class: Number of images with the same most probable class.
+        images: Number of images compared.
     """
 
     path: Path
@@ -38,21 +39,25 @@ def quantize_int8(folder: str | Path, fixed: InputSize = ALL_FREE) -> Quantized:
     in float32.
 
     Args:
-        folder: Where `export` has written ``model.onnx``.
-        fixed: What of its sizes is fixed.
+        folder: The folder in which `export` has written ``model.onnx``.
+        fixed: The sizes to which that file is limited.
 
     Raises:
-        UserError: If its batch is fixed at another size than 1.
+        UserError: If the batch is fixed to another size than 1, or a package is missing.
     """
     if fixed.batch not in (None, 1):
-        raise UserError("--int8 compares image by image: leave the batch free, or --batch 1.")
+        raise UserError(
+            f"--int8 compares one image at a time, got --batch-size {fixed.batch}. "
+            "Leave it out, or give --batch-size 1."
+        )
     require_packages(["onnx", "onnxruntime"], "export")
     run, source = CheckpointWriter(folder), Path(folder) / FORMATS["onnx"].file
-    size = check_inputs(load(folder), fixed)[0].shape[1:]
+    network = open_network(f"local-dir:{folder}")[0]
+    size = check_inputs(network, fixed)[0].shape[1:]
     found = []
 
     def quantize_and_compare(path: Path) -> None:
-        """Write to a temporary name; what is raised here leaves no file."""
+        """Write to a temporary name; an exception leaves no file."""
         _quantize(source, path)
         found.extend(_agreement(open_onnx(path), open_onnx(source), size))
 
@@ -74,7 +79,7 @@ def _quantize(source: Path, path: Path) -> None:
 
 
 def _without_inner_shapes(path: Path):
-    """The model less the shapes noted between its nodes: quantisation transposes weights."""
+    """The model without the shapes between its nodes: quantisation transposes weights."""
     import onnx
 
     model = onnx.load(path)
@@ -82,9 +87,9 @@ def _without_inner_shapes(path: Path):
     return model
 
 
-def _agreement(small: Run, exact: Run, size: tuple[int, ...]) -> tuple[float, int]:
+def _agreement(small: Runnable, exact: Runnable, size: tuple[int, ...]) -> tuple[float, int]:
     images = torch.randn(INT8_IMAGES, *size, generator=torch.Generator().manual_seed(0))
-    want = torch.cat([exact(x[None]) for x in images])
+    expected = torch.cat([exact(x[None]) for x in images])
     found = torch.cat([small(x[None]) for x in images])
-    same = (want.argmax(1) == found.argmax(1)).sum().item()
-    return relative_difference(found, want), same
+    same = (expected.argmax(1) == found.argmax(1)).sum().item()
+    return relative_difference(found, expected), same

@@ -1,10 +1,21 @@
-"""Keeps EMA layers in floating point when NNCF quantises a network for OpenVINO."""
+"""Keeps EMA layers in floating point when NNCF quantises a network, and turns telemetry off."""
 
 import re
+import sys
 
 from torch import nn
 
 from ema_timm.attention import EmaAttn
+
+
+def disable_telemetry() -> None:
+    """Keep OpenVINO and NNCF from sending telemetry in this process.
+
+    Both send it to Google Analytics through the package ``openvino_telemetry``, which forks the
+    process from a thread for each message. Both send none if that package cannot be imported.
+    Call this before the first import of either: it has no effect afterwards.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)
 
 
 def layer_patterns(model: nn.Module) -> list[str]:

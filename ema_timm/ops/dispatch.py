@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from ema_timm.errors import CannotCompileError, first_line
 from ema_timm.ops.autograd import closed_form_eager, outside_autocast
 from ema_timm.ops.cpu.native import is_watched
-from ema_timm.ops.export.exported import closed_form_exported
+from ema_timm.ops.export.dialects import closed_form_exported
 from ema_timm.ops.formula import closed_form
 from ema_timm.ops.gpu import choices, passes
 from ema_timm.ops.gpu.fused.available import fused_unavailable, require_fused

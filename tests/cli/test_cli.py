@@ -56,17 +56,11 @@ def subcommands(parser, name=""):
 
 
 OTHER_NAMES = {"--size": "--img-size", "--imgsz": "--img-size", "--batch": "--batch-size"}
-# Commands whose options are renamed later.
-LATER = ("export", "tune", "bench")
 
 
 @pytest.mark.parametrize(
     "command",
-    [
-        pytest.param(command, id=name)
-        for name, command in subcommands(build_parser())
-        if name.split()[0] not in LATER
-    ],
+    [pytest.param(command, id=name) for name, command in subcommands(build_parser())],
 )
 def test_options_have_help_and_the_same_names_in_every_command(command):
     for action in command._actions:
@@ -78,9 +72,8 @@ def test_each_command_has_one_line_in_the_list():
     (commands,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     assert {*COMMANDS} == {*commands.choices}
     for line in commands._choices_actions:
-        if line.dest not in LATER:
-            assert len(line.help) <= 64, line.help  # what is left of 80 columns
-            assert line.help[0].islower() and not line.help.endswith("."), line.help
+        assert len(line.help) <= 64, line.help  # what is left of 80 columns
+        assert line.help[0].islower() and not line.help.endswith("."), line.help
 
 
 def test_version(capsys):

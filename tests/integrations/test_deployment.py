@@ -48,6 +48,36 @@ def test_openvino(model, source, tmp_path):
     assert_same(lambda x: torch.from_numpy(compiled(x.numpy())[0]), model)
 
 
+def test_openvino_and_nncf_send_no_telemetry(python, tmp_path):
+    """They would fork a process for each message, and note the use in the home folder."""
+    pytest.importorskip("openvino")
+    code = """
+import importlib.util, threading, warnings
+import torch
+from ema_timm import EmaAttn
+from ema_timm.bench.runtimes import load_runtime
+
+warnings.simplefilter("ignore")
+layer = torch.nn.Sequential(EmaAttn(8, 2)).eval()
+load_runtime("openvino", layer, torch.randn(1, 8, 6, 6), fixed=True)
+if importlib.util.find_spec("nncf"):
+    import nncf.telemetry
+    print(type(nncf.telemetry.telemetry).__name__)
+import openvino.tools.ovc
+print(type(openvino.tools.ovc.telemetry).__module__)
+print([t.name for t in threading.enumerate()])
+"""
+    said = python(code, env={"HOME": str(tmp_path), "CI": ""}).splitlines()
+    assert said[-2:] == ["openvino.tools.ovc.telemetry_stub", "['MainThread']"]
+    assert said[:-2] in ([], ["MagicMock"])
+    assert not list(tmp_path.glob("intel"))
+
+
+def test_no_telemetry_can_be_sent_from_tests():
+    with pytest.raises(ImportError):
+        import openvino_telemetry  # noqa: F401
+
+
 @pytest.mark.slow
 def test_aot_inductor(tmp_path):
     """One layer: some whole networks, plain ones too, come out wrong at odd sizes."""

@@ -32,7 +32,7 @@ def test_xnnpack_takes_every_layer(tmp_path):
         shake(timm.create_model(name, num_classes=4)).eval()
         for name in ("test_resnet_ema", "test_resnet")
     )
-    lowered, called = lower(ready_to_export(model, delegate=True))
+    lowered, called = lower(ready_to_export(model, "delegate"))
     assert "executorch_call_delegate" in called
     assert called == lower(plain)[1]  # XNNPACK leaves some of timm's own pooling out
     file = tmp_path / "model.pte"

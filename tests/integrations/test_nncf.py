@@ -34,8 +34,8 @@ def error(run, model) -> float:
     return float((found - want).norm() / want.norm())
 
 
-def ready(model, sizes, onnx=False):
-    return ready_to_export(model, IMAGES[0] if sizes == "fixed" else None, onnx)
+def ready(model, sizes, dialect="plain"):
+    return ready_to_export(model, dialect, IMAGES[0] if sizes == "fixed" else None)
 
 
 def openvino_error(model, sizes, patterns=()):
@@ -66,7 +66,7 @@ def test_layers_in_floating_point_are_more_exact(model):
 def test_onnx(model, exporter, sizes, tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     file, free = tmp_path / "m.onnx", {} if sizes == "fixed" else {0: "batch"}
-    write_onnx(ready(model, sizes, onnx=True), IMAGES[0], file, exporter, free)
+    write_onnx(ready(model, sizes, "onnx"), IMAGES[0], file, exporter, free)
     data = nncf.Dataset(IMAGES, lambda x: {"x": x.numpy()})
     small = nncf.quantize(onnx.load(file), data, subset_size=len(IMAGES))
     session = onnxruntime.InferenceSession(small.SerializeToString())

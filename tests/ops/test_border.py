@@ -116,6 +116,11 @@ def test_a_zero_gradient_gives_zeros():
     assert not any(t.any() for t in found)
 
 
+# PyTorch's own operators read freed memory; only what reaches the C kernel is checked.
+checks_memory = pytest.mark.skipif(native.library() is None, reason="no native kernel")
+
+
+@checks_memory
 @grad_modes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("name", ["x", "gn_weight"])
@@ -129,6 +134,7 @@ def test_freed_memory_is_an_error(name, offset, grad):
         ema_attention(case.pop("x"), EmaWeights(**case), layer.groups)
 
 
+@checks_memory
 def test_freed_memory_in_the_backward_is_an_error():
     layer, x = layer_and_input()
     out = layer(x)

@@ -20,8 +20,15 @@ from ema_timm.export import open_onnx, write_onnx
 from ema_timm.ops import ema_attention
 from ema_timm.ops.autograd import closed_form_eager
 from ema_timm.ops.cpu import chunks, library, native
-from ema_timm.ops.export import exported as exported_module
-from ema_timm.ops.export.exported import SmallMap, arrange, exported, small_map
+from ema_timm.ops.export.dialects import (
+    DIALECTS,
+    Delegate,
+    Onnx,
+    Plain,
+    Shape,
+    closed_form_exported,
+)
+from ema_timm.ops.export.weights import SmallMap, arrange, small_map
 from ema_timm.ops.formula import (
     closed_form,
     collapsed_kernel,
@@ -43,13 +50,9 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def as_exported(x, weights, groups):
-    return exported(x, arrange(fold(statistics_type(x, weights))), groups)
-
-
 FORMS = {
     "traceable": closed_form,
-    "exported": as_exported,
+    "exported": closed_form_exported,
     "operators": closed_form_eager,
     "native": closed_form_eager,
     "custom operator": closed_form_operator,
@@ -453,26 +456,29 @@ def test_exports_to_onnx_with_dynamic_sizes(dynamo, tmp_path):
 
 # What runtimes get.
 
-WAYS = [(onnx, small) for onnx in (False, True) for small in (False, True)]
+WAYS = [(dialect, small) for dialect in DIALECTS for small in (False, True)]
+WAYS.remove(("delegate", True))
 
 
-@pytest.fixture(params=WAYS, ids=["pytorch", "pytorch, small", "onnx", "onnx, small"])
-def runtime_form(request, monkeypatch):
-    onnx, small = request.param
-    monkeypatch.setattr(exported_module, "_for_onnx", lambda: onnx)
+@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}, small" if way[1] else way[0])
+def runtime_form(request):
+    name, small = request.param
+    dialect = DIALECTS[name]()
 
     def form(x, weights, groups):
-        matrices = None
+        kind, matrices = torch.promote_types(x.dtype, torch.float32), None
         if small:
-            kind = torch.promote_types(x.dtype, torch.float32)
             matrices = SmallMap(*[m.to(kind) for m in small_map(*x.shape[2:])])
-        return exported(x, arrange(fold(statistics_type(x, weights))), groups, matrices)
+        arranged = arrange(fold(statistics_type(x, weights)))
+        if name == "delegate":
+            return dialect(x.to(kind), Delegate.arranged(arranged), groups).to(x.dtype)
+        return dialect(x, arranged, groups, matrices)
 
     return form
 
 
 @pytest.mark.parametrize("size", [(7, 7), (5, 8), (1, 6), (6, 1), (2, 2)])
-def test_every_way_of_the_exported_form_is_the_definition(runtime_form, size):
+def test_every_dialect_is_the_definition(runtime_form, size):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         case = oracle.make_case((3, 24, *size), 4, dtype)
         truth = reference(*oracle.widened(case)[:3])
@@ -483,7 +489,7 @@ def test_every_way_of_the_exported_form_is_the_definition(runtime_form, size):
 
 
 @pytest.mark.parametrize("shape", [(1, 256, 14, 14), (2, 512, 7, 7), (1, 64, 28, 28)])
-def test_the_exported_form_is_exact_to_five_tenths_of_a_millionth(runtime_form, shape):
+def test_every_dialect_is_exact_to_five_tenths_of_a_millionth(runtime_form, shape):
     case = oracle.make_case(shape, 32)
     with torch.no_grad():
         out = runtime_form(case.x, case.weights, 32)
@@ -495,17 +501,37 @@ def test_hard_numbers_in_runtimes_are_no_worse_than_the_authors_form(runtime_for
     test_hard_numbers_are_no_worse_than_the_authors_form(runtime_form, kind)
 
 
-def test_edge_features_and_arranged_votes_are_the_shifted_means():
+@pytest.mark.parametrize("name", DIALECTS)
+def test_edge_features_and_arranged_votes_are_the_shifted_means(name):
     w = fold(oracle.make_weights(5))
     g = torch.randn(3, 5, 6, 7, dtype=torch.double)
     means = shifted_means(g, g.mean(3), g.mean(2)).flatten(1)
-    arranged = arrange(w)
-    for features in (
-        exported_module._gated(g, arranged, g.shape[2], g.shape[3])[1],
-        (g.flatten(2) @ small_map(6, 7).pool)[:, :, 13:].flatten(1),
-    ):
-        found = features @ arranged.vote_weight
-        torch.testing.assert_close(found, means @ w.vote_weight.t(), rtol=1e-12, atol=1e-12)
+    features = DIALECTS[name]()._edges(g, g.mean(2, keepdim=True), Shape(1, 5, 6, 7, True))
+    by_matrix = (g.flatten(2) @ small_map(6, 7).pool)[:, :, 13:].flatten(1)
+    for found in (features, by_matrix):
+        votes = found @ arrange(w).vote_weight
+        torch.testing.assert_close(votes, means @ w.vote_weight.t(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_layer_keeps_to_what_ncnn_supports():
+    """At most four dimensions, no slices with a step, no norm of three dimensions."""
+    layer, x, _ = others()
+    nodes = list(torch.jit.trace(layer, x).inlined_graph.nodes())
+    kinds = [value.type() for node in nodes for value in node.outputs()]
+    assert max(len(k.sizes() or ()) for k in kinds if k.kind() == "TensorType") == 4
+    steps = [list(node.inputs())[4] for node in nodes if node.kind() == "aten::slice"]
+    assert steps and {step.toIValue() for step in steps} == {1}
+    assert not {node.kind() for node in nodes} & {"aten::instance_norm", "aten::group_norm"}
+
+
+def test_a_layer_exported_as_it_is_gets_the_dialect_of_its_exporter(monkeypatch):
+    case = oracle.make_case((2, 16, 5, 6), 4)
+    arranged = arrange(fold(case.weights))
+    for for_onnx, dialect in ((False, Plain()), (True, Onnx())):
+        monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda answer=for_onnx: answer)
+        found = closed_form_exported(*case[:3])
+        torch.testing.assert_close(found, dialect(case.x, arranged, 4), rtol=0, atol=0)
 
 
 # The native kernel.

@@ -41,7 +41,7 @@ def test_an_augmented_image_depends_on_seed_epoch_and_index_alone(eventful):
     from ema_timm.training.seeding import RepeatableImages
 
     process = Process(0, 1, torch.device("cpu"))
-    opened = open_images(eventful.data_dir, "", "", eventful.output, process)
+    opened = open_images(eventful.data_dir, "", "", "", eventful.output, process)
     opened.read_channels(3)
     images = RepeatableImages(opened.train, seed=1)
     preprocessing = {

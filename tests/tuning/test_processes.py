@@ -131,6 +131,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_processes_of_one_training_take_what_the_first_one_chose(start, tmp_path):
     ranks = [start(JOINED, rank, tmp_path / "store") for rank in (0, 1)]
     said = [rank.communicate(timeout=120) for rank in ranks]

@@ -1,1 +1,1 @@
-"""The operator in the form that exporters take."""
+"""The operator as exporters take it: arranged weights, and one dialect for each kind of runtime."""
