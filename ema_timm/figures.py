@@ -1,4 +1,4 @@
-"""What figures share: colours that all readers can tell apart, and text that the font can draw."""
+"""What figures share: colours that all readers can distinguish, and text that the font can draw."""
 
 from textwrap import wrap
 
@@ -6,7 +6,7 @@ OKABE_ITO = {
     "black": "#000000", "orange": "#E69F00", "sky blue": "#56B4E9", "green": "#009E73",
     "vermilion": "#D55E00", "blue": "#0072B2", "purple": "#CC79A7",
 }  # fmt: skip
-"""Okabe and Ito's colours, which can be told apart with any kind of colour blindness."""
+"""Okabe and Ito's colours, which all readers can distinguish, also with colour blindness."""
 
 
 def drawable(text: str) -> bool:

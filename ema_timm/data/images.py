@@ -3,7 +3,7 @@
 Training, ``evaluate``, ``predict`` and ``attend`` read every image here. It reads as timm's own
 data sets do: Pillow decodes the file and converts it to RGB, or to greyscale for a network of one
 input channel. EXIF rotation is not applied, because timm and torchvision do not apply it either.
-Two modes of Pillow are read otherwise than ``Image.convert`` reads them, and two are refused:
+Pillow's modes become:
 
 ==================================  ==============================================================
 mode of the file                    pixels
@@ -11,11 +11,13 @@ mode of the file                    pixels
 1, L, RGB, CMYK, YCbCr, HSV         as ``convert`` gives them
 P                                   the colours of the palette
 LA, PA, RGBA, RGBa, RGBX            the colours; transparency is ignored
-La, LAB                             by way of LA and of RGB: Pillow knows no direct way
+La, LAB                             converted by way of LA and of RGB
 I;16, I;16L, I;16B, I;16N           0 to 65535 scaled to 0 to 255; ``convert`` clips them to white
-I in PNG and PPM files              the same: older versions of Pillow call 16-bit greyscale so
-I in other files, F                 an error: nothing says which number is white
+I in PNG and PPM files              the same, because older versions of Pillow use I for 16 bits
+I in other files, F                 an error: the file does not say which number is white
 ==================================  ==============================================================
+
+Of 16-bit colour and of greyscale with transparency Pillow itself keeps the upper 8 bits.
 """
 
 import functools

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ema_timm.data.check import check_readable
 from ema_timm.data.folders import find_split
-from ema_timm.data.image_folder import LabelledImages as Dataset
+from ema_timm.data.image_folder import LabelledImages
 from ema_timm.data.splits import open_both
 from ema_timm.errors import UserError, some
 from ema_timm.training.processes import Process
@@ -24,8 +24,8 @@ _LISTED = 20
 class Images:
     """The training images, and the validation images of the same classes."""
 
-    train: Dataset
-    val: Dataset
+    train: LabelledImages
+    val: LabelledImages
 
     def read_channels(self, channels: int) -> None:
         """Read images with this many channels; UserError if they cannot be read so."""
@@ -117,7 +117,7 @@ def timm_augmentation(
 
 def create_loaders(
     train: RepeatableImages,
-    val: Dataset,
+    val: LabelledImages,
     augmentation: dict,
     preprocessing: dict,
     process: Process,
@@ -159,7 +159,7 @@ def create_loaders(
     return train_loader, create_loader(val, is_training=False, **evaluation, **shared)
 
 
-def _counts(train: Dataset, val: Dataset) -> list[str]:
+def _counts(train: LabelledImages, val: LabelledImages) -> list[str]:
     """Messages: the images of each class, and the classes without validation images."""
     counts = list(zip(train.class_names, train.class_counts(), val.class_counts(), strict=True))
     if len(counts) <= _LISTED:

@@ -8,7 +8,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ema_timm.data.image_folder import LabelledImages as Dataset
+from ema_timm.data.image_folder import LabelledImages
 from ema_timm.errors import UserError, some
 
 BALANCED = "balanced"
@@ -48,7 +48,7 @@ def mixup_and_loss(
     return None, nn.CrossEntropyLoss()
 
 
-def read_class_weights(option: str, images: Dataset) -> list[float] | None:
+def read_class_weights(option: str, images: LabelledImages) -> list[float] | None:
     """The weight of each class of ``images`` in the loss, in their order.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ema_timm.data.image_folder import LabelledImages as Images
+from ema_timm.data.image_folder import LabelledImages
 
 
 class RepeatableImages(Dataset):
@@ -25,7 +25,7 @@ class RepeatableImages(Dataset):
         epoch: The current epoch, from 0. Workers copy it when they start.
     """
 
-    def __init__(self, images: Images, seed: int):
+    def __init__(self, images: LabelledImages, seed: int):
         self.images, self.seed, self.epoch = images, seed, 0
 
     def __len__(self) -> int:
