@@ -103,7 +103,7 @@ def _add_export(commands) -> None:
         metavar="PIXELS",
         help="fix the image size (one number, or height and width): fewer and faster operators",
     )
-    command.add_argument("--batch-size", type=int, metavar="IMAGES", help="fix the batch size, too")
+    command.add_argument("--batch-size", type=int, metavar="IMAGES", help="fix the batch size")
     command.add_argument(
         "--reparam", action="store_true", help="fold the weights of other layers, as timm does"
     )
@@ -111,7 +111,7 @@ def _add_export(commands) -> None:
         "--exporter",
         default="dynamo",
         choices=("dynamo", "legacy"),
-        help="PyTorch's ONNX exporter; legacy is faster (default: %(default)s)",
+        help="PyTorch's ONNX exporter; legacy exports faster (default: %(default)s)",
     )
     command.add_argument(
         "--int8", action="store_true", help="quantise the ONNX file, too, and report its agreement"

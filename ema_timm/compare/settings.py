@@ -21,7 +21,7 @@ class CompareConfig:
     seeds: int = option(5, "runs of each variant, with the seeds --seed, --seed + 1, ...")
     latency: bool = option(False, "measure the time of one image in each network", flag=True)
     exported_latency: bool = option(
-        False, "measure that of the ONNX files in ONNX Runtime on the CPU", flag=True
+        False, "measure one image in each network's ONNX file, on the CPU", flag=True
     )
 
 
