@@ -113,6 +113,8 @@ def _add_option(place: argparse._ActionsContainer, setting: Field) -> None:
         how, default = {"nargs": "+", "type": pair, "metavar": "KEY=VALUE"}, None
     elif meta.get("several"):
         how, default = {"nargs": "+", "choices": choices}, None
+    elif meta.get("numbers"):
+        how, default = {"nargs": "+", "type": float, "metavar": "NUMBER"}, None
     elif meta.get("flag"):
         how = {"action": argparse.BooleanOptionalAction}
         default = {True: "on", False: "off"}.get(default)
@@ -168,6 +170,10 @@ def _checked(setting: Field, value: Any, where: str) -> Any:
         value = [value] if isinstance(value, str) else value
         valid = isinstance(value, list) and all(word in choices for word in value)
         expected = f"a list of {', '.join(choices)}"
+    elif meta.get("numbers"):
+        given_list = value if isinstance(value, list) else [value]
+        value = [_number(float, each) for each in given_list]
+        valid, expected = None not in value, "a number or a list of numbers"
     elif meta.get("flag"):
         valid, expected = isinstance(value, bool), "true or false"
     elif kind is str:

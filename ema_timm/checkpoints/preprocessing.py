@@ -60,14 +60,22 @@ def preprocessing(
     Args:
         model: The network; its pretrained cfg gives the settings that are not in ``overrides``.
         model_args: Arguments that rebuild it.
-        overrides: Settings by timm's names: ``img_size``, ``crop_pct``, ``interpolation``, ….
+        overrides: Settings by timm's names: ``img_size``, ``mean``, ``std``, ``interpolation``,
+            ``crop_pct``.
         use_test_size: Use the sizes that timm recommends for testing, if there are some.
 
     Raises:
         UserError: If no image can go through it.
     """
     check_preprocessing(model.pretrained_cfg, "the network's pretrained_cfg")
+    check_preprocessing(overrides, "the settings")
     channels = model_args.get("in_chans", model.pretrained_cfg["input_size"][0])
+    for key in ("mean", "std"):
+        if len(overrides.get(key, ())) not in (0, 1, channels):
+            raise UserError(
+                f"--{key} must be one number, or one for each of the {channels} channels, got "
+                f"{len(overrides[key])}."
+            )
     settings = {**overrides, "in_chans": channels}
     data = resolve_data_config(settings, model=model, use_test_size=use_test_size)
     data["input_size"] = (channels, *data["input_size"][1:])

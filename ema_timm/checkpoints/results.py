@@ -16,8 +16,8 @@ Always there (`FORMAT` 1):
 
 If it was measured:
 
-- ``metrics``: ``top1``, ``top5`` (null below six classes), ``loss`` (mean cross-entropy),
-  ``correct``, ``images``.
+- ``metrics``: ``top1``, ``top5`` (null below six classes), ``balanced_accuracy`` (mean over the
+  classes; since 0.3.0), ``loss`` (mean cross-entropy), ``correct``, ``images``.
 - ``macs``: multiply-accumulates of one image of ``input_size``, as
   `ema_timm.backbones.complexity` counts them: ``total``, ``ema`` (the EMA layers' part, in the
   closed form that runs), ``ema_definition`` (what that part is by the paper's definition),
@@ -29,7 +29,8 @@ If it was measured:
 
 Of a training, if one is known (`ema_timm.training.run` writes all of them):
 
-- ``base``: ``model``, ``weights``, ``hub_repository``, ``license`` of the initial weights.
+- ``base``: ``model``, ``weights``, ``hub_repository``, ``license`` and, if they came from a file,
+  ``sha256`` of the initial weights.
 - ``best_epoch``, ``history`` (an object an epoch), ``arguments`` (every setting), ``data``
   (``train`` and ``val``, each ``images`` and ``fingerprint``), ``device``, ``processes``,
   ``versions``.

@@ -4,20 +4,25 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
+from ema_timm.compare.intervals import CONFIDENCE, interval_confidence
 from ema_timm.compare.latency import exported_latencies, latencies
 from ema_timm.compare.report import write_report
-from ema_timm.compare.rows import CONFIDENCE, make_rows, measured_runs
+from ema_timm.compare.rows import make_rows, measured_runs
 from ema_timm.compare.runs import PlannedRun, Status, command_line, plan_runs
 from ema_timm.compare.schedule import run_all
 from ema_timm.compare.settings import CompareConfig, Comparison
-from ema_timm.compare.variants import Variant, read_variants
+from ema_timm.compare.variants import NONE, Variant, read_variants
+from ema_timm.data.splits import open_both
 from ema_timm.environment import pick_device, versions
 from ema_timm.errors import UserError, first_line
 from ema_timm.files import make_writable
 from ema_timm.measure.evaluation import evaluate
 from ema_timm.measure.settings import EvaluateConfig
+from ema_timm.options import command_arguments
 from ema_timm.training.checkpoint import public_arguments
-from ema_timm.training.settings import check_settings
+from ema_timm.training.initial_weights import InitialModel
+from ema_timm.training.network import create_model
+from ema_timm.training.settings import FinetuneConfig, check_settings
 
 
 def compare(
@@ -41,6 +46,7 @@ def compare(
 
     Raises:
         UserError: For bad input.
+        HubError: If the Hub does not provide the initial weights.
         InterruptedRunError: After Ctrl-C or SIGTERM. The same call continues.
     """
     for name in filter(None, devices):
@@ -51,6 +57,8 @@ def compare(
         left = _untrained(runs)
         if progress:
             print(f"{len(left)} of {len(runs)} runs to do", file=sys.stderr)
+        if left:
+            _check_common(comparison.config)
         failed |= run_all(left, devices, _finish, progress)
     return _write(comparison, variants, runs, failed, config or CompareConfig(), devices[0])
 
@@ -69,6 +77,17 @@ def _prepare(comparison: Comparison) -> tuple[list[Variant], list[PlannedRun]]:
     make_writable(comparison.output)
     comparison.save()
     return variants, runs
+
+
+def _check_common(config: FinetuneConfig) -> None:
+    """Open the images and the plain network's initial weights, which every run needs.
+
+    Raises:
+        UserError, HubError: If that fails, once instead of in each run.
+    """
+    train, _ = open_both(config.data_dir, config.split, config.val_split, config.dataset)
+    initial = InitialModel(config.model, config.model_kwargs, config.pretrained, config.weights)
+    create_model(initial, len(train.class_names))
 
 
 def _untrained(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -126,10 +145,11 @@ def _write(
     content = {
         "format": 1,
         "model": plain.model,
-        "command": command_line(dataclasses.replace(comparison, settings=settings).arguments()),
+        "command": _command(dataclasses.replace(comparison, settings=settings), config),
         "images": _images(runs, measured),
         "seeds": comparison.seed_numbers,
         "confidence": CONFIDENCE,
+        "interval_confidence": interval_confidence(sum(v.name != NONE for v in variants)),
         "rows": make_rows(measured, variants, plain.model_kwargs),
         "runs": measured,
         "settings": settings,
@@ -143,6 +163,12 @@ def _write(
         content["exported_latency"] = exported_latencies(folders)
     write_report(content, comparison.output)
     return content
+
+
+def _command(comparison: Comparison, config: CompareConfig) -> str:
+    flags = {"latency": config.latency, "exported_latency": config.exported_latency}
+    measured = {name: True for name, given in flags.items() if given}
+    return command_line([*comparison.arguments(), *command_arguments(measured, CompareConfig)])
 
 
 def _images(runs: Sequence[PlannedRun], measured: Sequence[dict]) -> dict:

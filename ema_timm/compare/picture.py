@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ema_timm.compare.rows import BETTER, NO_DIFFERENCE, WORSE
+from ema_timm.compare.intervals import BETTER, NO_DIFFERENCE, WORSE
 from ema_timm.compare.variants import NONE
 from ema_timm.figures import OKABE_ITO
 
@@ -68,7 +68,8 @@ def _draw_differences(axes: Axes, rows: list[dict], looks: list[dict], content: 
     axes.set_yticks(places, [row["variant"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("difference to none, paired by seed (points)")
-    axes.set_title(f"{content['confidence']:.0%} intervals; hollow: {NO_DIFFERENCE}", fontsize=9)
+    title = f"together {content['confidence']:.0%} intervals; hollow: {NO_DIFFERENCE}"
+    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3, axis="x")
 
 

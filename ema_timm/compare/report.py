@@ -7,11 +7,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.compare.intervals import CONFIDENCE
 
 _MACS = (
     "Multiply-accumulates are for one image. Convolutions, linear layers and matrix products "
     "count; EMA attention counts in the closed form that runs. Images/s and peak memory are those "
     "of the training process"
+)
+_DIFFERENCES = (
+    "Differences to `none` are of the top-1 accuracy and paired by seed. Their confidence "
+    "intervals (Student's t, with Bonferroni's correction for the number of rows) are "
+    f"{CONFIDENCE:.0%} for the whole table. Half of an interval's width is the smallest "
+    "difference that the row could have shown. The seeds show how much training varies, not how "
+    "much other images would."
 )
 _LATENCIES = ("latency", "exported_latency")
 _TEXTS = ("attention", "start", "missing")
@@ -65,10 +73,10 @@ def as_csv(content: dict) -> str:
 
 def _flat(row: dict, content: dict) -> dict:
     flat = {"attention": row["variant"], "model": row["model"], "seeds": len(row["seeds"])}
-    for name in ("top1", "top5"):
+    for name in ("top1", "top5", "balanced_accuracy"):
         for key in ("mean", "std"):
             flat[f"{name}_{key}"] = (row.get(name) or {}).get(key)
-    for key in ("mean", "low", "high", "pairs", "verdict"):
+    for key in ("mean", "low", "high", "half_width", "pairs", "verdict"):
         flat[f"difference_{key}"] = (row.get("difference") or {}).get(key)
     for key in ("parameters", "macs", "macs_by_definition", "images_per_second", "peak_memory_mib"):
         flat[key] = row.get(key)
@@ -82,6 +90,8 @@ def _notes(content: dict) -> str:
     which = f"seed {seeds[0]}"
     if len(seeds) > 1:
         which = f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]})"
+    if _seeds_differ(content):
+        which += "; each row is of the seeds in its column `seeds`"
     parts = [part for part in ("train", "val", "test") if part in images]
     counts = ", ".join(f"{images[part]} {part}" for part in parts)
     chosen = (
@@ -93,9 +103,7 @@ def _notes(content: dict) -> str:
         f"{content['model']}, {which}; images: {counts or 'none yet'}. Accuracies are on the "
         f"{images['measured_on']} images, {chosen}; ± is the standard deviation over the seeds. "
         "With the same seed, all variants start from the same weights outside their attention "
-        "layers and see the same images in the same order. Differences to `none` are paired by "
-        f"seed, with Student's {content['confidence']:.0%} confidence interval. About one such "
-        f"interval in twenty excludes zero by chance.\n\n{_MACS}."
+        f"layers and see the same images in the same order.\n\n{_DIFFERENCES}\n\n{_MACS}."
     )
     machines = {content[key]["machine"]["name"] for key in _LATENCIES if key in content}
     if machines:
@@ -104,6 +112,14 @@ def _notes(content: dict) -> str:
             f"on {' and '.join(sorted(machines))}."
         )
     return notes
+
+
+def _seeds_differ(content: dict) -> bool:
+    return len({tuple(row["seeds"]) for row in content["rows"]}) > 1
+
+
+def _seeds(row: dict, content: dict) -> str:
+    return " ".join(map(str, row["seeds"])) if _seeds_differ(content) else ""
 
 
 def _name(row: dict, content: dict) -> str:
@@ -121,8 +137,13 @@ def _difference(row: dict, content: dict) -> str:
     found = row.get("difference")
     if not found:
         return ""
-    bounds = "" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
+    bounds = f" [{found['low']:+.2f}, {found['high']:+.2f}]" if found["half_width"] else ""
     return f"{found['mean']:+.2f}{bounds}".replace("-", "−") + f" {found['verdict']}"
+
+
+def _half_width(row: dict, content: dict) -> str:
+    half = (row.get("difference") or {}).get("half_width")
+    return f"{half:.2f}" if half else ""
 
 
 def _rounded(key: str, row: dict, content: dict) -> str:
@@ -155,9 +176,12 @@ def _missing(row: dict, content: dict) -> str:
 
 _COLUMNS = (
     ("attention", _name),
+    ("seeds", _seeds),
     ("top-1 (%)", partial(_accuracy, "top1")),
     ("top-5 (%)", partial(_accuracy, "top5")),
+    ("balanced accuracy (%)", partial(_accuracy, "balanced_accuracy")),
     ("difference to `none` (points)", _difference),
+    ("half width (points)", _half_width),
     ("parameters", partial(_rounded, "parameters")),
     ("MACs (M)", _macs),
     ("images/s", partial(_rounded, "images_per_second")),

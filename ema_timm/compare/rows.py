@@ -1,18 +1,15 @@
-"""The rows of the table, from the results of the runs, with confidence intervals.
+"""The rows of the table, from the results of the runs.
 
 Every number comes from a results.json, or is the mean of such numbers.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 
+from ema_timm.compare.intervals import describe_difference, interval_confidence
 from ema_timm.compare.runs import PlannedRun, Status
 from ema_timm.compare.schedule import failure_reason
 from ema_timm.compare.variants import NONE, Variant, describe_start
-
-CONFIDENCE = 0.95
-NO_DIFFERENCE, BETTER, WORSE = "no difference shown", "better", "worse"
 
 
 def measured_runs(runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[dict]:
@@ -33,8 +30,8 @@ def measured_runs(runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[di
         if status is not Status.DONE or results is None:
             objects.append(entry | {"why_not": failed.get(run.name) or _why_not(run, status)})
             continue
-        first = first or (run.folder.name, _images(results))
-        other = _other_images(results, *first)
+        first = first or (run.folder.name, _conditions(results))
+        other = _other_conditions(results, *first)
         objects.append(entry | ({"why_not": other} if other else _numbers(results)))
     return objects
 
@@ -45,19 +42,27 @@ def _why_not(run: PlannedRun, status: Status) -> str:
     return failure_reason(run.log)
 
 
-def _other_images(results: dict, name: str, images: dict) -> str:
-    """Why a run cannot be compared with the run ``name`` on ``images``; empty if it can."""
-    for part, data in _images(results).items():
-        if data != images.get(part):
-            return f"its {part} images differ from those of {name}"
+def _other_conditions(results: dict, name: str, conditions: dict) -> str:
+    """Why a run cannot be compared with the run ``name``; empty if it can."""
+    for what, value in _conditions(results).items():
+        if value != conditions.get(what, value):
+            return f"its {what} differ from those of {name}"
     return ""
 
 
-def _images(results: dict) -> dict:
-    data = dict(results["data"])
+def _conditions(results: dict) -> dict:
+    """What all runs of a table must have in common, besides the settings in their arguments."""
+    images = {f"{part} images": data for part, data in results["data"].items()}
     if "evaluation" in results:
-        data["test"] = results["evaluation"]["data"]["fingerprint"]
-    return data
+        images["test images"] = results["evaluation"]["data"]["fingerprint"]
+    file = {"initial weights": results["base"]["sha256"]} if results["base"].get("sha256") else {}
+    return {
+        **images,
+        **file,
+        "class weights": results.get("class_weights"),
+        "numbers of processes": results["processes"],
+        "extensions after the last epoch": results.get("extended_after"),
+    }
 
 
 def _numbers(results: dict) -> dict:
@@ -89,14 +94,15 @@ def make_rows(
 
     Returns:
         For each variant ``variant``, ``model``, ``model_kwargs``, ``seeds`` of its finished runs,
-        and ``why_not`` of the others. If some are finished also ``top1`` and ``top5`` (``mean``
-        and ``std`` over the seeds, in %), ``difference`` to the plain network, paired by seed
-        (``mean``, ``low`` and ``high`` of its 95% interval in percentage points, ``pairs``,
-        ``verdict``), ``parameters``, ``macs``, ``images_per_second`` (mean), ``peak_memory_mib``
-        (highest) and ``start``.
+        and ``why_not`` of the others. If some are finished also ``top1``, ``top5`` and
+        ``balanced_accuracy`` (``mean`` and ``std`` over these seeds, in %), ``difference`` of
+        ``top1`` to the plain network, paired by seed, as `describe_difference` gives it,
+        ``parameters``, ``macs``, ``images_per_second`` (mean), ``peak_memory_mib`` (highest) and
+        ``start``.
     """
     by_variant = {v.name: [m for m in measured if m["variant"] == v.name] for v in variants}
     plain = {m["seed"]: m["top1"] for m in by_variant.get(NONE, []) if "why_not" not in m}
+    level = interval_confidence(sum(variant.name != NONE for variant in variants))
     rows = []
     for variant in variants:
         done = [m for m in by_variant[variant.name] if "why_not" not in m]
@@ -111,7 +117,7 @@ def make_rows(
         if done:
             row |= _summary(done)
             row["start"] = describe_start(variant, kwargs, done[0]["weights"])
-            row["difference"] = None if variant.name == NONE else _difference(done, plain)
+            row["difference"] = None if variant.name == NONE else _difference(done, plain, level)
         rows.append(row)
     return rows
 
@@ -129,8 +135,7 @@ def _summary(done: Sequence[dict]) -> dict:
     speeds = [m["images_per_second"] for m in done if m["images_per_second"]]
     peaks = [m["peak_memory_mib"] for m in done if m["peak_memory_mib"]]
     return {
-        "top1": _over_seeds([m["top1"] for m in done]),
-        "top5": _over_seeds([m["top5"] for m in done]) if done[0]["top5"] is not None else None,
+        **{name: _over_seeds(name, done) for name in ("top1", "top5", "balanced_accuracy")},
         "parameters": done[0]["parameters"],
         "macs": done[0]["macs"],
         "macs_by_definition": done[0]["macs_by_definition"],
@@ -139,82 +144,19 @@ def _summary(done: Sequence[dict]) -> dict:
     }
 
 
-def _over_seeds(values: list[float]) -> dict:
-    return {"mean": statistics.fmean(values), "std": standard_deviation(values)}
-
-
-def _difference(done: Sequence[dict], plain: dict[int, float]) -> dict | None:
-    """The difference to the plain network in percentage points, paired by seed."""
-    differences = [m["top1"] - plain[m["seed"]] for m in done if m["seed"] in plain]
-    if not differences:
+def _over_seeds(metric: str, done: Sequence[dict]) -> dict | None:
+    """Mean and standard deviation (n - 1 in its denominator); None if a run lacks the metric."""
+    values = [m.get(metric) for m in done]
+    if None in values:
         return None
-    low, high = confidence_interval(differences)
-    if low is None:
-        verdict = "one seed gives no interval"
-    else:
-        verdict = BETTER if low > 0 else WORSE if high < 0 else NO_DIFFERENCE
-    row = {"mean": statistics.fmean(differences), "pairs": len(differences)}
-    return row | {"low": low, "high": high, "verdict": verdict}
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std}
 
 
-def standard_deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation with n - 1 in the denominator; None for fewer than two values."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def confidence_interval(
-    values: Sequence[float], level: float = CONFIDENCE
-) -> tuple[float, float] | tuple[None, None]:
-    """Student's confidence interval of the mean of independent, normally distributed values.
-
-    Args:
-        values: The values.
-        level: Fraction of such intervals that contain the true mean.
-
-    Returns:
-        Its bounds; None and None for fewer than two values.
-    """
-    deviation = standard_deviation(values)
-    if deviation is None:
-        return None, None
-    mean, count = statistics.fmean(values), len(values)
-    half = t_quantile(0.5 + level / 2, count - 1) * deviation / math.sqrt(count)
-    return mean - half, mean + half
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution, by bisection.
-
-    Args:
-        probability: From 0.5 up to below 1.
-        degrees: Degrees of freedom, at least 1.
-    """
-    low, high = 0.0, 1.0
-    while _t_within(high, degrees) < 2 * probability - 1:
-        low, high = high, 2 * high
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if _t_within(middle, degrees) < 2 * probability - 1:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _t_within(t: float, degrees: int) -> float:
-    """Probability of a Student-t variable in [-t, t]: a finite sum for whole degrees of freedom.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term, total = (cosine, cosine) if odd else (1.0, 1.0)
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    if not odd:
-        return sine * total
-    return (angle + (sine * total if degrees > 1 else 0.0)) * 2 / math.pi
+def _difference(done: Sequence[dict], plain: dict[int, float], level: float) -> dict | None:
+    """The difference to the plain network, paired by seed."""
+    pairs = [m for m in done if m["seed"] in plain]
+    if not pairs:
+        return None
+    values = [m["top1"] - plain[m["seed"]] for m in pairs]
+    return describe_difference(values, pairs[0]["images"], level)

@@ -58,6 +58,11 @@ class PlannedRun(NamedTuple):
         return f"{self.variant.name}, seed {self.seed}"
 
     @property
+    def epochs(self) -> int:
+        """Epochs that it trains at most."""
+        return self.config.epochs
+
+    @property
     def config(self) -> FinetuneConfig:
         """All settings of the run."""
         return FinetuneConfig(**self.settings)
@@ -77,14 +82,18 @@ class PlannedRun(NamedTuple):
 
     def _check_own(self, arguments: dict) -> None:
         expected = public_arguments(dataclasses.asdict(self.config))
+        # Results of an older version lack newer settings. Their defaults keep the old behaviour.
+        trained = {**dataclasses.asdict(FinetuneConfig()), **arguments}
         for name, value in json.loads(json.dumps(expected)).items():  # tuples become lists
-            if name in FinetuneConfig.ANYTIME or name not in arguments:
-                continue
-            if arguments[name] != value:
+            if name not in FinetuneConfig.WITHOUT_EFFECT and trained[name] != value:
                 raise UserError(
-                    f"{self.folder} was trained with {option_name(name)} {arguments[name]!r}, but "
+                    f"{self.folder} was trained with {option_name(name)} {trained[name]!r}, but "
                     f"this comparison has {value!r}. Use another --output."
                 )
+
+    def history(self) -> list[dict]:
+        """The epochs so far, as in results.json. Raises as `results` does."""
+        return (self.results() or {}).get("history", [])
 
     def status(self) -> Status:
         """How far the run is. Raises as `results` does."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from ema_timm.checkpoints.layout import RESULTS
 from ema_timm.compare.runs import PlannedRun, process_arguments
 from ema_timm.errors import InterruptedRunError, UserError, first_line
 from ema_timm.training.signals import Stop, stop_on_signal
@@ -24,6 +25,9 @@ class _Child:
     device: str | None
     process: subprocess.Popen
     started: float
+    epochs: int  # reported, or done before
+    last_epoch: float  # when the last of them was reported
+    results_changed: int = 0
     stopping: bool = False
 
     def stop(self) -> None:
@@ -31,6 +35,17 @@ class _Child:
         if not self.stopping:
             self.stopping = True
             self.process.terminate()
+
+    def new_epochs(self) -> list[dict]:
+        """The epochs that ended since the last call."""
+        file = self.run.folder / RESULTS
+        changed = file.stat().st_mtime_ns if file.is_file() else 0
+        if changed == self.results_changed:
+            return []
+        self.results_changed = changed
+        new = [entry for entry in self.run.history() if entry["epoch"] > self.epochs]
+        self.epochs += len(new)
+        return new
 
 
 def run_all(
@@ -57,12 +72,14 @@ def run_all(
     """
     left, free = deque(runs), deque(devices)
     training: list[_Child] = []
-    report, failed = _Progress(len(runs), len(devices), progress), {}
+    report, failed = _Progress(runs, len(devices), progress), {}
     with stop_on_signal() as stop:
         try:
             while training or (left and not stop.requested):
                 while left and free and not stop.requested:
                     training.append(_start(left.popleft(), free.popleft()))
+                for child in training:
+                    report.epochs(child)
                 for child in [c for c in training if c.process.poll() is not None]:
                     training.remove(child)
                     free.append(child.device)
@@ -91,7 +108,8 @@ def _start(run: PlannedRun, device: str | None) -> _Child:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches only this process, which stops them
         )
-    return _Child(run, device, process, time.monotonic())
+    now = time.monotonic()
+    return _Child(run, device, process, now, len(run.history()), now)
 
 
 def _end(child: _Child, finish: Callable, report: "_Progress") -> str:
@@ -116,7 +134,7 @@ def _wait(training: Sequence[_Child], stop: Stop) -> None:
 
 
 def failure_reason(log: Path, code: int | None = None) -> str:
-    """Why a run failed: the last line of its output.
+    """Why a run failed: the error at the end of its output.
 
     Args:
         log: The file with its output.
@@ -124,32 +142,67 @@ def failure_reason(log: Path, code: int | None = None) -> str:
     """
     if code is not None and code < 0:
         return f"ended by signal {-code}"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("ema-timm: ") if lines else f"ended with exit code {code}"
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    _, own, error = f"\n{text}".rpartition("\nema-timm: ")
+    if own and "\nTraceback " not in error:
+        return " ".join(error.split())  # an error may have several lines
+    if text:
+        return text.splitlines()[-1]
+    return "interrupted" if code is None else f"ended with exit code {code}"
 
 
 class _Progress:
-    """Lines on stderr: finished and remaining runs, and the expected end."""
+    """Lines on stderr: each epoch, each run that ended, and the expected end.
 
-    def __init__(self, total: int, parallel: int, shown: bool):
-        self.total, self.parallel, self.shown = total, parallel, shown
-        self.left, self.seconds = total, 0.0
+    Args:
+        runs: The runs to train.
+        parallel: How many of them train at a time.
+        shown: Print at all.
+    """
+
+    def __init__(self, runs: Sequence[PlannedRun], parallel: int, shown: bool):
+        self.total, self.parallel, self.shown = len(runs), parallel, shown
+        self.left = len(runs)
+        self._epochs_left = {run.name: run.epochs - len(run.history()) for run in runs}
+        self._epochs_timed, self._seconds = 0, 0.0
+
+    def epochs(self, child: _Child) -> None:
+        """Report the epochs that a run has finished since the last call."""
+        run = child.run
+        for entry in child.new_epochs():
+            now = time.monotonic()
+            self._epochs_left[run.name] -= 1
+            self._epochs_timed += 1
+            self._seconds += now - child.last_epoch
+            child.last_epoch = now
+            self._print(
+                f"{run.name}: epoch {entry['epoch']}/{run.epochs}, top-1 "
+                f"{entry['top1']:.2f}% of {entry['images']} validation images{self._rest()}"
+            )
 
     def done(self, run: PlannedRun, line: str, seconds: float) -> None:
         """Report a run that has ended."""
         self.left -= 1
-        self.seconds += seconds
-        if self.shown:
-            count = self.total - self.left
-            line = f"[{count}/{self.total}] {run.name}: {line}, {seconds:.0f} s{self._rest(count)}"
-            print(line, file=sys.stderr, flush=True)
+        self._epochs_left[run.name] = 0
+        count = self.total - self.left
+        rest = f"; {self.left} runs left" if self.left else ""
+        self._print(
+            f"[{count}/{self.total}] {run.name}: {line}, {_duration(seconds)}{rest}{self._rest()}"
+        )
 
-    def _rest(self, count: int) -> str:
-        if not self.left:
+    def _rest(self) -> str:
+        """The expected end, from the mean time of an epoch. A run with patience may end earlier."""
+        left = sum(self._epochs_left.values())
+        if not left or not self._epochs_timed:
             return ""
-        seconds = self.seconds / count * self.left / min(self.parallel, self.left)
+        parallel = min(self.parallel, self.left)
+        seconds = self._seconds / self._epochs_timed * left / parallel
         end = datetime.now() + timedelta(seconds=seconds)
-        return f"; {self.left} left, about {_duration(seconds)}, until {end:%a %H:%M}"
+        return f"; about {_duration(seconds)} left, until {end:%a %H:%M}"
+
+    def _print(self, line: str) -> None:
+        if self.shown:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

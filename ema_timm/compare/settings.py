@@ -118,7 +118,7 @@ def _check_same(saved: dict, given: dict) -> None:
     """Check that no setting changes the outcome, so that all runs stay comparable."""
     for name, value in given.items():
         before = saved.get(name, getattr(FinetuneConfig(), name))
-        if name not in FinetuneConfig.ANYTIME and value != before:
+        if name not in FinetuneConfig.WITHOUT_EFFECT and value != before:
             raise UserError(
                 f"cannot continue: {option_name(name)} is {value!r}, but the runs in "
                 f"{given['output']} have {before!r}. Omit the option, or use another --output."

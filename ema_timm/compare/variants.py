@@ -70,6 +70,12 @@ def _check_model(model: str) -> None:
             f"--model must be timm's name of a plain network, such as resnet50, got {model!r}. "
             "Give your own weights as --weights FILE."
         )
+    plain = name.removesuffix("_ema")
+    if plain != name and is_model(plain):
+        raise UserError(
+            f"{name} already has EMA attention. Give the plain network: --model "
+            f"{model.replace(name, plain, 1).replace('.warm_', '.')}"
+        )
     if not is_model(f"{name}_ema"):
         raise UserError(
             f"{name} has no place for attention layers. compare supports timm's ResNets and "

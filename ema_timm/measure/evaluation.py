@@ -124,7 +124,7 @@ def _carried(path: Path, digest: str, progress: bool) -> dict:
 
 def _per_class(counts: Tally, names: list[str]) -> dict:
     """Images of each class, and how many of them were predicted correctly."""
-    images, correct = (each.tolist() for each in counts.per_class(len(names)))
+    images, correct = (each.tolist() for each in counts.per_class())
     return {
         name: {"images": total, "correct": right}
         for name, total, right in zip(names, images, correct, strict=True)
@@ -164,6 +164,6 @@ def _draw(folder: CheckpointWriter, counts: Tally, results: dict, progress: bool
         if progress:
             print(f"no {CONFUSION}: {missing}", file=sys.stderr)
         return others
-    confusion = counts.confusion(len(names))
+    confusion = counts.confusion()
     folder.write(CONFUSION, lambda file: save_confusion(confusion, names, file))
     return sorted({*others, CONFUSION})

@@ -16,6 +16,8 @@ class Metrics(NamedTuple):
     Attributes:
         top1: Top-1 accuracy in %.
         top5: Top-5 accuracy in %; None with fewer than six classes.
+        balanced_accuracy: Mean over the classes of the accuracy on their images, in %. Classes
+            without images are left out.
         loss: Mean cross-entropy.
         correct: Images whose class was predicted.
         images: Images evaluated.
@@ -23,54 +25,66 @@ class Metrics(NamedTuple):
 
     top1: float
     top5: float | None
+    balanced_accuracy: float
     loss: float
     correct: int
     images: int
 
 
 class Tally:
-    """Counts the outputs of a classifier, batch by batch."""
+    """Counts the outputs of a classifier, batch by batch.
 
-    def __init__(self):
-        self._sums = torch.zeros(4, dtype=torch.float64)  # correct, in the top 5, loss, images
-        self._classes = 0  # stays 0 in a process whose shard is empty
+    Args:
+        classes: Number of its outputs.
+    """
+
+    def __init__(self, classes: int):
+        self._classes = classes
+        self._sums = torch.zeros(2, dtype=torch.float64)  # in the top 5, loss
         self.predicted: list[Tensor] = []
         self.targets: list[Tensor] = []
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count one batch: (B, classes) and (B,). Ties are broken as in timm's ``accuracy``."""
-        self._classes = logits.shape[1]
         best = logits.topk(min(5, self._classes), 1, True, True).indices
-        hits = best == targets[:, None]
+        in_top5 = (best == targets[:, None]).sum().item()
         loss = F.cross_entropy(logits, targets, reduction="sum").item()
-        self._sums += torch.tensor(
-            [hits[:, 0].sum().item(), hits.sum().item(), loss, len(targets)], dtype=torch.float64
-        )
+        self._sums += torch.tensor([in_top5, loss], dtype=torch.float64)
         self.predicted.append(best[:, 0].cpu())
         self.targets.append(targets.cpu())
 
     def metrics(self, device: torch.device) -> Metrics:
         """The counts; under DDP, over the shards of all processes."""
-        sums = sum_over_processes(self._sums, device)
-        correct, in_top5, loss, images = sums.tolist()
+        counts = torch.stack(self.per_class()).flatten().double()
+        sums = sum_over_processes(torch.cat([self._sums, counts]), device)
+        in_top5, loss = sums[:2].tolist()
+        images, correct = sums[2:].view(2, self._classes)
+        seen, total, right = images > 0, int(images.sum()), int(correct.sum())
         return Metrics(
-            top1=100 * correct / images,
-            top5=100 * in_top5 / images if self._classes > 5 else None,
-            loss=loss / images,
-            correct=int(correct),
-            images=int(images),
+            top1=100 * right / total,
+            top5=100 * in_top5 / total if self._classes > 5 else None,
+            balanced_accuracy=100 * float((correct[seen] / images[seen]).mean()),
+            loss=loss / total,
+            correct=right,
+            images=total,
         )
 
-    def per_class(self, classes: int) -> tuple[Tensor, Tensor]:
+    def per_class(self) -> tuple[Tensor, Tensor]:
         """Images and correct ones of each class, in this process."""
-        targets, predicted = torch.cat(self.targets), torch.cat(self.predicted)
-        images = torch.bincount(targets, minlength=classes)
-        return images, torch.bincount(targets[targets == predicted], minlength=classes)
+        targets, predicted = self._joined()
+        images = torch.bincount(targets, minlength=self._classes)
+        return images, torch.bincount(targets[targets == predicted], minlength=self._classes)
 
-    def confusion(self, classes: int) -> Tensor:
+    def confusion(self) -> Tensor:
         """Counts of this process by (target, predicted), (classes, classes)."""
-        pairs = torch.cat(self.targets) * classes + torch.cat(self.predicted)
-        return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+        targets, predicted = self._joined()
+        pairs = torch.bincount(targets * self._classes + predicted, minlength=self._classes**2)
+        return pairs.view(self._classes, self._classes)
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """Targets and predictions of all batches."""
+        none = torch.zeros(0, dtype=torch.long)  # the shard of a process may be empty
+        return torch.cat([none, *self.targets]), torch.cat([none, *self.predicted])
 
 
 def measure(model: nn.Module, loader, device: torch.device, **options) -> Metrics:
@@ -83,7 +97,7 @@ def measure(model: nn.Module, loader, device: torch.device, **options) -> Metric
 
 def tally(model: nn.Module, loader, device: torch.device, **options) -> Tally:
     """Count all outputs of a classifier; takes what `outputs` takes."""
-    counts = Tally()
+    counts = Tally(model.num_classes)
     for logits, targets in outputs(model, loader, device, **options):
         counts.add(logits, targets)
     return counts

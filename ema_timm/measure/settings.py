@@ -5,6 +5,9 @@ from typing import Any
 
 from ema_timm.options import option
 
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+"""timm's names of Pillow's filters."""
+
 
 @dataclass
 class EvaluateConfig:
@@ -46,7 +49,9 @@ class EvaluateConfig:
     use_averaged: bool = option(False, "use the averaged weights of timm's --model-ema", flag=True)
     img_size: int = option(0, "image size in pixels (default: from the model)")
     crop_pct: float = option(0.0, "centre-crop fraction (default: from the model)")
-    interpolation: str = option("", "interpolation, such as bicubic (default: from the model)")
+    interpolation: str = option(
+        "", "interpolation of the images (default: from the model)", choices=INTERPOLATIONS
+    )
 
     OF_A_FILE = (
         "output", "model", "model_kwargs", "use_averaged", "img_size", "crop_pct", "interpolation",

@@ -75,7 +75,7 @@ class RunCheckpoint:
             "architecture": network.model.pretrained_cfg["architecture"],
             "base": network.base,
             "task": "image-classification",
-            "metrics": {key: best[key] for key in Metrics._fields},
+            "metrics": {key: best[key] for key in Metrics._fields if key in best},
             "best_epoch": best["epoch"],
             "weights_sha256": best["weights_sha256"] if self.process.main else None,
             "parameters": count_parameters(network.model),

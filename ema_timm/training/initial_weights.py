@@ -16,6 +16,7 @@ from ema_timm.checkpoints.layout import WEIGHTS
 from ema_timm.checkpoints.results import public_model_name
 from ema_timm.checkpoints.weights import check_bounds
 from ema_timm.errors import UserError, some
+from ema_timm.files import sha256
 from ema_timm.hub.fetch import fetch
 
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -89,6 +90,7 @@ class InitialModel(NamedTuple):
             "weights": weights,
             "hub_repository": repository,
             "license": cfg.get("license") if repository else None,
+            "sha256": _file_sha256(cfg.get("file")) if self.loads_weights else None,
         }
 
     def check(self, model: nn.Module, blank: nn.Module) -> None:
@@ -119,6 +121,13 @@ class InitialModel(NamedTuple):
             f"({some(kept, 3)}){found}. Map its names to timm's names with ema-timm convert, or "
             "start from random weights with --no-pretrained."
         )
+
+
+def _file_sha256(file: str | None) -> str | None:
+    """The hash of a file of weights, or of model.safetensors in a folder; None without either."""
+    path = Path(file or "")
+    path = path / WEIGHTS if path.is_dir() else path
+    return sha256(path) if path.is_file() else None
 
 
 def check_weight_files(folder: Path) -> None:

@@ -54,7 +54,7 @@ def build_run_network(
     device: torch.device,
     base: dict | None = None,
     *,
-    img_size: int = 0,
+    image_settings: dict | None = None,
     drop_path: float = 0.0,
     channels_last: bool = False,
     grad_checkpointing: bool = False,
@@ -67,7 +67,8 @@ def build_run_network(
         device: The device to train on.
         base: The entry ``base`` of a run that resumes. Its state holds all weights, so none are
             fetched.
-        img_size: Image size in pixels; 0 is the network's own.
+        image_settings: How its images are prepared, by timm's names (``img_size``, ``mean``,
+            ``std``, ``interpolation``, ``crop_pct``), where that differs from the network's own.
         drop_path: Stochastic depth rate.
         channels_last: Use channels-last memory format.
         grad_checkpointing: Recompute activations in the backward.
@@ -77,7 +78,7 @@ def build_run_network(
         HubError: If the Hub does not provide the weights, or provides damaged ones.
     """
     model, args = create_model(initial, len(classes), drop_path, load_weights=base is None)
-    prepared = preprocessing(model, args, {"img_size": img_size or None})
+    prepared = preprocessing(model, args, image_settings or {})
     described = model.pretrained_cfg.get("label_descriptions") or {}
     network = RunNetwork(
         model=model,

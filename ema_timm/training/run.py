@@ -140,7 +140,7 @@ class Run:
             self.images.train.class_names,
             process.device,
             base,
-            img_size=config.img_size,
+            image_settings=config.image_settings,
             drop_path=config.drop_path,
             channels_last=config.channels_last,
             grad_checkpointing=config.grad_checkpointing,

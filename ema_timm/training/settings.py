@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_timm.errors import UserError
+from ema_timm.measure.settings import INTERPOLATIONS
 from ema_timm.options import option, option_name
 
 
@@ -38,6 +39,29 @@ class FinetuneConfig:
         metadata={"help": "arguments of the model, such as ema_groups=8", "pairs": True},
     )
     img_size: int = option(0, "image size in pixels (default: from the model)")
+    mean: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "mean to normalise images with: one number, or one for each channel "
+            "(default: from the model)",
+            "numbers": True,
+        },
+    )
+    std: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "standard deviation, as --mean (default: from the model)",
+            "numbers": True,
+        },
+    )
+    interpolation: str = option(
+        "",
+        "interpolation of validation images (default: from the model)",
+        choices=INTERPOLATIONS,
+    )
+    crop_pct: float = option(
+        0.0, "centre-crop fraction of validation images (default: from the model)"
+    )
     drop_path: float = option(0.0, "stochastic depth rate")
     grad_checkpointing: bool = option(False, "recompute activations to save memory", flag=True)
 
@@ -93,14 +117,20 @@ class FinetuneConfig:
         },
     )
 
-    ANYTIME = (
+    WITHOUT_EFFECT = (
         *("data_dir", "dataset", "split", "val_split", "check", "output", "device", "workers"),
-        *("record", "patience"),
+        "record",
     )
-    """Fields that may change when a run resumes, because they do not change what an epoch computes.
+    """Fields that do not change the results. Runs compare images by their fingerprints."""
 
-    A run compares its images by their fingerprints, so their folder may change.
-    """
+    ANYTIME = (*WITHOUT_EFFECT, "patience")
+    """Fields that may change when a run resumes: they do not change what an epoch computes."""
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """How images are prepared, by timm's names, where it differs from the model's own."""
+        names = ("img_size", "mean", "std", "interpolation", "crop_pct")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
 _LOWEST = {"epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "patience": 0, "freeze_epochs": 0}

@@ -98,7 +98,17 @@ def test_table_csv_and_picture_hold_the_rows(compared):
     text = (compared / "compare.md").read_text()
     for row in table["rows"]:
         assert f"| `{row['variant']}` | {row['top1']['mean']:.2f} ± " in text
-    assert table["rows"][1]["difference"]["verdict"] in text
+    assert table["rows"][1]["difference"]["verdict"] == "needs 3 seeds"
+    assert "needs 3 seeds" in text
+    per_class = [
+        [100 * c["correct"] / c["images"] for c in each["per_class"].values()]
+        for each in (
+            json.loads((compared / f"none-seed{seed}" / "results.json").read_text())["evaluation"]
+            for seed in (42, 43)
+        )
+    ]
+    balanced = [sum(each) / len(each) for each in per_class]
+    assert float(rows[0]["balanced_accuracy_mean"]) == pytest.approx(sum(balanced) / 2)
     assert str(compared.parent) not in (compared / "compare.json").read_text()
 
 
@@ -182,16 +192,69 @@ def test_goes_on_with_what_was_begun_and_says_why_a_variant_failed(
     assert (output / "none-seed42" / "model.safetensors").stat().st_mtime_ns == done
 
 
-def test_runs_on_other_images_are_left_out(compared, tmp_path):
-    output = shutil.copytree(compared, tmp_path / "compare")
-    file = output / "se-seed42" / "results.json"
-    results = json.loads(file.read_text())
+def other_images(results):
     results["data"]["train"]["fingerprint"] = "0" * 64
-    file.write_text(json.dumps(results))
+
+
+def other_weights(results):
+    results["base"]["sha256"] = "0" * 64
+
+
+def weighted_classes(results):
+    results["class_weights"] = {"0": 2.0}
+
+
+def two_processes(results):
+    results["processes"] = 2
+
+
+def extended(results):
+    results["extended_after"] = [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (other_images, "train images"),
+        (other_weights, "initial weights"),
+        (weighted_classes, "class weights"),
+        (two_processes, "numbers of processes"),
+        (extended, "extensions after the last epoch"),
+    ],
+)
+def test_runs_under_other_conditions_are_left_out(compared, tmp_path, change, what):
+    output = shutil.copytree(compared, tmp_path / "compare")
+    for name in ("none-seed42", "se-seed42"):
+        file = output / name / "results.json"
+        results = json.loads(file.read_text())
+        results["base"]["sha256"] = "1" * 64  # as if trained from a file
+        if name == "se-seed42":
+            change(results)
+        file.write_text(json.dumps(results))
     main(["compare", "--collect", "--output", str(output)])
     (se,) = [row for row in read(output)["rows"] if row["variant"] == "se"]
     assert se["seeds"] == [43]
-    assert se["why_not"] == ["seed 42: its train images differ from those of none-seed42"]
+    assert se["why_not"] == [f"seed 42: its {what} differ from those of none-seed42"]
+    assert "| seeds |" in (output / "compare.md").read_text()
+
+
+def test_other_patience_is_refused(compared, capsys):
+    """It changes when a run ends, and so its result."""
+    assert main(["compare", "--collect", "--output", str(compared), "--patience", "1"]) == 2
+    assert "--patience is 1, but the runs in" in capsys.readouterr().err
+
+
+def test_what_every_run_needs_is_checked_once(tested_digits, tmp_path, capsys):
+    """Without weights no run can start: one error instead of an empty table."""
+    command = arguments(tested_digits, tmp_path / "compare", "--attention", "none", "se")
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_bytes(b"no weights")
+    command.remove("--no-pretrained")
+    assert main([*command, "--weights", str(wrong)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("cannot load the weights of test_resnet") == 1
+    assert not (tmp_path / "compare" / "logs").exists()
 
 
 def test_a_folder_trained_with_other_settings_is_refused(compared, tmp_path, capsys):

@@ -68,7 +68,8 @@ def test_a_tag_names_the_same_weights():
         (["ema@8"], "resnet18", "not KEY=VALUE"),
         (["ema", "ema"], "resnet18", "once"),
         (["ema"], "seresnet50", "has no place for attention layers"),
-        (["ema"], "resnet18_ema", "has no place for attention layers"),
+        (["ema"], "resnet18_ema", "--model resnet18$"),
+        (["ema"], "resnet18_ema.warm_a1_in1k", "--model resnet18.a1_in1k$"),
         (["ema"], "resnet81", "plain network"),
         (["ema"], "local-dir:run", "--weights FILE"),
     ],
@@ -130,6 +131,8 @@ def test_runs_of_other_settings_do_not_come_together(given):
         make_comparison({"output": given["output"], "lr": 0.2}, None, None)
     with pytest.raises(UserError, match="--epochs is 3"):
         make_comparison({"output": given["output"], "epochs": 3}, None, None)
+    with pytest.raises(UserError, match="--patience is 1"):
+        make_comparison({"output": given["output"], "patience": 1}, None, None)
 
 
 def test_missing_settings_are_named(given):
@@ -170,6 +173,8 @@ def test_settings_are_written_as_they_are_read():
             values[field.name] = list(field.metadata["choices"])
         elif field.metadata.get("choices"):
             values[field.name] = field.metadata["choices"][-1]
+        elif field.metadata.get("numbers"):
+            values[field.name] = [0.5, -0.25]
         elif isinstance(default, str):
             values[field.name] = "-x y'z"
         else:

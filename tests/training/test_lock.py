@@ -221,7 +221,7 @@ def test_of_equal_accuracies_the_lower_loss_is_kept():
 
     history = History()
     kept = [
-        history.add(epoch, 1.0, 1.0, Metrics(top1, None, loss, 1, 2))
+        history.add(epoch, 1.0, 1.0, Metrics(top1, None, top1, loss, 1, 2))
         for epoch, top1, loss in [(1, 50.0, 0.9), (2, 50.0, 0.7), (3, 50.0, 0.7), (4, 49.0, 0.1)]
     ]
     assert kept == [True, True, False, False]

@@ -76,6 +76,26 @@ def test_a_run_that_is_older_than_a_setting_continues(config):
     assert len(run(config, epochs=2, resume=True)["history"]) == 2
 
 
+def test_images_are_prepared_as_requested_in_training_and_afterwards(config, monkeypatch):
+    """The mean of a batch shows the normalisation; a reload by name gets it from config.json."""
+    step, seen = TrainStep.__call__, []
+
+    def noted(self, images, targets, done):
+        seen.append((float(images.min()), float(images.max())))
+        return step(self, images, targets, done)
+
+    monkeypatch.setattr(TrainStep, "__call__", noted)
+    requested = {"mean": [0.5], "std": [0.25], "interpolation": "bicubic", "crop_pct": 0.75}
+    results = run(config, epochs=1, **requested)
+    assert min(low for low, _ in seen) == pytest.approx(-2, abs=0.05)  # black
+    assert max(high for _, high in seen) == pytest.approx(2, abs=0.2)  # white
+    want = {**requested, "mean": [0.5] * 3, "std": [0.25] * 3}
+    model = timm.create_model(f"local-dir:{config.output}", pretrained=True)
+    for read in (results["input"], timm.data.resolve_model_data_config(model)):
+        found = {name: read[name] for name in want}
+        assert json.loads(json.dumps(found)) == want
+
+
 def small_step(config, **changes):
     """A step of a network whose batches do not see each other."""
     torch.manual_seed(0)
@@ -236,7 +256,7 @@ def test_the_weighted_loss_is_its_definition(mixup):
 @pytest.fixture
 def constant(monkeypatch):
     """No epoch is better than the first."""
-    metrics = Metrics(top1=25.0, top5=None, loss=1.5, correct=6, images=24)
+    metrics = Metrics(top1=25.0, top5=None, balanced_accuracy=25.0, loss=1.5, correct=6, images=24)
     monkeypatch.setattr(Run, "_evaluate", lambda self: metrics)
 
 
@@ -301,6 +321,9 @@ def test_tensorboard_that_is_missing_is_said_before_training(config, tmp_path, m
         (["--patience", "-1"], "--patience must be at least 0, got -1"),
         (["--average-weights", "1"], "at least 0 and below 1, such as 0.999, got 1.0"),
         (["--class-weights", "gone.json"], "must be balanced or a JSON file"),
+        (["--mean", "0.5", "0.5"], "--mean must be one number, or one for each of the 3 channels"),
+        (["--std", "0"], "std must be numbers above 0, one a channel, got [0.0]"),
+        (["--crop-pct", "-1"], "crop_pct must be a number above 0, got -1.0"),
     ],
 )
 def test_settings_that_cannot_be_get_one_line(config, capsys, changes, said):

@@ -49,11 +49,12 @@ def _numbers(results: dict) -> str:
     metrics, size = results.get("metrics"), results["input"]
     rows = []
     if metrics:
-        top5 = metrics.get("top5")
+        top5, balanced = metrics.get("top5"), metrics.get("balanced_accuracy")
         counts = f"({metrics['correct']} of {metrics['images']})"
         rows = [
             ("Top-1 accuracy", f"{metrics['top1']:.2f}% {counts}"),
             ("Top-5 accuracy", None if top5 is None else f"{top5:.2f}%"),
+            ("Balanced accuracy", None if balanced is None else f"{balanced:.2f}%"),
             ("Cross-entropy", f"{metrics['loss']:.4f}"),
             ("Images", str(metrics["images"])),
         ]
