@@ -132,6 +132,8 @@ def _arguments(setting: Field, value: Any) -> list[str]:
         return [flag, *(f"{key}={_literal(each)}" for key, each in value.items())] if value else []
     if setting.metadata.get("flag"):
         return [flag if value else flag.replace("--", "--no-", 1)]
+    if value == "" and setting.metadata.get("choices"):
+        return []
     if isinstance(value, list | tuple):
         return [flag, *map(str, value)] if value else []
     text = str(value)
@@ -180,7 +182,8 @@ def _checked(setting: Field, value: Any, where: str) -> Any:
         valid = isinstance(value, str | int | float) and not isinstance(value, bool)
         value, expected = str(value), "text"
         if choices:
-            valid, expected = value in choices, f"one of {', '.join(choices)}"
+            valid = value in choices or value == setting.default
+            expected = f"one of {', '.join(choices)}"
     else:
         value = _number(kind, value)
         valid, expected = value is not None, "a whole number" if kind is int else "a number"

@@ -71,7 +71,7 @@ def preprocessing(
     check_preprocessing(overrides, "the settings")
     channels = model_args.get("in_chans", model.pretrained_cfg["input_size"][0])
     for key in ("mean", "std"):
-        if len(overrides.get(key, ())) not in (0, 1, channels):
+        if len(overrides.get(key) or ()) not in (0, 1, channels):
             raise UserError(
                 f"--{key} must be one number, or one for each of the {channels} channels, got "
                 f"{len(overrides[key])}."

@@ -78,12 +78,9 @@ def convert(arrays: dict[tuple[str, str], np.ndarray]) -> dict[str, Tensor]:
     for ours, theirs in names_in_keras().items():
         if "bn" in ours:
             layer = {key: arrays[theirs, kind] for key, kind in NORM.items()}
-        elif (theirs, "depthwise_kernel") in arrays:
-            layer = {"weight": arrays[theirs, "depthwise_kernel"].transpose(2, 3, 0, 1)}
         else:
-            kernel = arrays[theirs, "kernel"]
             order = (2, 3, 0, 1) if ours.endswith("conv_dw") else (3, 2, 0, 1)
-            layer = {"weight": kernel.transpose(order)}
+            layer = {"weight": arrays[theirs, "kernel"].transpose(order)}
         state |= {f"{ours}.{key}": torch.from_numpy(np.array(a)) for key, a in layer.items()}
     return state
 
