@@ -14,11 +14,11 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.cli import main
 from ema_timm.errors import UnreadableImageError, UserError
+from ema_timm.export.description import class_labels
 from ema_timm.figures import class_name, file_name, fitted
 from ema_timm.measure.evaluation import evaluate
 from ema_timm.measure.settings import EvaluateConfig
 from ema_timm.see.classify import predict
-from ema_timm.see.networks import class_labels
 from ema_timm.see.predictions import Prediction
 from ema_timm.see.settings import PredictConfig
 from ema_timm.see.sheet import save_sheet
