@@ -206,6 +206,20 @@ def test_a_fixed_batch_and_int8_of_a_fixed_size(folder, capsys):
         open_onnx(folder / "model.onnx")(torch.randn(2, 3, 64, 64))
 
 
+def test_an_onnx_file_has_the_preprocessing_and_the_labels(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"] = ["oak", "elm", "fir", "yew"]
+    (folder / "config.json").write_text(json.dumps(config))
+    done = export(folder, "onnx", exporter="legacy", fixed=InputSize((48, 64)))
+    for path in (done.path, quantize_int8(folder, InputSize((48, 64))).path):
+        known = {k: json.loads(v) for k, v in open_onnx(path).metadata.items() if "onnx" not in k}
+        assert known["architecture"] == "test_resnet_ema"
+        assert known["label_names"] == config["label_names"]
+        assert known["input_size"] == [3, 48, 64]
+        for key in ("mean", "std", "interpolation", "crop_pct"):
+            assert known[key] == config["pretrained_cfg"][key]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -470,6 +484,17 @@ def test_the_command_offers_every_format_and_exporter(capsys):
 def test_options_of_onnx_go_with_onnx(option, capsys):
     assert main(["export", "anywhere", "--format", "pt2", *option]) == 2
     assert "need --format onnx, got --format pt2" in capsys.readouterr().err
+
+
+def test_half_precision_goes_with_ncnn(capsys):
+    assert main(["export", "anywhere", "--format", "onnx", "--fp16"]) == 2
+    assert "--fp16 needs --format ncnn, got --format onnx" in capsys.readouterr().err
+
+
+def test_ncnn_computes_one_image_at_a_time(folder, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "find_spec", lambda name: True)
+    assert main(["export", str(folder), "--format", "ncnn", "--batch-size", "2"]) == 2
+    assert "one image at a time, got --batch-size 2" in capsys.readouterr().err
 
 
 # timm's own onnx_export.py.

@@ -25,6 +25,7 @@ pytest.importorskip("pnnx", reason="needs the extra ncnn")
 
 from ema_timm.export.ncnn import open_ncnn, write_ncnn  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns about its own future
 TOLERANCE = 1e-5  # relative to the largest output
 long = pytest.mark.long
 
