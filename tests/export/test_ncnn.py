@@ -18,12 +18,11 @@ from ema_timm.cli import main
 from ema_timm.errors import VerificationError
 from ema_timm.export.formats import FORMATS
 from ema_timm.export.inputs import InputSize
+from ema_timm.export.ncnn import open_ncnn, write_ncnn
 from ema_timm.export.write import FP16_TOLERANCE, export
 
 pytest.importorskip("ncnn", reason="needs the extra ncnn")
 pytest.importorskip("pnnx", reason="needs the extra ncnn")
-
-from ema_timm.export.ncnn import open_ncnn, write_ncnn  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns about its own future
 TOLERANCE = 1e-5  # relative to the largest output
@@ -115,7 +114,7 @@ def test_the_networks_own_size_and_what_a_programmer_needs(saved, tmp_path):
 
 
 def test_files_that_do_not_belong_together_are_not_left(saved, tmp_path, monkeypatch):
-    """A kill between the files leaves no ``.param``, and a failed conversion leaves the old ones."""
+    """A kill between the files leaves no ``.param``; a failed conversion leaves the old files."""
     folder = Path(shutil.copytree(saved("test_resnet_ema"), tmp_path / "run"))
     export(folder, "ncnn", fixed=InputSize((64, 64)))
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
