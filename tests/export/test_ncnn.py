@@ -4,6 +4,7 @@ They need the extra ``ncnn``; `.ci/run` runs them where it is installed.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ pytest.importorskip("ncnn", reason="needs the extra ncnn")
 pytest.importorskip("pnnx", reason="needs the extra ncnn")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns about its own future
+GUIDE = Path(__file__).resolve().parents[2] / "ema_timm" / "export" / "README.md"
 TOLERANCE = 1e-5  # relative to the largest output
 long = pytest.mark.long
 
@@ -111,6 +113,25 @@ def test_the_networks_own_size_and_what_a_programmer_needs(saved, tmp_path):
     assert described["input_size"] == [3, 160, 160]
     keys = ("mean", "std", "interpolation", "crop_pct")
     assert {k: described[k] for k in keys} == {k: config["pretrained_cfg"][k] for k in keys}
+
+
+def test_the_program_of_the_guide(saved, tmp_path, monkeypatch):
+    """It gives the network a black image."""
+    folder = Path(shutil.copytree(saved("test_resnet_ema"), tmp_path / "runs" / "flowers"))
+    export(folder, "ncnn", fixed=InputSize((96, 64)))
+    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text("utf-8"), re.M | re.S)
+    (program,) = [block for block in blocks if "import ncnn" in block]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(program, names)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    mean, std = (
+        torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std")
+    )
+    with torch.no_grad():
+        want = model((-mean / std).expand(1, 3, 96, 64))[0]
+    difference = (torch.from_numpy(names["logits"]) - want).abs().max()
+    assert difference < 1e-2 * want.abs().max()  # ncnn's default is half precision
 
 
 def test_files_that_do_not_belong_together_are_not_left(saved, tmp_path, monkeypatch):
