@@ -133,8 +133,10 @@ def verify(
             "--img-size, or another --format."
         ) from error
     if not all(difference <= tolerance for difference in found):  # NaN fails too
+        remedy = "Leave out --fp16, or try" if tolerance == FP16_TOLERANCE else "Try"
         raise VerificationError(
             f"{kind.file} was not written: it differs from the network by {max(found):.1e} of its "
-            f"largest output, more than {tolerance:.0e}. Try another --format or --exporter."
+            f"largest output, more than {tolerance:.0e}. {remedy} another --format or "
+            "--exporter."
         )
     return max(found)

@@ -20,14 +20,14 @@ from ema_timm.errors import VerificationError
 from ema_timm.export.formats import FORMATS
 from ema_timm.export.inputs import InputSize
 from ema_timm.export.ncnn import open_ncnn, write_ncnn
-from ema_timm.export.write import FP16_TOLERANCE, export
+from ema_timm.export.write import EXPORT_TOLERANCE, FP16_TOLERANCE, export
 
 pytest.importorskip("ncnn", reason="needs the extra ncnn")
 pytest.importorskip("pnnx", reason="needs the extra ncnn")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns about its own future
 GUIDE = Path(__file__).resolve().parents[2] / "ema_timm" / "export" / "README.md"
-TOLERANCE = 1e-5  # relative to the largest output
+TOLERANCE = 1e-5  # of one layer, relative to its largest output
 long = pytest.mark.long
 
 
@@ -80,7 +80,7 @@ def test_command(saved, name, size, fp16, tmp_path, capsys):
     with torch.no_grad():
         want = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)
     difference = (open_ncnn(folder / "model.ncnn.param")(x) - want).abs().max()
-    assert difference < (FP16_TOLERANCE if fp16 else TOLERANCE) * want.abs().max()
+    assert difference < (FP16_TOLERANCE if fp16 else EXPORT_TOLERANCE) * want.abs().max()
 
 
 @pytest.mark.parametrize(
