@@ -50,6 +50,8 @@ ELSEWHERE = {
     'load("USER/detector")': "integrations/test_yolo_publish.py, from the stand-in Hub",
     "torch_pruning": "integrations/test_pruning.py, where torch-pruning is installed",
     "XnnpackPartitioner": "integrations/test_executorch.py, where executorch is installed",
+    "--format ncnn": "export/test_ncnn.py, where ncnn is installed",
+    "import ncnn": "export/test_ncnn.py, where ncnn is installed",
     "nncf.quantize": "integrations/test_nncf.py, where NNCF is installed",
     'YOLO("yolo11n.pt")': "integrations/test_yolo_inject.py; these weights are downloaded",
 }

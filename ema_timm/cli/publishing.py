@@ -83,9 +83,10 @@ def _publish(args: argparse.Namespace) -> int:
 def _add_export(commands) -> None:
     command = commands.add_parser(
         "export",
-        help="write a model as an ONNX, TorchScript or torch.export file",
-        description="Write the network of a checkpoint folder as one file into that folder. Batch, "
-        "height and width stay free unless --batch-size or --img-size fixes them. The file "
+        help="write a model as an ONNX, TorchScript, torch.export or ncnn file",
+        description="Write the network of a checkpoint folder as a file into that folder. Batch, "
+        "height and width stay free unless --batch-size or --img-size fixes them; ncnn files are "
+        "for one image of one size, the network's own without --img-size. The file "
         "is opened again and compared with the network on three inputs before it gets its name.",
         epilog="example: ema-timm export runs/flowers --format onnx --img-size 224",
     )
@@ -93,7 +94,7 @@ def _add_export(commands) -> None:
     command.add_argument(
         "--format",
         required=True,
-        choices=("onnx", "torchscript", "pt2"),
+        choices=("onnx", "torchscript", "pt2", "ncnn"),
         help="file format; pt2 is torch.export",
     )
     command.add_argument(
@@ -116,6 +117,9 @@ def _add_export(commands) -> None:
     command.add_argument(
         "--int8", action="store_true", help="quantise the ONNX file, too, and report its agreement"
     )
+    command.add_argument(
+        "--fp16", action="store_true", help="store the weights of the ncnn file in half precision"
+    )
     command.set_defaults(run=_export)
 
 
@@ -124,6 +128,8 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(
             f"--int8 and --exporter need --format onnx, got --format {args.format}. Leave them out."
         )
+    if args.format != "ncnn" and args.fp16:
+        raise UserError(f"--fp16 needs --format ncnn, got --format {args.format}. Leave it out.")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
     if args.int8 and args.batch_size not in (None, 1):
@@ -134,7 +140,7 @@ def _export(args: argparse.Namespace) -> int:
     from ema_timm.export import InputSize, export, quantize_int8
 
     fixed = InputSize(_image_size(args.img_size), args.batch_size)
-    done = export(args.folder, args.format, args.reparam, args.exporter, fixed)
+    done = export(args.folder, args.format, args.reparam, args.exporter, fixed, args.fp16)
     sizes = ", ".join("x".join(map(str, size)) for size in done.sizes)
     print(f"{done.path}: agrees with the network at {sizes} to {done.difference:.1e}")
     if args.int8:

@@ -54,7 +54,7 @@ def _add_predict(commands) -> None:
     command.add_argument(
         "source",
         metavar="CHECKPOINT",
-        help=f"{_CHECKPOINT}, or an .onnx file in a checkpoint folder",
+        help=f"{_CHECKPOINT}, or an .onnx file of ema-timm export",
     )
     command.add_argument("images", metavar="IMAGE", nargs="+", help="image files and folders")
     add_options(command, PredictConfig)

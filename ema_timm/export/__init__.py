@@ -1,4 +1,4 @@
-"""A checkpoint folder as one file for deployment: ONNX, TorchScript or ``torch.export``.
+"""A checkpoint folder as a file for deployment: ONNX, TorchScript, ``torch.export`` or ncnn.
 
 The names below are imported when they are first used: PyTorch takes long to load.
 """

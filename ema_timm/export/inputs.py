@@ -32,6 +32,20 @@ class InputSize(NamedTuple):
 ALL_FREE = InputSize()
 
 
+def one_image(model: nn.Module, fixed: InputSize) -> InputSize:
+    """Fix the sizes to one image: of the network's own size, unless ``fixed`` has another.
+
+    Raises:
+        UserError: If ``fixed`` has another batch size than 1.
+    """
+    if fixed.batch not in (None, 1):
+        raise UserError(
+            f"ncnn computes one image at a time, got --batch-size {fixed.batch}. Leave it out."
+        )
+    own = resolve_data_config(model=model)["input_size"]
+    return InputSize(fixed.image or (own[1], own[2]), 1)
+
+
 def check_inputs(model: nn.Module, fixed: InputSize = ALL_FREE) -> list[Tensor]:
     """Make inputs of three sizes, the network's own first; the last is the exporters' example.
 

@@ -45,6 +45,8 @@ def reference(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     u = x2.mean((2, 3)).softmax(1)[:, :, None, None]
     logits = (v * x2).sum(1, keepdim=True) + (u * x1).sum(1, keepdim=True)  # (B·G, 1, H, W)
     gated = (g * logits.sigmoid()).reshape(x.shape).to(x.dtype)
+    if torch.jit.is_tracing():  # PyTorch's TorchScript-based ONNX exporter cannot write a copy
+        return gated
     # A new buffer, laid out like x.
     return torch.empty_like(x).copy_(gated)
 

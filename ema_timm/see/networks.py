@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ema_timm.checkpoints.network import open_network
-from ema_timm.checkpoints.preprocessing import preprocessing
+from ema_timm.checkpoints.preprocessing import PREPROCESSING
 from ema_timm.errors import UserError, require_packages, sentence
-from ema_timm.export import open_onnx
+from ema_timm.export.description import describe, from_metadata
+from ema_timm.export.formats import open_onnx
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,15 @@ def open_classifier(source: str, device: torch.device) -> Classifier:
     model, model_args = open_network(source)
     local = source.startswith("local-dir:") or Path(source).is_dir()
     name = model.pretrained_cfg["architecture"] if local else source.rpartition(":")[2]
-    data, labels = _described(model, model_args)
-    return Classifier(name, model.to(device).eval(), data, labels)
+    known = describe(model, model_args)
+    return Classifier(name, model.to(device).eval(), _data(known), known["label_names"])
 
 
 def open_exported(file: Path) -> Classifier:
-    """Open an ONNX file of ``ema-timm export``, with the config.json of its folder.
+    """Open an ONNX file of ``ema-timm export``.
+
+    The file describes its preprocessing and classes; for files without a description, the
+    config.json of the folder does.
 
     It gets one image at a time: the outputs of an int8 file depend on the whole batch, and files
     of others may have a fixed batch of one.
@@ -65,32 +68,26 @@ def open_exported(file: Path) -> Classifier:
     if not file.is_file():
         raise UserError(f"there is no file {file}. Write it with: ema-timm export {file.parent}")
     require_packages(["onnxruntime"], "export", "an ONNX file")
-    data, labels = _described(*open_network(f"local-dir:{file.parent}", pretrained=False))
     try:
         run = open_onnx(file)
-        outputs = run(torch.zeros(1, *data["input_size"])).shape
     except Exception as error:  # ONNX Runtime's errors have nothing else in common
+        raise UserError(f"{file} cannot be run: {sentence(error)} Export it again.") from error
+    known = from_metadata(run.metadata, file)
+    if known is None:
+        known = describe(*open_network(f"local-dir:{file.parent}", pretrained=False))
+    data, labels = _data(known), known["label_names"]
+    try:
+        outputs = run(torch.zeros(1, *data["input_size"])).shape
+    except Exception as error:
         raise UserError(f"{file} cannot be run: {sentence(error)} Export it again.") from error
     if outputs != (1, len(labels)):
         raise UserError(
-            f"{file} gives outputs of shape {tuple(outputs)}, but the config.json of its folder "
-            f"names {len(labels)} classes. Put an exported file into the folder it was made from."
+            f"{file} gives outputs of shape {tuple(outputs)}, but {len(labels)} classes are named "
+            "in its metadata, or in the config.json of its folder. Export it again."
         )
     return Classifier(file.name, run, data, labels, one_by_one=True)
 
 
-def _described(model: nn.Module, model_args: dict) -> tuple[dict, list[str]]:
-    """Preprocessing and class labels of a network."""
-    data = preprocessing(model, model_args, {}, use_test_size=True)
-    return data, class_labels(model.pretrained_cfg.get("label_names"), model.num_classes)
-
-
-def class_labels(names: list[str] | None, classes: int) -> list[str]:
-    """Names of the classes: the checkpoint's own, else ImageNet's by timm, else numbers."""
-    if isinstance(names, list | tuple) and len(names) == classes:
-        return list(names)
-    subset = infer_imagenet_subset({"num_classes": classes})
-    if subset:
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(index) for index in range(classes)]
-    return [str(index) for index in range(classes)]
+def _data(known: dict) -> dict:
+    """The preprocessing in the description of a network."""
+    return {key: known[key] for key in PREPROCESSING}

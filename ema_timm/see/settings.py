@@ -28,8 +28,8 @@ class AttendConfig:
 class PredictConfig:
     """Settings of `ema_timm.see.predict`. Each field is an option of the command line.
 
-    ``source`` is a checkpoint folder, a timm name, ``hf-hub:USER/NAME`` or an ``.onnx`` file in a
-    checkpoint folder; ``images`` are files and folders.
+    ``source`` is a checkpoint folder, a timm name, ``hf-hub:USER/NAME`` or an ``.onnx`` file of
+    ``ema-timm export``; ``images`` are files and folders.
     """
 
     source: str

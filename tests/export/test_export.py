@@ -188,6 +188,14 @@ def test_onnx_leaves_the_size_free_if_maps_of_groups_of_one_channel_may_be_one_p
     )
 
 
+@pytest.mark.parametrize("exporter", ["legacy", "dynamo"])
+def test_the_reference_is_exported_too(exporter, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), EmaAttn(8, 2)).eval()
+    ema_timm.set_implementation(model, "reference")
+    write_onnx(model, torch.randn(2, 3, 9, 12), tmp_path / "m.onnx", exporter)
+    assert_same(open_onnx(tmp_path / "m.onnx"), model, [(1, 3, 9, 12), (3, 3, 16, 8)])
+
+
 def test_a_fixed_batch_and_int8_of_a_fixed_size(folder, capsys):
     command = ["export", str(folder), "--format", "onnx", "--exporter", "legacy"]
     assert main([*command, "--img-size", "64", "--batch-size", "1", "--int8"]) == 0
@@ -196,6 +204,20 @@ def test_a_fixed_batch_and_int8_of_a_fixed_size(folder, capsys):
     assert "of 32 random images" in second
     with pytest.raises(Exception, match=r"[Ii]nvalid|INVALID"):
         open_onnx(folder / "model.onnx")(torch.randn(2, 3, 64, 64))
+
+
+def test_an_onnx_file_has_the_preprocessing_and_the_labels(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"] = ["oak", "elm", "fir", "yew"]
+    (folder / "config.json").write_text(json.dumps(config))
+    done = export(folder, "onnx", exporter="legacy", fixed=InputSize((48, 64)))
+    for path in (done.path, quantize_int8(folder, InputSize((48, 64))).path):
+        known = {k: json.loads(v) for k, v in open_onnx(path).metadata.items() if "onnx" not in k}
+        assert known["architecture"] == "test_resnet_ema"
+        assert known["label_names"] == config["label_names"]
+        assert known["input_size"] == [3, 48, 64]
+        for key in ("mean", "std", "interpolation", "crop_pct"):
+            assert known[key] == config["pretrained_cfg"][key]
 
 
 @pytest.mark.parametrize(
@@ -462,6 +484,17 @@ def test_the_command_offers_every_format_and_exporter(capsys):
 def test_options_of_onnx_go_with_onnx(option, capsys):
     assert main(["export", "anywhere", "--format", "pt2", *option]) == 2
     assert "need --format onnx, got --format pt2" in capsys.readouterr().err
+
+
+def test_half_precision_goes_with_ncnn(capsys):
+    assert main(["export", "anywhere", "--format", "onnx", "--fp16"]) == 2
+    assert "--fp16 needs --format ncnn, got --format onnx" in capsys.readouterr().err
+
+
+def test_ncnn_computes_one_image_at_a_time(folder, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "find_spec", lambda name: True)
+    assert main(["export", str(folder), "--format", "ncnn", "--batch-size", "2"]) == 2
+    assert "one image at a time, got --batch-size 2" in capsys.readouterr().err
 
 
 # timm's own onnx_export.py.

@@ -14,11 +14,11 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.cli import main
 from ema_timm.errors import UnreadableImageError, UserError
+from ema_timm.export.description import class_labels
 from ema_timm.figures import class_name, file_name, fitted
 from ema_timm.measure.evaluation import evaluate
 from ema_timm.measure.settings import EvaluateConfig
 from ema_timm.see.classify import predict
-from ema_timm.see.networks import class_labels
 from ema_timm.see.predictions import Prediction
 from ema_timm.see.settings import PredictConfig
 from ema_timm.see.sheet import save_sheet
@@ -181,15 +181,42 @@ def test_onnx_file_predicts_as_its_network(trained, digits, tmp_path):
     for one, other in zip(found, want, strict=True):
         assert one[:3] == other[:3]
         assert one.prob == pytest.approx(other.prob, abs=1e-5)
-    shutil.move(folder / "model.onnx", tmp_path / "model.onnx")
-    with pytest.raises(UserError, match=r"config\.json"):
-        predict(settings(tmp_path / "model.onnx", digits / "val"))
+    alone = tmp_path / "model.onnx"
+    shutil.move(folder / "model.onnx", alone)
+    for one, other in zip(predict(settings(alone, digits / "val")).rows, want, strict=True):
+        assert one[:3] == other[:3]
     (folder / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"model\.onnx cannot be run: .*Export it again"):
         predict(settings(folder / "model.onnx", digits / "val"))
     (folder / "model.onnx").unlink()
     with pytest.raises(UserError, match=r"there is no file.*ema-timm export"):
         predict(settings(folder / "model.onnx", digits / "val"))
+
+
+def test_onnx_file_of_others_needs_the_folder(trained, digits, tmp_path):
+    """Its metadata has no preprocessing and no class names."""
+    onnx = pytest.importorskip("onnx")
+    from ema_timm.export import export
+
+    folder = shutil.copytree(trained, tmp_path / "run")
+    model = onnx.load(export(folder, "onnx", exporter="legacy").path)
+    described = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {"author": "someone"})
+    onnx.save(model, folder / "other.onnx")
+    assert predict(settings(folder / "other.onnx", digits / "val")).rows
+    shutil.move(folder / "other.onnx", tmp_path)
+    with pytest.raises(UserError, match=r"config\.json"):
+        predict(settings(tmp_path / "other.onnx", digits / "val"))
+    for key, value, said in [
+        ("mean", "[0.5", "metadata of .* cannot be read"),
+        ("mean", "null", "must hold 'mean'"),
+        ("std", "[0, 0, 0]", "std must be numbers above 0"),
+        ("label_names", '["a"]', "but 1 classes are named"),
+    ]:
+        onnx.helper.set_model_props(model, described | {key: value})
+        onnx.save(model, tmp_path / "damaged.onnx")
+        with pytest.raises(UserError, match=said):
+            predict(settings(tmp_path / "damaged.onnx", digits / "val"))
 
 
 def test_greyscale_network(digits, tmp_path):

@@ -140,7 +140,7 @@ class Plain(nn.Module):
     def _gate(self, y: Tensor, features: Tensor, local: Tensor, w: ExportedWeights) -> Tensor:
         """The gate, (T, 1, HW)."""
         # The bias first: pnnx fuses one that follows a product, which ncnn does not load if n is 1.
-        u = (w.vote_bias + torch.matmul(features.unsqueeze(1), w.vote_weight)).softmax(2)
+        u = (w.vote_bias + torch.matmul(features, w.vote_weight)).softmax(1).unsqueeze(1)
         centred = y - y.mean(2, keepdim=True)
         r = (centred.square().mean(2) + self.eps).rsqrt().unsqueeze(1)
         normed = torch.matmul(u * (w.gn_weight * r), centred)
