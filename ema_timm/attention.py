@@ -124,7 +124,7 @@ class EmaAttn(nn.Module):
                 that the layer computes with.
         """
         if not torch.jit.is_scripting():
-            self._require_plain("reading its weights")
+            self._require_plain("Reading its weights")
         mix_bias, conv_bias = self.conv1x1.bias, self.conv3x3.bias
         # TorchScript types a convolution's bias as optional; ours always have one.
         assert mix_bias is not None and conv_bias is not None
@@ -140,13 +140,13 @@ class EmaAttn(nn.Module):
     def _require_plain(self, purpose: str) -> None:
         if reason := obstacle(self):
             raise RuntimeError(
-                f"This EMA attention layer calls its children, because {reason}; {purpose} would "
+                f"This EMA attention layer calls its children, because {reason}. {purpose} would "
                 f"leave that out. {REMEDY}"
             )
 
     def __prepare_scriptable__(self) -> "EmaAttn":
         """Refuse a layer whose script would leave out what wraps or hooks its children."""
-        self._require_plain("scripting it")
+        self._require_plain("Scripting it")
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -97,16 +97,17 @@ def obstacle(layer: nn.Module) -> str:
             child._backward_hooks,
         ):
             for hook in hooks.values():
-                if not _module_of(hook).startswith(_COUNTERS):
-                    return f"{name} has a hook of {_module_of(hook)}"
+                module = _module_of(hook)
+                if not f"{module}.".startswith(_COUNTERS):
+                    return f"{name} has a hook of {module}"
     return ""
 
 
 def _module_of(hook: Callable) -> str:
-    """The module that defines a hook, with a dot at its end."""
+    """The name of the module that defines a hook."""
     while isinstance(hook, partial):
         hook = hook.func
-    return f"{hook.__module__}."
+    return str(hook.__module__)
 
 
 def call_children(layer: nn.Module, x: Tensor) -> Tensor:
