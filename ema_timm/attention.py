@@ -10,7 +10,7 @@ from ema_timm.ops import EmaWeights, ema_attention
 from ema_timm.ops.dispatch import require_implementation
 from ema_timm.ops.macs import closed_form_macs, parallel_macs
 from ema_timm.ops.weights import EPS
-from ema_timm.pasted import adapted_state, other_groups
+from ema_timm.pasted import FOLDED, adapted_state, loading_errors
 
 # Symbolic tracers (torch.fx, timm's and torchvision's feature extraction) keep the operator
 # whole: its validation reads shapes, which a proxy does not have.
@@ -153,9 +153,7 @@ class EmaAttn(nn.Module):
         super().__setstate__(state if "impl" in state else adapted_state(state, EmaAttn))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        if any(key.startswith(f"{prefix}folded.") for key in state_dict):
-            raise RuntimeError(f"The weights of {prefix.rstrip('.') or 'this layer'} are {_FOLDED}")
-        rest[-1].extend(other_groups(self, state_dict, prefix))  # the messages of errors
+        rest[-1].extend(loading_errors(self, state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def macs(self, batch: int, height: int, width: int) -> int:
@@ -202,6 +200,20 @@ def set_implementation(model: nn.Module, impl: str) -> int:
     return len(layers)
 
 
+def layer_types(model: nn.Module | None = None) -> list[type[EmaAttn]]:
+    """`EmaAttn` and its subclasses, for tools that look layers up by their exact type.
+
+    Args:
+        model: The network that holds the layers; None stands for every subclass that is imported.
+    """
+    if model is not None:
+        return list({EmaAttn, *(type(m) for m in model.modules() if isinstance(m, EmaAttn))})
+    found: list[type[EmaAttn]] = [EmaAttn]
+    for kind in found:  # it grows
+        found += kind.__subclasses__()
+    return found
+
+
 def _chosen_groups(channels: int, groups: int | None, factor: int | None) -> int:
     if groups is not None and factor is not None:
         raise TypeError(
@@ -228,16 +240,10 @@ def _require_positive_int(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-_FOLDED = (
-    "those of a folded EMA layer, which ema-timm 0.2.0 made with reparameterize() and later "
-    "versions do not have. Folding cannot be undone. Load the checkpoint that was saved before it."
-)
-
-
 if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str):
         if name == "FoldedEma":  # the class that a pickle of a folded layer needs
             # Not an AttributeError, because pickle would replace its message.
-            raise RuntimeError(f"The parameters of FoldedEma are {_FOLDED}")
+            raise RuntimeError(f"The parameters of FoldedEma are {FOLDED}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Pickles and weights of EMA classes that people pasted into their own code.
+"""Pickles and weights of other classes: those that people pasted, and those of ema-timm 0.2.0.
 
-Such a class has the authors' children ``conv1x1``, ``conv3x3`` and ``gn``, so that its weights load
-as they are, and some modules without weights (``softmax``, ``agp``, ``pool_h``, ``pool_w``).
+A pasted class has the authors' children ``conv1x1``, ``conv3x3`` and ``gn``, so that its weights
+load as they are, and some modules without weights (``softmax``, ``agp``, ``pool_h``, ``pool_w``).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -48,20 +48,28 @@ def adapted_state(state: Mapping[str, Any], make: Callable[..., nn.Module]) -> d
     return {**state, **own, "_modules": {name: children[name] for name in KINDS}}
 
 
-def other_groups(layer: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> Iterator[str]:
-    """The error for weights of the same width with another number of groups, if they are.
+def loading_errors(
+    layer: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
+) -> Iterator[str]:
+    """The error for weights of the same width with another number of groups.
 
     Args:
         layer: An `EmaAttn`.
         state_dict: Weights that are about to be loaded.
         prefix: The name of the layer in them, with a dot at its end, or empty.
+
+    Raises:
+        RuntimeError: If the weights are those of a folded layer.
     """
+    name = prefix.rstrip(".") or "this layer"
+    if any(key.startswith(f"{prefix}folded.") for key in state_dict):
+        raise RuntimeError(f"The weights of {name} are {FOLDED}")
     weight = state_dict.get(f"{prefix}conv1x1.weight")
     n, found = layer.channels // layer.groups, len(weight) if weight is not None else 0
     if found and found != n and layer.channels % found == 0:
         groups = layer.channels // found
         yield (
-            f"{prefix.rstrip('.') or 'this layer'}: the file has {groups} groups (conv1x1 is "
+            f"{name}: the file has {groups} groups (conv1x1 is "
             f"{found}×{found}), the layer has {layer.groups} ({n}×{n}). Build the layer with "
             f"groups={groups}."
         )
@@ -76,4 +84,8 @@ def _listed(state: Mapping[str, Any], children: Mapping[str, Any]) -> str:
     return ", ".join(names) or "none of them"
 
 
+FOLDED = (
+    "those of a folded EMA layer, which ema-timm 0.2.0 made with reparameterize() and later "
+    "versions do not have. Folding cannot be undone. Load the checkpoint that was saved before it."
+)
 _KEEP = "Keep the class that it was made from."
