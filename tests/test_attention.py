@@ -11,6 +11,7 @@ from torch import nn
 
 from ema_timm import EmaAttn, ema_attention
 from ema_timm.attention import largest_group_count
+from ema_timm.integrations.yolo import EmaAttnRow
 
 SHAPES = {
     "square": (2, 64, 32, 7, 7),
@@ -95,7 +96,6 @@ def test_state_dict_keys_are_those_of_the_authors_module():
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda: EmaAttn(48), ValueError, r"48 channels .* 32 groups.*EmaAttn\(48, groups=24\)"),
         (lambda: EmaAttn(64, groups=0), ValueError, "groups must be at least 1, got 0"),
         (lambda: EmaAttn(64, groups=-4), ValueError, "groups must be at least 1, got -4"),
         (lambda: EmaAttn(0), ValueError, "channels must be at least 1, got 0"),
@@ -252,6 +252,10 @@ class TestTracing:
         torch.jit.save(scripted, saved)
         saved.seek(0)
         self.check(torch.jit.load(saved))
+
+    def test_torchscript_of_a_row_of_yolo(self):
+        self.layer = EmaAttnRow(32, 8, gain=2)
+        self.check(torch.jit.script(self.layer))
 
     def test_jit_trace_burns_no_size_in(self):
         self.check(torch.jit.trace(self.layer, self.small))

@@ -104,7 +104,7 @@ def python_calls(function):
 
 
 @pytest.mark.skipif(library.library() is None, reason=f"no native kernel: {library.status()}")
-@pytest.mark.parametrize(("recorded", "most"), [(False, 44), (True, 50)])
+@pytest.mark.parametrize(("recorded", "most"), [(False, 38), (True, 44)])
 def test_a_forward_on_the_cpu_makes_few_calls_of_python(recorded, most):
     """The limits are what the code needs. Small maps spend much of their time in these calls."""
     layer, x = EmaAttn(64, groups=8), torch.randn(2, 64, 14, 14)

@@ -23,8 +23,8 @@ class EmaAttnRow(EmaAttn):
     """`EmaAttn` as a row of a YOLO model YAML: ``[-1, 1, EmaAttn, [groups]]``.
 
     Args:
-        given: The row's arguments, which `ema_timm.integrations.yolo.arguments` explains. YOLO's
-            builders give the width of the row before by the way; in Python it comes first.
+        given: The row's arguments, which `ema_timm.integrations.yolo.arguments` explains. The width
+            comes from YOLO's builder; in Python it is the first argument.
         groups: Maximum number of groups, 32 by default. The largest divisor of the width up to it
             is used, so that one YAML fits every scale.
         gain: The output is multiplied by it. 2 undoes the gate of one half that the identity
@@ -33,6 +33,8 @@ class EmaAttnRow(EmaAttn):
     Raises:
         ValueError: If the arguments are not understood. The message shows the row.
     """
+
+    gain: float = 1.0  # of pickles of a pasted class, which have none
 
     def __init__(self, *given: Any, groups: int | None = None, gain: float | None = None) -> None:
         keywords = {"groups": groups, "gain": gain}
