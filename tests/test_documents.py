@@ -246,7 +246,7 @@ def test_python_names_can_be_imported_as_they_are_written(document):
     )
     names = set(re.findall(r"(?<![\w/.-])ema_timm(?:\.[A-Za-z]\w*)+(?![\w/])", text))
     for module, imported in re.findall(r"from (ema_timm[\w.]*) import ([\w, ]+)", text):
-        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+        names |= {f"{module}.{name.split()[0]}" for name in imported.split(",")}
     for name in names:
         if not name.endswith(".py"):
             resolve_name(name)
