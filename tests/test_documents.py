@@ -26,7 +26,8 @@ from ema_timm.training.settings import FinetuneConfig
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-DOCUMENTS = [README, CONTRIBUTING, *sorted((ROOT / "ema_timm").rglob("README.md"))]
+PASTED = ROOT / "ema_timm" / "integrations" / "pasted.md"  # test_pasted_guide.py runs it
+DOCUMENTS = [README, CONTRIBUTING, PASTED, *sorted((ROOT / "ema_timm").rglob("README.md"))]
 LINKING = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / ".github" / "SECURITY.md"]
 REPOSITORY = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["repository-code"]
 # How a document links to a file of the repository from outside of it.
@@ -165,7 +166,9 @@ def _state(name, num_classes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if d != PASTED], ids=lambda d: str(d.relative_to(ROOT))
+)
 def test_blocks_run_in_the_order_in_which_they_stand(document, desk, tmp_path):
     """One after another in one folder, so that a block may build on those above it."""
     place, env = desk
@@ -245,7 +248,7 @@ def test_python_names_can_be_imported_as_they_are_written(document):
     )
     names = set(re.findall(r"(?<![\w/.-])ema_timm(?:\.[A-Za-z]\w*)+(?![\w/])", text))
     for module, imported in re.findall(r"from (ema_timm[\w.]*) import ([\w, ]+)", text):
-        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+        names |= {f"{module}.{name.split()[0]}" for name in imported.split(",")}
     for name in names:
         if not name.endswith(".py"):
             resolve_name(name)

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from support import guide
 from support.networks import shake
 from torch import nn
 
@@ -275,3 +276,51 @@ def test_fastai(images):
     with learner.no_bar(), learner.no_logging():
         learner.fit(1)
     assert_trained(model, before)
+
+
+def test_lightning_module_of_the_guide(images, tmp_path):
+    pl = need("pytorch_lightning")
+    model = guide.run("Lightning")["Classifier"](classes=3)
+    before = start(model)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images), batch_size=4)
+    pl.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    ).fit(model, loader)  # fmt: skip
+    assert_trained(model, before)
+
+
+def test_plugin_of_the_guide_builds_as_mmdetection_builds_it(images):
+    bricks = need("mmcv.cnn.bricks")
+    options = guide.run("mmdetection, mmsegmentation, mmpretrain")["plugins"][0]
+    try:
+        name, layer = bricks.build_plugin_layer(
+            options["cfg"], in_channels=48, postfix="_after_conv3"
+        )
+    finally:
+        need("mmengine.registry").MODELS.module_dict.pop("EmaPlugin")
+    assert name.endswith("_after_conv3")
+    assert (layer.channels, layer.groups) == (48, 24)
+    assert layer(torch.randn(1, 48, 5, 5)).shape == (1, 48, 5, 5)
+
+
+@pytest.mark.parametrize("name", [NAME, "seresnet18"])  # the second is the control
+def test_lora_by_peft_on_all_convolutions(name, images):
+    peft = need("peft")
+    model = shake(timm.create_model(name, num_classes=3)).eval()
+    convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=convs)).eval()
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(convs)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(adapted(images[0]), images[1]).backward()
+        assert all(p.grad is not None for p in trained.values())
+        optimizer.step()
+    assert all(p.abs().sum() > 0 for n, p in trained.items() if "lora_B" in n)
+    with torch.no_grad():
+        want = adapted(images[0])
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(images[0]), want, rtol=1e-3, atol=1e-3)
+    assert not any("lora" in n for n, _ in merged.named_parameters())
