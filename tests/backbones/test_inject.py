@@ -91,7 +91,7 @@ def test_injected_model_saves_under_the_name_that_loads_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("vit_tiny_patch16_224", TypeError, r"VisionTransformer has no such block.*EmaAttn"),
+        ("vit_tiny_patch16_224", TypeError, r"VisionTransformer has no such block.*EmaAttn is"),
         ("seresnet18", ValueError, r"layer1\.0 has another attention layer \(SEModule\)"),
         ("efficientnet_b0", ValueError, "has another attention layer"),
         ("resnet18_ema", ValueError, "has EMA attention already"),
