@@ -123,7 +123,7 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict:
 
 
 class Pairs(argparse.Action):
-    """Collect the pairs of an option, which can be repeated; a key that is given twice is an error."""
+    """Collect the pairs of an option, which can be repeated; a key given twice is an error."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         """Add the pairs of one occurrence."""

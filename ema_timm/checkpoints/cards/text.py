@@ -55,7 +55,7 @@ def _numbers(results: dict) -> str:
             ("Top-1 accuracy", f"{metrics['top1']:.2f}% {counts}"),
             ("Top-5 accuracy", None if top5 is None else f"{top5:.2f}%"),
             ("Cross-entropy", f"{metrics['loss']:.4f}"),
-            ("Images", str(metrics["images"])),
+            ("Images", f"{metrics['images']}{_identical(results)}"),
         ]
     rows += [
         ("Classes", str(len(results["classes"]))),
@@ -63,6 +63,14 @@ def _numbers(results: dict) -> str:
         *count_rows(results),
     ]
     return table(rows)
+
+
+def _identical(results: dict) -> str:
+    """How many of the measured images the network was trained on, if there are some."""
+    count = results.get("identical_images")
+    if not count or not _measured_on_val(results):
+        return ""
+    return f", of which {count} are training images too: expect less on new images"
 
 
 def _measured(results: dict) -> str:
@@ -175,9 +183,13 @@ def _limits(results: dict) -> str:
 
 
 def _chosen_on_the_same(results: dict) -> bool:
+    return bool(results.get("best_epoch")) and _measured_on_val(results)
+
+
+def _measured_on_val(results: dict) -> bool:
     chosen = results.get("data", {}).get("val", {}).get("fingerprint")
     measured = results.get("evaluation", {}).get("data", {}).get("fingerprint", chosen)
-    return bool(results.get("best_epoch")) and measured == chosen
+    return measured == chosen
 
 
 def _cell(name: str) -> str:
