@@ -13,6 +13,7 @@ from support.odd_files import ODD_FILES
 from support.runs import cli, command, ema_timm
 
 from ema_timm.cli import main
+from ema_timm.data.splits import open_both
 from ema_timm.errors import UnreadableImageError, UserError
 from ema_timm.measure.evaluation import evaluate
 from ema_timm.measure.settings import EvaluateConfig
@@ -202,7 +203,7 @@ def test_names_that_are_no_text_are_trained_on_and_measured(data, config, tmp_pa
     for split in ("train", "val"):
         image = next((data / split / "digit_0").iterdir())
         image.rename(image.with_name("caf\udce9.png"))
-    odd, output = data.rename(tmp_path / "data\udce9"), tmp_path / "run\udcff"
+    odd, output = data.rename(tmp_path / "data\udce9"), tmp_path / "run"
     (odd / "val").rename(odd / "val\udce9")
     where = ["--data-dir", odd, "--split", "val\udce9"]
     strict = {"PYTHONIOENCODING": "utf-8:strict"}
@@ -211,11 +212,12 @@ def test_names_that_are_no_text_are_trained_on_and_measured(data, config, tmp_pa
     done = ema_timm("evaluate", output, *where, "--device", "cpu", "--workers", 0, **strict)
     assert done.returncode == 0, done.stderr
     assert "top-1" in done.stdout
-    card = ema_timm("card", output, **strict)
-    assert card.returncode == 0, card.stderr
     assert r"data\udce9/val\udce9" in (output / "README.md").read_text("utf-8")
-    done = ema_timm(
-        *cli(config, "--epochs", 1), "--data-dir", odd / "train", "--val-split", "0.2",
-        "--output", tmp_path / "held",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    train, val = open_both(odd / "train", val_split="0.2")
+    assert len(train) + len(val) == 60 and train.fingerprint() != val.fingerprint()
+
+
+def test_an_output_that_safetensors_cannot_open_is_refused_at_once(config, capsys):
+    assert main(cli(config, "--output", "run\udcff")) == 2
+    assert r"--output run\udcff is not UTF-8" in capsys.readouterr().err
+    assert not Path("run\udcff").exists()
