@@ -65,7 +65,8 @@ def open_exported(file: Path) -> Classifier:
     if not file.is_file():
         raise UserError(f"there is no file {file}. Write it with: ema-timm export {file.parent}")
     require_packages(["onnxruntime"], "export", "an ONNX file")
-    data, labels = _described(*open_network(f"local-dir:{file.parent}", pretrained=False))
+    with torch.device("meta"):  # only its description is used
+        data, labels = _described(*open_network(f"local-dir:{file.parent}", pretrained=False))
     try:
         run = open_onnx(file)
         outputs = run(torch.zeros(1, *data["input_size"])).shape
