@@ -2,6 +2,8 @@
 
 import argparse
 import ast
+import reprlib
+from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +21,7 @@ def option(
     flag: bool = False,
     choices: tuple[str, ...] | None = None,
     group: str = "",
+    once: bool = False,
 ) -> Any:
     """A setting that is also an option of the command line.
 
@@ -28,11 +31,12 @@ def option(
         flag: Offer it as ``--name`` and ``--no-name``.
         choices: Allowed values; None allows any.
         group: Title of the group of options in ``--help`` that starts with this one.
+        once: Refuse the option if it is repeated, because its text holds several values.
 
     Returns:
         A field of a dataclass.
     """
-    metadata = {"help": help, "flag": flag, "choices": choices, "group": group}
+    metadata = {"help": help, "flag": flag, "choices": choices, "group": group, "once": once}
     return field(default=default, metadata=metadata)
 
 
@@ -53,8 +57,7 @@ def add_options(command: argparse.ArgumentParser, config: type) -> None:
 
 def given_options(args: argparse.Namespace, config: type) -> dict:
     """The settings of ``config`` that were given on the command line, by name."""
-    given = [(f, getattr(args, f.name)) for f in fields(config) if hasattr(args, f.name)]
-    return {f.name: dict(value) if f.metadata.get("pairs") else value for f, value in given}
+    return {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
 
 
 def command_arguments(values: dict, config: type) -> list[str]:
@@ -78,7 +81,8 @@ def read_settings(file: str | Path, config: type) -> dict:
         The settings by name.
 
     Raises:
-        UserError: If the file cannot be read, a key is unknown or a value has the wrong type.
+        UserError: If the file cannot be read, a key is unknown or given twice, or a value has the
+            wrong type.
     """
     known = {setting.name: setting for setting in fields(config)}
     given = {}
@@ -104,15 +108,52 @@ def pair(text: str) -> tuple[str, object]:
         return key, value
 
 
+def unique(pairs: Iterable[tuple[str, Any]]) -> dict:
+    """A dictionary of pairs; also ``object_pairs_hook`` of a JSON file that users write.
+
+    Raises:
+        ValueError: For a key that is given twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is given twice")
+        found[key] = value
+    return found
+
+
+class Pairs(argparse.Action):
+    """Collect the pairs of an option, which can be repeated; a key given twice is an error."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Add the pairs of one occurrence."""
+        before = getattr(namespace, self.dest, None) or {}
+        try:
+            setattr(namespace, self.dest, unique([*before.items(), *values]))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+
+
+class Once(argparse.Action):
+    """Store the values of an option; a repetition, which would replace them, is an error."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Store the values of the only occurrence."""
+        if getattr(namespace, self.dest, None) is not None:
+            raise argparse.ArgumentError(self, "is given twice; give all its values at once")
+        setattr(namespace, self.dest, values)
+
+
 def _add_option(place: argparse._ActionsContainer, setting: Field) -> None:
     """Add one option. An option that is not given stays out of the namespace."""
     meta, kind, default = setting.metadata, type(setting.default), setting.default
     help, choices = meta["help"], meta.get("choices")
     how: dict[str, Any]
     if meta.get("pairs"):
-        how, default = {"nargs": "+", "type": pair, "metavar": "KEY=VALUE"}, None
+        how = {"nargs": "+", "type": pair, "metavar": "KEY=VALUE", "action": Pairs}
+        default = None
     elif meta.get("several"):
-        how, default = {"nargs": "+", "choices": choices}, None
+        how, default = {"nargs": "+", "choices": choices, "action": "extend"}, None
     elif meta.get("numbers"):
         how, default = {"nargs": "+", "type": float, "metavar": "NUMBER"}, None
     elif meta.get("flag"):
@@ -121,6 +162,7 @@ def _add_option(place: argparse._ActionsContainer, setting: Field) -> None:
     else:
         metavar = None if choices else kind.__name__.upper()
         how = {"type": kind, "choices": choices, "metavar": metavar}
+        how |= {"action": Once} if meta.get("once") else {}
     if (default or kind is float) and "(default: " not in help:
         help = f"{help} (default: {default})"
     place.add_argument(option_name(setting.name), help=help, default=argparse.SUPPRESS, **how)
@@ -146,12 +188,33 @@ def _literal(value: object) -> str:
     return plain if isinstance(value, str) and pair(f"k={plain}")[1] == value else repr(value)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which PyYAML would keep the last."""
+
+    def compose_mapping_node(self, anchor):
+        """Read a mapping, before keys are merged into it."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+            if name in lines:
+                twice = f"{key.value} is given twice, first in line {lines[name]}"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            lines[name] = line
+        return node
+
+
 def _read_mapping(file: Path) -> dict:
     try:
-        content = yaml.safe_load(file.read_text("utf-8"))
+        content = yaml.load(file.read_text("utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"--config: cannot read {file}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(
+            f"--config: {file} is not valid YAML: {line}{error.problem}. Correct the file."
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--config: {file} is not valid YAML: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"--config: {file} must contain lines such as lr: 0.001.")
@@ -188,7 +251,7 @@ def _checked(setting: Field, value: Any, where: str) -> Any:
         value = _number(kind, value)
         valid, expected = value is not None, "a whole number" if kind is int else "a number"
     if not valid:
-        raise UserError(f"{where} must be {expected}, got {given!r}.")
+        raise UserError(f"{where} must be {expected}, got {reprlib.repr(given)}.")
     return value
 
 

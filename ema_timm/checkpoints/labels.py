@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ema_timm.errors import UserError
+from ema_timm.options import unique
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ def read_labels(file: str | Path) -> Labels:
     file = Path(file)
     try:
         text = file.read_text("utf-8")
-        content = json.loads(text) if file.suffix == ".json" else text.split("\n")
+        names = text.split("\n")
+        content = json.loads(text, object_pairs_hook=unique) if file.suffix == ".json" else names
     except (OSError, ValueError) as error:
         raise UserError(f"--labels: {file} cannot be read: {error}.") from error
     if isinstance(content, dict):

@@ -12,6 +12,7 @@ from timm.models import load_model_config_from_hf
 from timm.models._factory import parse_model_name
 from torch import Tensor, nn
 
+from ema_timm.checkpoints.bounds import check_arguments, limited_modules
 from ema_timm.checkpoints.config import read_config
 from ema_timm.checkpoints.layout import CONFIG, WEIGHTS
 from ema_timm.checkpoints.read import Checkpoint, resolve_architecture
@@ -57,6 +58,7 @@ def open_network(source: str | Path, pretrained: bool = True, **options) -> tupl
         ) from error
 
 
+@limited_modules()
 def _open_by_name(source: str, pretrained: bool, options: dict) -> tuple[nn.Module, dict]:
     kind, model_id = parse_model_name(source)
     overlay, model_args = None, {}
@@ -65,6 +67,7 @@ def _open_by_name(source: str, pretrained: bool, options: dict) -> tuple[nn.Modu
         file = fetch(model_id, WEIGHTS) if pretrained else None
         overlay = {"file": str(file), "source": ""} if file else None
         model_args = load_model_config_from_hf(model_id)[2]
+        check_arguments(model_args)
     network = timm.create_model(
         source, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options
     )
@@ -88,6 +91,7 @@ def check_network(path: str | Path) -> dict:
     return config
 
 
+@limited_modules()
 def build_network(path: Path, config: dict, **options) -> nn.Module:
     """The network that a folder's config.json names, without its weights.
 
@@ -100,6 +104,7 @@ def build_network(path: Path, config: dict, **options) -> nn.Module:
         UserError: If timm does not know it or its arguments.
     """
     try:
+        check_arguments([config["num_classes"], config.get("model_args")])
         return timm.create_model(f"local-dir:{path}", pretrained=False, **options)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
@@ -115,6 +120,7 @@ def load_network(path: Path, config: dict, **options) -> nn.Module:
     return network
 
 
+@limited_modules()
 def rebuild(
     checkpoint: Checkpoint, model: str = "", model_kwargs: dict | None = None
 ) -> tuple[nn.Module, dict]:
@@ -134,6 +140,7 @@ def rebuild(
         args["global_pool"] = checkpoint.arguments["gp"]
     args |= model_kwargs or {}
     try:
+        check_arguments(args)
         with torch.device("meta"):
             probe = timm.create_model(name, **args)
         args |= _channels(probe, checkpoint.state)

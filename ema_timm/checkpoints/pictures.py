@@ -14,12 +14,16 @@ from ema_timm.errors import UserError, sentence
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
 
-_CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", re.M | re.S)
-_ALT = r"!\[((?:[^\[\]]|\[[^\]]*\])*)\]"
+# The metadata; a block between fences; a span between as many backticks, within a paragraph.
+_NO_MARKUP = re.compile(
+    r"\A---\n.*?^---$|^(```|~~~).*?^\1|(?<![`\\])(`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)\2(?!`)",
+    re.M | re.S,
+)
+_ALT = r"(?<!\\)!\[((?:[^\[\]]|\[[^\]]*\])*)\]"
 _INLINE = re.compile(_ALT + r"\(\s*(?:<([^<>\n]*)>|((?:[^\s()]|\([^\s()]*\))+))")
 _NAMED = re.compile(_ALT + r"(?:\[([^\]]*)\])?(?!\()")
 _DEFINED = re.compile(r"^ {0,3}\[([^\]]+)\]:\s*<?([^\s>]+)", re.M)
-_HTML = re.compile(r"<img\b[^>]*?\ssrc\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s>\"']+))", re.I)
+_HTML = re.compile(r"(?<!\\)<img\b[^>]*?\ssrc\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s>\"']+))", re.I)
 _ELSEWHERE = re.compile(r"(https?:)?//|data:", re.I)
 
 
@@ -72,7 +76,9 @@ def check_real(file: Path) -> None:
 
 def _shown(card: str) -> list[str]:
     """The images of a card that are not web addresses, as names relative to the card."""
-    targets = (unquote(html.unescape(target.strip())) for target in _targets(_CODE.sub("", card)))
+    targets = (
+        unquote(html.unescape(target.strip())) for target in _targets(_NO_MARKUP.sub("", card))
+    )
     local = (target for target in targets if target and not _ELSEWHERE.match(target))
     # A file://… stays as it is: it is not the name of a file in the folder.
     return [re.sub(r"[?#].*", "", target).removeprefix("./") for target in local]

@@ -43,6 +43,7 @@ Of a training, if one is known (`ema_timm.training.run` writes all of them):
 - ``stopped_early``: if a run ended before its last epoch: the ``epoch``, and the ``patience``,
   the number of epochs without improvement after which it ended.
 - ``class_weights``: weights of the classes in the loss, by name, if there were some.
+- ``identical_images``: number of validation images that are training images too, if there are some.
 - ``trained_with``: the script, if it is not `ema_timm.training.run`; ``epoch`` of its
   checkpoint.
 - ``checkpoint``: ``file`` that the folder was written from, and whether its ``averaged`` weights.

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +28,8 @@ from ema_timm.errors import HubError, InterruptedRunError, UserError, Verificati
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)

@@ -157,16 +157,19 @@ def _add_deploy(kinds) -> None:
     deploy.add_argument(
         "--networks",
         nargs="+",
+        action="extend",
         metavar="NAME",
         help="timm names of networks without EMA layers (default: resnet50 mobilenetv2_100)",
     )
     deploy.add_argument(
         "--runtimes",
         nargs="+",
+        action="extend",
         metavar="NAME",
         help="onnxruntime, openvino, torchscript, torch.export (default: those installed)",
     )
-    _add_number(deploy, "--batch-size", None, "batch sizes to measure (default: 1 8)", nargs="+")
+    several = {"nargs": "+", "action": "extend"}
+    _add_number(deploy, "--batch-size", None, "batch sizes to measure (default: 1 8)", **several)
     _add_number(deploy, "--img-size", 224, "image size in pixels")
     _add_number(deploy, "--rounds", 11, "samples of each network")
     _add_number(deploy, "--threads", 1, "CPU threads")

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ema_timm.options import pair
+from ema_timm.options import Pairs, pair
 
 
 def add_commands(commands) -> None:
@@ -49,7 +49,8 @@ def _add_convert(commands) -> None:
         "--rename",
         nargs="+",
         type=pair,
-        default=[],
+        action=Pairs,
+        default={},
         metavar="OLD=NEW",
         help="rename modules, such as model.7=layer3.5.se",
     )
@@ -61,7 +62,7 @@ def _add_convert(commands) -> None:
 def _convert(args: argparse.Namespace) -> int:
     from ema_timm.checkpoints.write import write_converted
 
-    rename = {old: str(new) for old, new in args.rename}
+    rename = {old: str(new) for old, new in args.rename.items()}
     done = write_converted(
         args.source, args.output, args.model, rename, args.labels, args.use_averaged
     )

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from ema_timm.errors import UserError
+from ema_timm.options import Once
 
 
 def add_commands(commands) -> None:
@@ -101,6 +102,7 @@ def _add_export(commands) -> None:
         "--img-size",
         type=int,
         nargs="+",
+        action=Once,
         metavar="PIXELS",
         help="fix the image size (one number, or height and width): fewer and faster operators",
     )

@@ -2,9 +2,14 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
+from ema_timm.names import one_line
 from ema_timm.options import add_options, given_options
 from ema_timm.see.settings import AttendConfig, PredictConfig
+
+if TYPE_CHECKING:
+    from ema_timm.see.predictions import Prediction
 
 
 def add_commands(commands) -> None:
@@ -35,10 +40,18 @@ def _attend(args: argparse.Namespace) -> int:
 
     done = attend(AttendConfig(**given_options(args, AttendConfig)))
     for row in done.rows:
-        print(f"{row.filename}\t{row.label[0]} {row.prob[0]:.4f}")
+        print(_line(row))
     for picture in done.pictures:
         print(f"{picture}: {', '.join(done.layers)}", file=sys.stderr)
+    for line in done.skipped:
+        print(line, file=sys.stderr)
     return 0
+
+
+def _line(row: "Prediction") -> str:
+    """An image and its classes, separated by tabs."""
+    best = [f"{one_line(name)} {p:.4f}" for name, p in zip(row.label, row.prob, strict=True)]
+    return "\t".join([one_line(row.filename), *best])
 
 
 def _add_predict(commands) -> None:
@@ -68,12 +81,11 @@ def _predict(args: argparse.Namespace) -> int:
     done = predict(config)
     if not config.output:
         for row in done.rows:
-            best = [f"{name} {p:.4f}" for name, p in zip(row.label, row.prob, strict=True)]
-            print("\t".join([row.filename, *best]))
+            print(_line(row))
     else:
         print(f"{config.output}: {len(done.rows)} images")
     if done.omitted:
         print(f"{config.sheet}: does not show the last {done.omitted} images", file=sys.stderr)
-    for line in done.unreadable:
+    for line in [*done.skipped, *done.unreadable]:
         print(line, file=sys.stderr)
     return 1 if done.unreadable else 0

@@ -89,6 +89,7 @@ def _add_compare(commands) -> None:
     command.add_argument(
         "--attention",
         nargs="+",
+        action="extend",
         metavar="LAYER",
         help="none, ema, ema-no-cross-spatial or names of timm's create_attn; add arguments after "
         f"an @, as in ema@groups=8 (default: {' '.join(ATTENTION)})",
@@ -96,6 +97,7 @@ def _add_compare(commands) -> None:
     command.add_argument(
         "--devices",
         nargs="+",
+        action="extend",
         metavar="DEVICE",
         help="run on these devices in parallel, such as cuda:0 cuda:1",
     )

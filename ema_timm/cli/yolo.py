@@ -31,6 +31,7 @@ def add_commands(commands) -> None:
     command.add_argument(
         "--after",
         nargs="+",
+        action="extend",
         metavar="PLACE",
         help=f"add layers after these rows: {', '.join(PLACES)}, or row numbers (default: head, "
         "which is the rows that feed the head)",

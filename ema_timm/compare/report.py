@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.compare.intervals import CONFIDENCE
+from ema_timm.names import code, escape
 
 _MACS = (
     "Multiply-accumulates are for one image. Convolutions, linear layers and matrix products "
@@ -123,7 +124,7 @@ def _seeds(row: dict, content: dict) -> str:
 
 
 def _name(row: dict, content: dict) -> str:
-    return f"`{row['variant']}`"
+    return code(row["variant"])
 
 
 def _accuracy(key: str, row: dict, content: dict) -> str:
@@ -157,7 +158,7 @@ def _macs(row: dict, content: dict) -> str:
 def _latency(key: str, row: dict, content: dict) -> str:
     median = _median(key, row, content)
     if median is None:
-        return content.get(key, {}).get("why_not", {}).get(row["variant"], "")
+        return escape(content.get(key, {}).get("why_not", {}).get(row["variant"], ""))
     return f"{median:.2f}"
 
 
@@ -171,7 +172,7 @@ def _start(row: dict, content: dict) -> str:
 
 
 def _missing(row: dict, content: dict) -> str:
-    return "; ".join(row["why_not"]).replace("|", "\\|")
+    return escape("; ".join(row["why_not"]))
 
 
 _COLUMNS = (

@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import PIL
 from tqdm.auto import tqdm
@@ -40,12 +41,14 @@ def check_readable(
         UnreadableImageError: If there are images that cannot be opened. It names the first ones.
     """
     indices = range(share[0], len(dataset), share[1])
-    passed = _Passed(dataset, indices) if decode else None
-    found = passed.load() if passed else None
-    if found is None:
+    passed = Remembered("whole", [(dataset, indices)]) if decode else None
+    known = passed.load() if passed else None
+    if isinstance(known, dict) and known.keys() == set(Inspection._fields):
+        found = Inspection(**known)
+    else:
         found = _inspect_all(dataset, indices, decode, progress)
         if passed:
-            passed.save(found)
+            passed.save(found._asdict())
     return _notes(found, dataset.split)
 
 
@@ -111,29 +114,39 @@ def _notes(found: Inspection, split: str) -> list[str]:
     return notes
 
 
-class _Passed:
-    """What was found in images that passed an earlier check.
+class Remembered:
+    """What was found in images earlier, until one of them changes.
 
     The file's name is a hash of all that the outcome depends on: Pillow's version, and path, size
-    and time of every image.
+    and time of every image. Images in memory have none of these and are not remembered.
+
+    Args:
+        kind: What was found; a folder of that name in the cache.
+        images: Data sets, and the indices of their images.
     """
 
-    def __init__(self, dataset: LabelledImages, indices: range):
-        digest = hashlib.sha256(f"Pillow {PIL.__version__}\n".encode())
-        for index in indices:
-            with contextlib.suppress(FileNotFoundError):  # a broken link; the check names it
-                digest.update(f"{dataset.stamp(index)}\n".encode())
-        self.file = cache_folder() / "whole" / f"{digest.hexdigest()}.json"
+    def __init__(self, kind: str, images: Iterable[tuple[LabelledImages, Iterable[int]]]):
+        digest, self.file = hashlib.sha256(f"Pillow {PIL.__version__}\n".encode()), None
+        for dataset, indices in images:
+            for index in indices:
+                with contextlib.suppress(FileNotFoundError):  # a broken link; the check names it
+                    if not (stamp := dataset.stamp(index)):
+                        return
+                    digest.update(os.fsencode(f"{stamp}\n"))
+            digest.update(b"\n")
+        self.file = cache_folder() / kind / f"{digest.hexdigest()}.json"
 
-    def load(self) -> Inspection | None:
+    def load(self) -> Any:
         """What was found, or None if there is no file."""
         try:
-            return Inspection(**json.loads(self.file.read_text()))
-        except (OSError, ValueError, TypeError):
+            return json.loads(self.file.read_text()) if self.file else None
+        except (OSError, ValueError):
             return None
 
-    def save(self, found: Inspection) -> None:
-        """Write the file. If that fails, the images are decoded again the next time."""
+    def save(self, found: Any) -> None:
+        """Write the file. If that fails, the images are looked at again the next time."""
+        if self.file is None:
+            return
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.file, lambda path: path.write_text(json.dumps(found._asdict())))
+            write_whole(self.file, lambda path: path.write_text(json.dumps(found)))

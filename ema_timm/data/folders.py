@@ -13,6 +13,7 @@ from timm.utils.misc import natural_key
 
 from ema_timm.data.images import image_suffixes
 from ema_timm.errors import UserError, some
+from ema_timm.names import encodable
 
 TRAIN = ("train",)
 VAL = ("val", "validation")
@@ -68,7 +69,7 @@ def list_images(root: Path) -> Listing:
         UserError: If there are no images, images outside of class folders or in folders inside
             them, a folder twice, or a class without any image that can be read here.
     """
-    listing = Listing(root, root.resolve().parent.name, root.name)
+    listing = Listing(root, encodable(root.resolve().parent.name), encodable(root.name))
     skipped, seen = _Skipped(), {os.path.realpath(root): str(root)}
     for entry in _entries(root):
         if _hidden(entry.name):
@@ -94,6 +95,35 @@ def list_images(root: Path) -> Listing:
     listing.images.sort(key=lambda pair: natural_key(pair[0]))
     listing.notes = skipped.notes(root)
     return listing
+
+
+def images_below(root: Path) -> tuple[list[str], list[str]]:
+    """The images in a folder and in folders inside it, whatever their classes.
+
+    Args:
+        root: The folder.
+
+    Returns:
+        Their paths in natural order, and sentences on what was skipped.
+
+    Raises:
+        UserError: If a folder cannot be read, or a link leads to a folder a second time.
+    """
+    found: list[str] = []
+    skipped, seen, folders = _Skipped(), {os.path.realpath(root): str(root)}, [root]
+    while folders:
+        for entry in _entries(folders.pop()):
+            name = os.path.relpath(entry.path, root)
+            if _hidden(entry.name):
+                skipped.hidden.append(name)
+            elif entry.is_dir():
+                _check_new(entry, seen)
+                folders.append(Path(entry.path))
+            elif _is_image(entry.name):
+                found.append(entry.path)
+            else:
+                skipped.others[_kind(entry.name)] += 1
+    return sorted(found, key=natural_key), skipped.notes(root)
 
 
 @dataclass
@@ -122,6 +152,7 @@ class _Skipped:
 
 def _list_class(folder: os.DirEntry, listing: Listing, skipped: _Skipped, seen: dict) -> None:
     _check_new(folder, seen)
+    _check_name(folder)
     images, others = [], Counter()
     for entry in _entries(folder.path):
         if _hidden(entry.name):
@@ -131,7 +162,7 @@ def _list_class(folder: os.DirEntry, listing: Listing, skipped: _Skipped, seen: 
         elif _is_image(entry.name):
             images.append((entry.path, folder.name))
         else:
-            others[Path(entry.name).suffix or entry.name] += 1
+            others[_kind(entry.name)] += 1
     if not images:
         (skipped.unread if others else skipped.empty).append(folder.path)
     skipped.others += others
@@ -146,6 +177,14 @@ def _check_new(folder: os.DirEntry, seen: dict) -> None:
             f"{folder.path} is the same folder as {seen[place]}, through a link. Remove the link."
         )
     seen[place] = folder.path
+
+
+def _check_name(folder: os.DirEntry) -> None:
+    """Raise UserError for a class whose name no text file can hold."""
+    if encodable(folder.name) != folder.name:
+        raise UserError(
+            f"the name of the class folder {encodable(folder.path)} is not UTF-8. Rename it."
+        )
 
 
 def _check_no_images(folder: os.DirEntry, seen: dict) -> None:
@@ -175,6 +214,11 @@ def _entries(folder: str | Path) -> list[os.DirEntry]:
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
+
+
+def _kind(name: str) -> str:
+    """What a message calls a file that is not an image: its suffix, if it has one."""
+    return Path(name).suffix or name
 
 
 def _is_image(name: str) -> bool:

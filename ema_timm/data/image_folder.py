@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from ema_timm.data.folders import TRAIN, Listing, find_split, list_images
 from ema_timm.data.images import REMEDY, Inspection, inspect_image, mode_of, read_image
 from ema_timm.errors import UserError, some
+from ema_timm.names import encodable
 
 
 class LabelledImages(Dataset, ABC):
@@ -72,8 +73,20 @@ class LabelledImages(Dataset, ABC):
         """What an error calls an image."""
         return self.paths[index] if self.paths else f"image {index} of {self.name}, {self.split}"
 
+    def size(self, index: int) -> int:
+        """Bytes of an image file, or of the pixels of an image in memory."""
+        return os.path.getsize(self.paths[index]) if self.paths else len(self.content(index))
+
+    def content(self, index: int, most: int | None = None) -> bytes:
+        """An image file, or the pixels of an image in memory; the first ``most`` bytes of it."""
+        source = self.source(index)
+        if isinstance(source, Image):
+            return source.tobytes()[:most]
+        with source if isinstance(source, BytesIO) else open(source, "rb") as file:
+            return file.read(most)
+
     def stamp(self, index: int) -> str:
-        """Text that changes when an image file is changed or replaced."""
+        """Text that changes when an image file is changed or replaced; empty if that is unknown."""
         found = os.stat(self.paths[index])
         return f"{os.path.abspath(self.paths[index])}\t{found.st_size}\t{found.st_mtime_ns}"
 
@@ -119,7 +132,7 @@ class FolderDataset(LabelledImages):
         digest = hashlib.sha256()
         for path in self.paths:
             relative = Path(path).relative_to(self.place).as_posix()
-            digest.update(f"{relative}\t{os.path.getsize(path)}\n".encode())
+            digest.update(os.fsencode(f"{relative}\t{os.path.getsize(path)}\n"))
         return digest.hexdigest()
 
 
@@ -166,7 +179,7 @@ def split_folder(
     """
     flat = find_split(data_dir, TRAIN) is None
     whole = list_images(Path(data_dir) if flat else find_split(data_dir, TRAIN))
-    name = whole.root.resolve().name if flat else whole.name
+    name = encodable(whole.root.resolve().name) if flat else whole.name
     by_class = {name: [] for name in whole.classes}
     for path, of_class in whole.images:
         by_class[of_class].append(path)
@@ -208,7 +221,7 @@ def _set_aside(paths: list[str], root: Path, part: float) -> list[str]:
         )
 
     def drawn(path: str) -> bytes:
-        return hashlib.sha256(Path(path).relative_to(root).as_posix().encode()).digest()
+        return hashlib.sha256(os.fsencode(Path(path).relative_to(root).as_posix())).digest()
 
     count = min(max(round(part * len(paths)), 1), len(paths) - 1)
     return sorted(paths, key=drawn)[:count]

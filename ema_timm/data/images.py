@@ -21,6 +21,8 @@ Of 16-bit colour and of greyscale with transparency Pillow itself keeps the uppe
 """
 
 import functools
+import os
+import stat
 import struct
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -94,10 +96,16 @@ def read_image(
         UnreadableImageError: If it cannot be decoded to its end, or has pixels of 32 bits.
     """
     try:
-        with source if isinstance(source, Image.Image) else Image.open(source) as image:
+        with source if isinstance(source, Image.Image) else _open(source) as image:
             return _converted(image, mode)
     except DECODING_ERRORS as error:
         raise unreadable(name or str(source), error, remedy) from error
+
+
+def _open(source: str | Path | IO[bytes]) -> Image.Image:
+    if isinstance(source, str | Path) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise OSError("not a regular file")  # a FIFO would wait for ever, a device may have no end
+    return Image.open(source)
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -134,7 +142,7 @@ def inspect_image(source: Source, decode: bool) -> Inspection | Exception:
     if isinstance(source, Image.Image):
         return Inspection()
     try:
-        with Image.open(source) as image:
+        with _open(source) as image:
             sixteen_bit = _has_sixteen_bits(image)
             if decode:
                 image.draft(None, (1, 1))  # still reads all of a JPEG's data

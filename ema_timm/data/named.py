@@ -67,14 +67,15 @@ class NamedDataset(LabelledImages):
         digest = hashlib.sha256(repr(self._own_targets).encode())
         if self.paths or self.hf:
             for index in range(len(self)):
-                digest.update(f"\t{self._size(index)}".encode())
+                digest.update(f"\t{self.size(index)}".encode())
         else:
             digest.update(np.ascontiguousarray(self.inner.data).tobytes())
         return digest.hexdigest()
 
-    def _size(self, index: int) -> int:
-        if self.paths:
-            return os.path.getsize(self.paths[index])
+    def size(self, index: int) -> int:
+        """See `LabelledImages.size`."""
+        if not self.hf:
+            return super().size(index)
         with self.hf[index][0] as file:
             return file.seek(0, os.SEEK_END)
 

@@ -26,11 +26,13 @@ class Attended(NamedTuple):
         pictures: Files that were written.
         layers: Names of the layers in them.
         rows: The most probable class of each image.
+        skipped: Sentences on what was skipped in folders.
     """
 
     pictures: list[Path]
     layers: list[str]
     rows: list[Prediction]
+    skipped: list[str]
 
 
 def attend(config: AttendConfig) -> Attended:
@@ -43,7 +45,7 @@ def attend(config: AttendConfig) -> Attended:
     _check(config)
     from ema_timm.see.drawing import save_attention, save_groups
 
-    files = find_images(config.images)
+    files, skipped = find_images(config.images)
     if len(files) > MOST_IMAGES:
         raise UserError(
             f"a figure has rows for {MOST_IMAGES} images, got {len(files)}. Give fewer."
@@ -66,7 +68,7 @@ def attend(config: AttendConfig) -> Attended:
     if config.groups:
         pictures.append(pictures[0].with_name(f"{pictures[0].stem}-groups.png"))
         save_groups(seen, gates, rows, pictures[1])
-    return Attended(pictures, list(gates), rows)
+    return Attended(pictures, list(gates), rows, skipped)
 
 
 def _check(config: AttendConfig) -> None:

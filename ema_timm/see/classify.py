@@ -31,11 +31,13 @@ class Predicted(NamedTuple):
         rows: One for each image that could be read, in order.
         unreadable: One line for each image that could not.
         omitted: Number of images that are not on the contact sheet.
+        skipped: Sentences on what was skipped in folders.
     """
 
     rows: list[Prediction]
     unreadable: list[str]
     omitted: int = 0
+    skipped: Sequence[str] = ()
 
 
 def predict(config: PredictConfig, progress: bool = True) -> Predicted:
@@ -55,14 +57,14 @@ def predict(config: PredictConfig, progress: bool = True) -> Predicted:
         check_output(config.output)
     if config.sheet:
         check_png("--sheet", config.sheet)
-    files = find_images(config.images)
+    files, skipped = find_images(config.images)
     device = torch.device(pick_device(config.device))
     if config.source.endswith(ONNX):
         device = torch.device("cpu")  # ONNX Runtime reads its input there
         network = open_exported(Path(config.source))
     else:
         network = open_classifier(config.source, device)
-    done = classify(network, files, device, config, progress)
+    done = classify(network, files, device, config, progress)._replace(skipped=skipped)
     if config.output:
         write_predictions(done.rows, min(config.topk, len(network.labels)), config.output)
     if config.sheet:

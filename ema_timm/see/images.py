@@ -7,33 +7,38 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_loader, create_transform
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ema_timm.data.images import image_suffixes, mode_of, read_image
+from ema_timm.data.folders import images_below
+from ema_timm.data.images import mode_of, read_image
 from ema_timm.errors import UnreadableImageError, UserError
 
 
-def find_images(paths: Sequence[str]) -> list[Path]:
+def find_images(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files as given, and of each folder all images in it, in natural order.
 
+    Returns:
+        The files, and sentences on what was skipped in the folders.
+
     Raises:
-        UserError: If there is no such file, or a folder has no images.
+        UserError: If there is no such file, or a folder has no images or cannot be listed.
     """
     found: list[Path] = []
+    notes: list[str] = []
     for given in paths:
         path = Path(given)
         if path.is_dir():
-            inside, _ = find_images_and_targets(str(path), types=image_suffixes())
+            inside, skipped = images_below(path)
             if not inside:
                 raise UserError(f"there are no images in {path}. Give a folder that has some.")
-            found += [Path(file) for file, _ in inside]
-        elif path.is_file():
+            found += map(Path, inside)
+            notes += skipped
+        elif path.exists():  # read_image says what is wrong with one that is not a file
             found.append(path)
         else:
             raise UserError(f"there is no image or folder {path}. Correct the name.")
-    return found
+    return found, notes
 
 
 class ImageFiles(Dataset):

@@ -74,7 +74,8 @@ def open_exported(file: Path) -> Classifier:
         raise UserError(f"{file} cannot be run: {sentence(error)} Export it again.") from error
     known = from_metadata(run.metadata, file)
     if known is None:
-        known = describe(*open_network(f"local-dir:{file.parent}", pretrained=False))
+        with torch.device("meta"):  # only its description is used
+            known = describe(*open_network(f"local-dir:{file.parent}", pretrained=False))
     data, labels = _data(known), known["label_names"]
     try:
         outputs = run(torch.zeros(1, *data["input_size"])).shape

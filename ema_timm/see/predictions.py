@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ema_timm.errors import UserError, require_packages
 from ema_timm.files import make_writable, write_whole
+from ema_timm.names import encodable
 
 
 class Prediction(NamedTuple):
@@ -75,6 +76,10 @@ def write_predictions(rows: list[Prediction], topk: int, output: str) -> None:
         output: A name that `check_output` passed.
     """
     write = OUTPUT_FORMATS[Path(output).suffix]
+    rows = [
+        row._replace(filename=encodable(row.filename), label=[*map(encodable, row.label)])
+        for row in rows
+    ]
     write_whole(Path(output), lambda path: write(rows, topk, path))
 
 

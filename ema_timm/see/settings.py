@@ -16,7 +16,9 @@ class AttendConfig:
     images: list[str]
     output: str = option("attend.png", "figure to write")
     groups: bool = option(False, "also write the maps of all groups to NAME-groups.png", flag=True)
-    layers: str = option("", "layers to show, separated by commas (default: last of each stage)")
+    layers: str = option(
+        "", "layers to show, separated by commas (default: last of each stage)", once=True
+    )
     target: str = option("", "class for Grad-CAM, by name or number (default: the predicted one)")
     cam: bool = option(True, "draw Grad-CAM; needs the extra see", flag=True)
     cam_layer: str = option("", "layer for Grad-CAM (default: the last stage)")

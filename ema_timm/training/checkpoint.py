@@ -31,6 +31,7 @@ class RunCheckpoint:
         data: Number and fingerprint of its images.
         process: This process.
         class_weights: Weights of the classes in its loss.
+        identical: Number of its validation images that are training images too.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class RunCheckpoint:
         data: dict,
         process: Process,
         class_weights: list[float] | None = None,
+        identical: int = 0,
     ):
         self.arguments, self.network, self.data = arguments, network, data
-        self.process, self.class_weights = process, class_weights
+        self.process, self.class_weights, self.identical = process, class_weights, identical
         self.folder = CheckpointWriter(arguments["output"])
 
     def save(self, history: History, improved: bool) -> None:
@@ -101,6 +103,7 @@ class RunCheckpoint:
             "extended_after": history.extended,
             "stopped_early": {"epoch": epoch, "patience": patience} if early else None,
             "class_weights": dict(zip(names, weights, strict=True)) if weights else None,
+            "identical_images": self.identical,
         }
         return {key: value for key, value in entries.items() if value}
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ema_timm.data.check import check_readable
 from ema_timm.data.folders import find_split
+from ema_timm.data.identical import identical_images
 from ema_timm.data.image_folder import LabelledImages
 from ema_timm.data.splits import open_both
 from ema_timm.errors import UserError, some
@@ -22,10 +23,15 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Images:
-    """The training images, and the validation images of the same classes."""
+    """The training images, and the validation images of the same classes.
+
+    Attributes:
+        identical: Number of validation images that are training images too.
+    """
 
     train: LabelledImages
     val: LabelledImages
+    identical: int = 0
 
     def read_channels(self, channels: int) -> None:
         """Read images with this many channels; UserError if they cannot be read so."""
@@ -81,10 +87,13 @@ def open_images(
         for images in (train, val):
             notes += check_readable(images, progress, decode=True, share=share)
     train.remedy = val.remedy = _remedy(output)
+    identical = identical_images(train, val) if process.main else []
+    if identical:
+        notes.append(_identical_note(val, identical))
     if progress:
         for note in notes:
             tqdm.write(note, file=sys.stderr)
-    return Images(train, val)
+    return Images(train, val, len(identical))
 
 
 def find_test_folder(data_dir: str, dataset: str, split: str) -> Path | None:
@@ -157,6 +166,14 @@ def create_loaders(
         )
     evaluation = {key: preprocessing[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     return train_loader, create_loader(val, is_training=False, **evaluation, **shared)
+
+
+def _identical_note(val: LabelledImages, identical: list[int]) -> str:
+    return (
+        f"Warning: {len(identical)} of the {len(val)} validation images are training images too, "
+        f"such as {val.file_name(identical[0])}. The accuracy on them says little about new "
+        "images. Remove them from one of the two splits."
+    )
 
 
 def _counts(train: LabelledImages, val: LabelledImages) -> list[str]:

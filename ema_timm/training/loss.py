@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ema_timm.data.image_folder import LabelledImages
 from ema_timm.errors import UserError, some
+from ema_timm.options import unique
 
 BALANCED = "balanced"
 
@@ -86,7 +87,7 @@ def read_class_weights(option: str, images: LabelledImages) -> list[float] | Non
 
 def _read_object(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise UserError(
             f"--class-weights must be {BALANCED} or a JSON file; cannot read {file}: "

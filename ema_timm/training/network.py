@@ -14,6 +14,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ema_timm.backbones.complexity import count_macs
+from ema_timm.checkpoints.bounds import check_arguments, limited_modules
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.errors import HubError, UserError, first_line
 from ema_timm.hub.fetch import fetch
@@ -101,6 +102,7 @@ def build_run_network(
     return network
 
 
+@limited_modules()
 def create_model(
     initial: InitialModel, num_classes: int, drop_path: float = 0.0, load_weights: bool = True
 ) -> tuple[nn.Module, dict]:
@@ -125,6 +127,7 @@ def create_model(
     rng = torch.get_rng_state()
     try:
         model_args = {**_saved_model_args(name), **kwargs}
+        check_arguments(model_args)
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
         model = timm.create_model(

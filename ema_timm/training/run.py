@@ -124,7 +124,9 @@ class Run:
             self.position = Position(**{field.name: state[field.name] for field in fields})
         self.network = dataclasses.replace(network, model=self.train_step.evaluated)
         arguments = dataclasses.asdict(config)
-        self.checkpoint = RunCheckpoint(arguments, self.network, data, process, class_weights)
+        self.checkpoint = RunCheckpoint(
+            arguments, self.network, data, process, class_weights, self.images.identical
+        )
         self.records = Records(self.saved.folder, config.record if process.main else ())
         self.log = Log(config.epochs, shown=progress)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ema_timm.errors import UserError
 from ema_timm.measure.settings import INTERPOLATIONS
+from ema_timm.names import encodable
 from ema_timm.options import option, option_name
 
 
@@ -151,6 +152,11 @@ def check_settings(config: FinetuneConfig) -> None:
         raise UserError(
             f"--mixup and --cutmix pair the images of a batch, so --batch-size must be even, "
             f"got {config.batch_size}."
+        )
+    if encodable(config.output) != config.output:
+        raise UserError(
+            f"--output {encodable(config.output)} is not UTF-8, which safetensors needs. Give "
+            "another name."
         )
     if config.weights and not Path(config.weights).is_file():
         raise UserError(f"--weights: there is no file {config.weights}.")

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 import zipfile
 
 import pytest
@@ -9,9 +10,11 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ema_timm.checkpoints.network import check_network
+from ema_timm.checkpoints.bounds import MOST_MODULES, limited_modules
+from ema_timm.checkpoints.network import check_network, rebuild
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.errors import UserError
+from ema_timm.see.networks import open_exported
 from ema_timm.training.initial_weights import InitialModel
 from ema_timm.training.network import create_model
 
@@ -81,3 +84,43 @@ def test_real_checkpoints_of_every_kind_are_read(tmp_path):
     torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     for file in tmp_path.iterdir():
         assert read_checkpoint(file).state.keys() == state.keys()
+
+
+ABSURD = [
+    {"model_args": {"layers": [10**6] * 4}},
+    {"model_args": {"layers": [10**5] * 4}},  # within the bound of the numbers, not of the modules
+    {"model_args": {"layers": [10**400, 1, 1, 1]}},
+    {"model_args": {"block_args": {"a": [[0.1, 10**7]]}}},
+    {"num_classes": 10**9},
+]
+
+
+@pytest.mark.parametrize("change", ABSURD, ids=range(len(ABSURD)))
+def test_a_configuration_cannot_ask_for_an_endless_network(tmp_path, change, capsys):
+    config = {"architecture": "resnet26", "num_classes": 3, "pretrained_cfg": {}, **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(timm.create_model("test_resnet_ema", num_classes=3).state_dict(),
+              tmp_path / "model.safetensors")  # fmt: skip
+    (tmp_path / "model.onnx").write_bytes(b"?")
+    began = time.process_time()
+    said = r"(add up to [\d,]+, and at most|it has more than) [\d,]+"
+    with pytest.raises(UserError, match=said):
+        check_network(tmp_path)
+    with pytest.raises(UserError, match=said):
+        open_exported(tmp_path / "model.onnx")
+    if "model_args" in change:  # a run has classes of its own
+        with pytest.raises(UserError, match=said):
+            create_model(InitialModel(f"local-dir:{tmp_path}", {}, weights=""), 3)
+        state = {"model_kwargs": change["model_args"], "model": "resnet26"}
+        torch.save({"state_dict": timm.create_model("resnet26").state_dict(), "arch": "resnet26",
+                    "args": state}, tmp_path / "a.pt")  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            rebuild(read_checkpoint(tmp_path / "a.pt"))
+    assert time.process_time() - began < 60
+
+
+def test_the_bounds_leave_room_for_large_networks_and_end_with_them():
+    with limited_modules(), torch.device("meta"):
+        timm.create_model("hrnet_w64")
+    chain = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(MOST_MODULES + 1)))
+    assert len(chain) == MOST_MODULES + 1  # outside of the context there is no bound

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from ema_timm.cli import build_parser, main
+from ema_timm.options import pair
 from ema_timm.training.settings import FinetuneConfig
 
 COMMANDS = (
@@ -109,3 +110,33 @@ def test_an_error_from_a_loader_process_is_its_message_alone(monkeypatch, capsys
     assert main(["finetune", "--model", "x", "--data-dir", "x", "--output", "x"]) == 2
     said = capsys.readouterr().err
     assert said == "ema-timm: cannot read a.png: cut short. Repair or remove it.\n"
+
+
+def options_of_several_values():
+    for name, command in subcommands(build_parser()):
+        for action in command._actions:
+            commas = "separated by commas" in str(action.help)
+            if action.option_strings and (action.nargs == "+" or commas):
+                yield pytest.param(action, id=f"{name} {action.option_strings[-1]}")
+
+
+@pytest.mark.parametrize("action", list(options_of_several_values()))
+def test_a_repeated_option_loses_no_values(action, capsys):
+    first, second = action.choices or (("a=1", "b=2") if action.type is pair else ("1", "2"))
+    parser = argparse.ArgumentParser()
+    parser._add_action(action)
+    flag = action.option_strings[-1]
+    try:
+        found = getattr(parser.parse_args([flag, first, flag, second]), action.dest)
+    except SystemExit:
+        assert f"argument {flag}: is given twice" in capsys.readouterr().err
+        return
+    assert found == parser.parse_args([flag, first, second]).__dict__[action.dest]
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("line", [("a=1", "a=2"), ("a=1", "--rename", "a=2")])
+def test_a_key_that_is_given_twice_is_an_error(line, capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "x.pth", "--output", "y", "--rename", *line])
+    assert "argument --rename: 'a' is given twice" in capsys.readouterr().err

@@ -64,7 +64,12 @@ def test_a_file_says_what_options_would_and_the_command_line_wins(file, started)
         ("model_kwargs: 3", "model_kwargs must be a mapping"),
         ("model: [a]", "model must be text"),
         ("- lr", "must contain lines such as"),
-        ("lr: [", "is not valid YAML"),
+        ("lr: [", "is not valid YAML: line 1: "),
+        ("[" * 200_000, "is not valid YAML"),
+        ("lr: 0.1\nseed: 1\nlr: 0.2", "line 3: lr is given twice, first in line 1"),
+        ("lr:\nlr: 0.2", "line 2: lr is given twice"),
+        ("val_split: 0.1\nval-split: 0.2", "line 2: val-split is given twice, first in line 1"),
+        ("model_kwargs:\n  a: 1\n  a: 2", "line 3: a is given twice, first in line 2"),
     ],
 )
 def test_what_is_no_setting_is_refused_in_one_line(file, started, capsys, text, said):
@@ -72,6 +77,13 @@ def test_what_is_no_setting_is_refused_in_one_line(file, started, capsys, text, 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
     assert not started
+
+
+def test_a_merge_key_may_be_overridden(file, started):
+    text = "model: test_resnet_ema\ndata_dir: d\noutput: o\n"
+    text += "model_kwargs:\n  <<: {a: 1, b: 2}\n  b: 3\n"
+    assert main(["finetune", "-c", file(text)]) == 0
+    assert started[0].model_kwargs == {"a": 1, "b": 3}
 
 
 def test_a_file_that_is_not_there_is_named(started, capsys):

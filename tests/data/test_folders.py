@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from ema_timm.data.folders import TRAIN, VAL, find_split
+from ema_timm.data.folders import TRAIN, VAL, find_split, images_below
 from ema_timm.data.image_folder import open_folder, split_folder
 from ema_timm.errors import UserError
 
@@ -117,3 +117,21 @@ def test_a_class_of_one_image_cannot_be_divided(flat):
     picture(flat / "lonely" / "x.png")
     with pytest.raises(UserError, match=r"x\.png is the only image of its class"):
         split_folder(flat, 0.2)
+
+
+def test_images_below_a_folder_are_those_of_its_class_folders(folder):
+    shutil.copytree(folder / "train" / "digit_0", folder / "train" / ".hidden")
+    shutil.copytree(folder / "train" / "digit_0", folder / "train" / "__MACOSX")
+    (folder / "train" / "digit_1" / "._1.png").write_bytes(b"of a Macintosh")
+    (folder / "train" / "digit_1" / "notes.txt").write_text("no image")
+    picture(folder / "train" / "digit_1" / "one.TIF")
+    labelled = open_folder(folder, TRAIN)
+    paths, notes = images_below(folder / "train")
+    assert paths == labelled.paths
+    assert notes == labelled.notes and len(notes) == 2
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_as_a_class(folder):
+    (folder / "train" / "digit_1").rename(folder / "train" / "caf\udce9")
+    with pytest.raises(UserError, match=r"class folder .*/train/caf\\udce9 is not UTF-8"):
+        open_folder(folder, TRAIN)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -42,21 +41,6 @@ def test_a_folder_by_name_is_the_folder(digits, tmp_path):
     assert counts["metrics"]["correct"] == plain["metrics"]["correct"]
     assert counts["evaluation"]["data"]["name"] == "torch/image_folder"
     assert counts["evaluation"]["per_class"].keys() == set(plain["classes"])
-
-
-@pytest.fixture
-def mnist(tmp_path):
-    """A folder in the form of MNIST, 40 images to train on and 20 to test on, of noise."""
-    raw, generator = tmp_path / "mnist" / "MNIST" / "raw", np.random.default_rng(0)
-    raw.mkdir(parents=True)
-    for split, count in (("train", 40), ("t10k", 20)):
-        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        head = struct.pack(">IIII", 0x803, count, 28, 28)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(head + images.tobytes())
-        head = struct.pack(">II", 0x801, count)
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
-    return tmp_path / "mnist"
 
 
 def test_images_in_memory(mnist, tmp_path):

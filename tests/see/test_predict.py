@@ -3,12 +3,16 @@
 import csv
 import json
 import shutil
+import subprocess
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from support.image_modes import in_mode
+from support.odd_files import ODD_FILES
+from support.runs import command as ema_timm_command
+from support.runs import ema_timm
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 from ema_timm.checkpoints.folder import CheckpointWriter
@@ -308,3 +312,69 @@ class TestSheet:
         image = shutil.copy(next((digits / "val").rglob("*.png")), tmp_path / "猫$a$.png")
         row = Prediction(str(image), [0], ["$x^$"], [0.9])
         save_sheet([row], 3, tmp_path / "s.png")  # warnings are errors
+
+
+def test_hidden_files_are_skipped_and_reported(trained, digits, tmp_path, capsys):
+    image = next((digits / "val").rglob("*.png"))
+    for name in ("a.png", ".b.png", ".cache/c.png", "__MACOSX/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(image, tmp_path / name)
+    assert main(["predict", str(trained), str(tmp_path), "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert [line.partition("\t")[0] for line in said.out.splitlines()] == [str(tmp_path / "a.png")]
+    assert "3 hidden files and folders skipped (.b.png, .cache, __MACOSX)" in said.err
+    hidden = str(tmp_path / ".b.png")
+    assert main(["predict", str(trained), hidden, "--device", "cpu"]) == 0  # it was named
+    assert capsys.readouterr().out.startswith(hidden)
+
+
+@pytest.mark.parametrize("suffix", ["", "csv", "jsonl", "parquet"])
+def test_names_that_are_no_text_lose_nothing(trained, digits, tmp_path, suffix):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    image, folder = next((digits / "val").rglob("*.png")), tmp_path / "caf\udce9"
+    folder.mkdir()
+    for name in ("a\udcff.png", "b.png", "c\nd\te\x1b[2J.png"):
+        shutil.copy(image, folder / name)
+    output = ["--output", tmp_path / f"p.{suffix}"] if suffix else []
+    sheet = tmp_path / "sheet.png"
+    done = ema_timm("predict", trained, folder, *output, "--sheet", sheet, "--device", "cpu",
+                    PYTHONIOENCODING="utf-8:strict")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with Image.open(sheet) as drawn:
+        drawn.load()
+    if not suffix:
+        names = [line.partition("\t")[0] for line in done.stdout.splitlines()]
+        assert [name.rpartition("/")[2] for name in names] == [
+            r"a\udcff.png", "b.png", r"c\nd\te\x1b[2J.png",
+        ]  # fmt: skip
+        return
+    if suffix == "csv":
+        with output[1].open(newline="", encoding="utf-8") as file:
+            names = [row["filename"] for row in csv.DictReader(file)]
+    elif suffix == "jsonl":
+        names = [json.loads(line)["filename"] for line in output[1].read_bytes().split(b"\n")[:-1]]
+    else:
+        import pyarrow.parquet
+
+        names = pyarrow.parquet.read_table(output[1])["filename"].to_pylist()
+    assert [name.rpartition("/")[2] for name in names] == [
+        r"a\udcff.png", "b.png", "c\nd\te\x1b[2J.png",
+    ]  # fmt: skip
+    assert r"caf\udce9" in names[0]
+
+
+@pytest.mark.parametrize("make", ODD_FILES)
+@pytest.mark.parametrize("command", ["predict", "attend"])
+def test_what_is_no_file_does_not_hang(trained, digits, tmp_path, make, command):
+    shutil.copy(next((digits / "val").rglob("*.png")), tmp_path / "a.png")
+    make(tmp_path / "x.png")
+    done = subprocess.run(
+        ema_timm_command(command, trained, tmp_path, "--device", "cpu"),
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == {"predict": 1, "attend": 2}[command]
+    assert f"cannot read {tmp_path}/x.png: not a regular file" in done.stderr
+    assert "Traceback" not in done.stderr
+    if command == "predict":
+        assert done.stdout.startswith(f"{tmp_path}/a.png\t")

@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.odd_files import ODD_FILES
+from support.runs import cli, command, ema_timm
 
 from ema_timm.cli import main
+from ema_timm.data.splits import open_both
 from ema_timm.errors import UnreadableImageError, UserError
 from ema_timm.measure.evaluation import evaluate
 from ema_timm.measure.settings import EvaluateConfig
@@ -151,3 +155,69 @@ def test_a_split_that_cannot_be_gets_one_line(config, data, capsys, options, sai
     error = capsys.readouterr().err
     assert said.format(data=data) in error and len(error.splitlines()) == 1
     assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_run_warns_before_training_and_its_card_says_so(data, config, capsys, count):
+    copies = sorted((data / "train" / "digit_2").iterdir())[:count]
+    for image in copies:
+        shutil.copy(image, data / "val" / "digit_2")
+    assert main(cli(config, "--epochs", 1)) == 0
+    lines = capsys.readouterr().err.splitlines()
+    warned = [i for i, line in enumerate(lines) if "are training images too" in line]
+    card = (data.parent / "run" / "README.md").read_text("utf-8")
+    if not count:
+        assert not warned and "| Images | 23 |" in card
+        return
+    assert f"2 of the 25 validation images are training images too, such as {data}/val/digit_2/" \
+        in lines[warned[0]]  # fmt: skip
+    assert warned[0] < min(i for i, line in enumerate(lines) if line.startswith("epoch 1/"))
+    assert "| Images | 25, of which 2 are training images too: expect less on new images |" in card
+    # Measured on other images, the accuracy is not of those.
+    others = shutil.copytree(data / "val" / "digit_3", data / "test" / "digit_3").parent
+    run = [str(data.parent / "run")]
+    assert main(["evaluate", *run, "--data-dir", str(data), "--split", others.name]) == 0
+    assert main(["card", *run]) == 0
+    card = (data.parent / "run" / "README.md").read_text("utf-8")
+    assert (
+        "are training images too" not in card
+        and f"| Images | {len(list(others.rglob('*.png')))}" in card
+    )
+
+
+@pytest.mark.parametrize("make", ODD_FILES)
+@pytest.mark.parametrize("check", ["--check", "--no-check"])
+def test_what_is_no_file_does_not_hang(data, config, make, check):
+    for split in ("train", "val"):
+        make(data / split / "digit_0" / "x.png")
+    done = subprocess.run(
+        command(*cli(config, "--epochs", 1, "--workers", 1), check),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{data}/train/digit_0/x.png: not a regular file" in last
+
+
+def test_names_that_are_no_text_are_trained_on_and_measured(data, config, tmp_path):
+    for split in ("train", "val"):
+        image = next((data / split / "digit_0").iterdir())
+        image.rename(image.with_name("caf\udce9.png"))
+    odd, output = data.rename(tmp_path / "data\udce9"), tmp_path / "run"
+    (odd / "val").rename(odd / "val\udce9")
+    where = ["--data-dir", odd, "--split", "val\udce9"]
+    strict = {"PYTHONIOENCODING": "utf-8:strict"}
+    done = ema_timm(*cli(config, "--epochs", 1), *where, "--output", output, **strict)
+    assert done.returncode == 0, done.stderr
+    done = ema_timm("evaluate", output, *where, "--device", "cpu", "--workers", 0, **strict)
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout
+    assert r"data\udce9/val\udce9" in (output / "README.md").read_text("utf-8")
+    train, val = open_both(odd / "train", val_split="0.2")
+    assert len(train) + len(val) == 60 and train.fingerprint() != val.fingerprint()
+
+
+def test_an_output_that_safetensors_cannot_open_is_refused_at_once(config, capsys):
+    assert main(cli(config, "--output", "run\udcff")) == 2
+    assert r"--output run\udcff is not UTF-8" in capsys.readouterr().err
+    assert not Path("run\udcff").exists()

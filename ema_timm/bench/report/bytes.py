@@ -2,6 +2,7 @@
 
 from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.report.markdown import grid, settings_line, versions_line
+from ema_timm.names import escape
 
 FEWEST_MAPS = 5
 """Maps that any training step moves: the forward reads one and writes one; the backward reads two
@@ -30,7 +31,7 @@ def table(result: dict) -> str:
         rows = [row for row in result["rows"] if (row["dtype"], row["layout"]) == (dtype, layout)]
         base = {row["place"]: _both(row) for row in rows if row["variant"] == AUTHORS}
         lines = [_line(row, base[row["place"]]) for row in rows]
-        parts.append(f"**{dtype}, {layout}**\n\n{grid(header, lines)}")
+        parts.append(f"**{escape(dtype)}, {escape(layout)}**\n\n{grid(header, lines)}")
     return "\n\n".join(parts)
 
 

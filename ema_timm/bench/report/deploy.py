@@ -3,6 +3,7 @@
 from ema_timm.bench.authors_code import AUTHORS
 from ema_timm.bench.deploy import EMA, PLAIN, SE
 from ema_timm.bench.report.markdown import grid, time
+from ema_timm.names import escape
 
 SHOWN = {EMA: "EMA", SE: "SE", AUTHORS: f"EMA, {AUTHORS}"}
 
@@ -55,8 +56,10 @@ def _nodes(row: dict) -> str:
 def _failures(result: dict) -> list[str]:
     """The errors of networks that a runtime could not load or run, one line each."""
     return [
-        f"{row['network']}, {row['runtime']}, {row['sizes']} sizes, batch {row['batch']}, "
-        f"{row['variant']}: failed ({row['failed']})"
+        escape(
+            f"{row['network']}, {row['runtime']}, {row['sizes']} sizes, batch {row['batch']}, "
+            f"{row['variant']}: failed ({row['failed']})"
+        )
         for row in result["rows"]
         if "failed" in row
     ]

@@ -11,6 +11,7 @@ from ema_timm.bench.report import deploy, layer, markdown, model
 from ema_timm.bench.report.markdown import grid, settings_line
 from ema_timm.bench.report.panel import Panel
 from ema_timm.errors import UserError
+from ema_timm.names import escape
 
 
 class Kind(NamedTuple):
@@ -48,7 +49,11 @@ def _gpu_table(result: dict) -> str:
     texts = [grid(["parity", "variant", "largest error", ""], lines)]
     for part in result["parts"]:
         title = f"**{part['bench']}: {settings_line(part)}**"
-        body = _PART_TABLES[part["bench"]](part) if part["rows"] else f"failed ({part['failed']})"
+        body = (
+            _PART_TABLES[part["bench"]](part)
+            if part["rows"]
+            else escape(f"failed ({part['failed']})")
+        )
         texts.append(f"{title}\n\n{body}")
     return "\n\n".join(texts)
 

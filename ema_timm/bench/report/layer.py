@@ -5,6 +5,7 @@ from ema_timm.bench.layer import CLONE
 from ema_timm.bench.report.markdown import grid, number, time
 from ema_timm.bench.report.panel import Bar, Panel
 from ema_timm.errors import UserError
+from ema_timm.names import escape
 
 GLANCE_NETWORK = "resnet50 "
 """The picture shows places that start with this."""
@@ -39,14 +40,14 @@ def table(result: dict) -> str:
                 ]
             )
         shape = "×".join(map(str, rows[0]["shape"]))
-        parts.append(f"**{place}, {shape}**\n\n{grid(header, lines)}")
+        parts.append(f"**{escape(place)}, {shape}**\n\n{grid(header, lines)}")
     return "\n\n".join([*parts, *_failures(result)])
 
 
 def _failures(result: dict) -> list[str]:
     """The errors of variants that could not run, one paragraph each."""
     return [
-        f"{row['place']}, {row['variant']}: failed ({row['failed']})"
+        escape(f"{row['place']}, {row['variant']}: failed ({row['failed']})")
         for row in result["rows"]
         if "failed" in row
     ]

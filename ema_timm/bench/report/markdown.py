@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ema_timm.errors import UserError
+from ema_timm.names import escape
 
 
 def caption(result: dict, brief: bool) -> str:
@@ -18,7 +19,7 @@ def machine_line(result: dict) -> str:
     """The machine and the versions."""
     machine = result["machine"]
     return (
-        f"{machine['name']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{escape(machine['name'])}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{versions_line(result)}"
     )
 
@@ -26,19 +27,21 @@ def machine_line(result: dict) -> str:
 def versions_line(result: dict) -> str:
     """The versions."""
     versions = result["machine"]["versions"]
-    return f"torch {versions['torch']}, timm {versions['timm']}, ema-timm {versions['ema_timm']}"
+    return escape(
+        f"torch {versions['torch']}, timm {versions['timm']}, ema-timm {versions['ema_timm']}"
+    )
 
 
 def settings_line(result: dict) -> str:
     """Every setting with its name."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in result["settings"].items()
-    )
+    settings = result["settings"].items()
+    return escape(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings))
 
 
 def grid(header: list[str], rows: list[list[str]]) -> str:
-    """A table with the first column left-aligned and the others right-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    """A table of text, with the first column left-aligned and the others right-aligned."""
+    head, *body = ([escape(cell) for cell in line] for line in (header, *rows))
+    lines = [head, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -5,7 +5,6 @@ somebody has edited.
 """
 
 import hashlib
-import json
 import re
 from importlib import resources
 from string import Template
@@ -13,6 +12,7 @@ from string import Template
 import yaml
 
 from ema_timm.errors import some
+from ema_timm.names import code, escape
 
 SHOWN = 20
 """Most classes whose names a card lists."""
@@ -67,9 +67,9 @@ def table(rows: list[tuple[str, str | None]], title: str = "measured") -> str:
     return "\n".join([f"| {title} | |", "|---|---|", *lines])
 
 
-def quoted(classes: list[str]) -> str:
-    """The first class names in quotes, and how many more there are."""
-    return some([json.dumps(name, ensure_ascii=False) for name in classes], SHOWN)
+def listed(classes: list[str]) -> str:
+    """The first class names, and how many more there are."""
+    return some([code(name) for name in classes], SHOWN)
 
 
 def count_rows(results: dict) -> list[tuple[str, str | None]]:
@@ -91,7 +91,7 @@ def count_rows(results: dict) -> list[tuple[str, str | None]]:
 
 def versions_text(versions: dict) -> str:
     """Names and numbers of versions."""
-    return ", ".join(f"{name} {number}" for name, number in versions.items())
+    return escape(", ".join(f"{name} {number}" for name, number in versions.items()))
 
 
 def card_name(results: dict) -> str:

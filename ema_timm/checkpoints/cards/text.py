@@ -1,20 +1,24 @@
 """The text of a model card, from results.json only."""
 
+import json
+
 from ema_timm.checkpoints.cards import parts
 from ema_timm.checkpoints.cards.metadata import front_matter, is_ema, measured_on
 from ema_timm.checkpoints.cards.parts import (
     SHOWN,
     count_rows,
     fill,
-    quoted,
+    listed,
     table,
     versions_text,
     with_checksum,
 )
 from ema_timm.checkpoints.config import needs_auto_map
+from ema_timm.names import code, escape
 
 _WHAT_EMA = f"An image classifier whose blocks carry {parts.EMA_ATTENTION}"
 _WHAT_PLAIN = "An image classifier in timm's format."
+_FOLDER = "PATH/TO/THIS/FOLDER"
 _SETTINGS = ("opt", "lr", "weight_decay", "epochs", "batch_size", "sched", "smoothing", "seed")
 
 
@@ -29,15 +33,15 @@ def card_text(results: dict) -> str:
     repository = results.get("card", {}).get("repo_id")
     body = fill(
         "checkpoint.md",
-        architecture=results["architecture"],
+        architecture=escape(results["architecture"]),
         what=_WHAT_EMA if ema else _WHAT_PLAIN,
         numbers=_numbers(results),
         measured=_measured(results),
         training=_training(results),
         install="pip install ema-timm" if ours else "pip install timm",
         mode="L" if results["input"]["input_size"][0] == 1 else "RGB",
-        timm_name=f"hf-hub:{repository}" if repository else "local-dir:PATH/TO/THIS/FOLDER",
-        transformers_name=repository or "PATH/TO/THIS/FOLDER",
+        timm_name=json.dumps(f"hf-hub:{repository}" if repository else f"local-dir:{_FOLDER}"),
+        transformers_name=json.dumps(repository or _FOLDER),
         where=_where(repository, ours),
         limits=_limits(results),
         citation="\n\n".join([parts.CITE_EMA, parts.CITE_TIMM] if ema else [parts.CITE_TIMM]),
@@ -56,7 +60,7 @@ def _numbers(results: dict) -> str:
             ("Top-5 accuracy", None if top5 is None else f"{top5:.2f}%"),
             ("Balanced accuracy", None if balanced is None else f"{balanced:.2f}%"),
             ("Cross-entropy", f"{metrics['loss']:.4f}"),
-            ("Images", str(metrics["images"])),
+            ("Images", f"{metrics['images']}{_identical(results)}"),
         ]
     rows += [
         ("Classes", str(len(results["classes"]))),
@@ -66,25 +70,34 @@ def _numbers(results: dict) -> str:
     return table(rows)
 
 
+def _identical(results: dict) -> str:
+    """How many of the measured images the network was trained on, if there are some."""
+    count = results.get("identical_images")
+    if not count or not _measured_on_val(results):
+        return ""
+    return f", of which {count} are training images too: expect less on new images"
+
+
 def _measured(results: dict) -> str:
     evaluation = results.get("evaluation")
     if not evaluation:
         return ""
     data, size, where = evaluation["data"], results["input"], measured_on(results)
-    precision = evaluation["dtype"]
+    precision = escape(evaluation["dtype"])
     if evaluation.get("amp_dtype"):
-        precision += f" under autocast to {evaluation['amp_dtype']}"
+        precision += f" under autocast to {escape(evaluation['amp_dtype'])}"
     text = (
         "## How it was measured\n\n"
-        f"On the {data['images']} images of `{where['name']}/{where['split']}` (fingerprint "
-        f"`{data['fingerprint'][:12]}`), {size['interpolation']} interpolation, crop "
-        f"{size['crop_pct']:g} ({size['crop_mode']}), {precision}, on {evaluation['device']}, "
+        f"On the {data['images']} images of {code('/'.join(map(str, where.values())))} "
+        f"(fingerprint {code(data['fingerprint'][:12])}), {escape(size['interpolation'])} "
+        f"interpolation, crop {size['crop_pct']:g} ({escape(size['crop_mode'])}), {precision}, on "
+        f"{escape(evaluation['device'])}, "
         f"with {versions_text(evaluation['versions'])}: `ema-timm evaluate` counts as timm's "
         "validation script does, to the last image."
     )
     classes = evaluation["per_class"]
     if len(classes) <= SHOWN:
-        rows = [(_cell(name), f"{c['correct']} of {c['images']}") for name, c in classes.items()]
+        rows = [(code(name), f"{c['correct']} of {c['images']}") for name, c in classes.items()]
         text += "\n\n" + table(rows, "correct, by class")
     return "\n\n".join([text, *_plots(results, "confusion.png", "confusion matrix")])
 
@@ -98,13 +111,14 @@ def _training(results: dict) -> str:
     script = results.get("trained_with", "ema-timm finetune")
     text = (
         f"## How it was trained\n\n{_start(base)}"
-        f"{f' on {images} images' if images else ''} with `{script}`"
-        f"{_epoch(results)}.{_in_parts(results)}\n\nSettings: {used}. Every setting"
+        f"{f' on {images} images' if images else ''} with {code(script)}"
+        f"{_epoch(results)}.{_in_parts(results)}\n\nSettings: {escape(used)}. Every setting"
         f"{' and the history of all epochs are' if results.get('history') else ' is'} in "
         "`results.json`."
     )
     if results.get("versions"):
-        text += f"\n\nVersions: {versions_text(results['versions'])}; device {results['device']}."
+        versions, device = versions_text(results["versions"]), escape(results["device"])
+        text += f"\n\nVersions: {versions}; device {device}."
     return "\n\n".join([text, *_plots(results, "curves.png", "loss and accuracy")])
 
 
@@ -112,8 +126,8 @@ def _start(base: dict | None) -> str:
     if not base:
         return "Trained"
     if base["weights"] == "random start":
-        return f"Trained from a random start of `{base['model']}`"
-    return f"Fine-tuned from `{base['model']}` ({base['weights']})"
+        return f"Trained from a random start of {code(base['model'])}"
+    return f"Fine-tuned from {code(base['model'])} ({escape(str(base['weights']))})"
 
 
 def _epoch(results: dict) -> str:
@@ -166,7 +180,7 @@ def _where(repository: str | None, ours: bool) -> str:
 
 def _limits(results: dict) -> str:
     classes = results["classes"]
-    text = f"It tells {len(classes)} classes apart: {quoted(classes)}."
+    text = f"It tells {len(classes)} classes apart: {listed(classes)}."
     if _chosen_on_the_same(results):
         text += (
             " The epoch was chosen on the same images that the accuracy is given for, so expect a "
@@ -176,10 +190,10 @@ def _limits(results: dict) -> str:
 
 
 def _chosen_on_the_same(results: dict) -> bool:
+    return bool(results.get("best_epoch")) and _measured_on_val(results)
+
+
+def _measured_on_val(results: dict) -> bool:
     chosen = results.get("data", {}).get("val", {}).get("fingerprint")
     measured = results.get("evaluation", {}).get("data", {}).get("fingerprint", chosen)
-    return bool(results.get("best_epoch")) and measured == chosen
-
-
-def _cell(name: str) -> str:
-    return name.replace("|", "\\|")
+    return measured == chosen

@@ -1,5 +1,6 @@
 """The model card of a detector's folder, written from results.json. Edited cards are kept."""
 
+import json
 from pathlib import Path
 
 from ema_timm.checkpoints.cards import parts
@@ -7,8 +8,8 @@ from ema_timm.checkpoints.cards.file import WrittenCard, save_card
 from ema_timm.checkpoints.cards.parts import (
     card_name,
     fill,
+    listed,
     model_index,
-    quoted,
     table,
     versions_text,
     with_checksum,
@@ -19,6 +20,7 @@ from ema_timm.errors import UserError
 from ema_timm.integrations.yolo.contents import DESCRIPTION, read_description
 from ema_timm.integrations.yolo.folder import load
 from ema_timm.integrations.yolo.results import carried, known_facts
+from ema_timm.names import code, escape
 
 CARD_FIELDS = ("datasets", "base_model", "repo_id")
 """Fields that cannot be measured. The licence is that of detector.json."""
@@ -83,11 +85,11 @@ def detector_card_text(results: dict) -> str:
     about, repository = results["detector"], results.get("card", {}).get("repo_id")
     body = fill(
         "detector.md",
-        name=card_name(results),
+        name=escape(card_name(results)),
         what=_what(results),
         numbers=_numbers(results),
         measured=_measured(results),
-        source=repository or "PATH/TO/THIS/FOLDER",
+        source=json.dumps(repository or "PATH/TO/THIS/FOLDER"),
         decoder=about["decoder"],
         where=""
         if repository
@@ -101,9 +103,9 @@ def detector_card_text(results: dict) -> str:
 
 def _what(results: dict) -> str:
     about = results["detector"]
-    made = f"`{results['architecture']}`, a {about['decoder']} network of ultralytics"
-    made += f" {about['ultralytics']}" if "ultralytics" in about else ""
-    task = _PIPELINES.get(results["task"], ("", results["task"]))[1].lower()
+    made = f"{code(results['architecture'])}, a {about['decoder']} network of ultralytics"
+    made += f" {escape(str(about['ultralytics']))}" if "ultralytics" in about else ""
+    task = _PIPELINES.get(results["task"], ("", escape(results["task"])))[1].lower()
     if not results["layers"]:
         return f"{made}, for {task}."
     return f"{made}, for {task}, with {parts.EMA_ATTENTION}"
@@ -112,7 +114,7 @@ def _what(results: dict) -> str:
 def _numbers(results: dict) -> str:
     layers = results["layers"]
     places = ", ".join(str(layer["row"]) for layer in layers)
-    rows = [(_label(name), f"{value:.4f}") for name, value in _scores(results)]
+    rows = [(escape(_label(name)), f"{value:.4f}") for name, value in _scores(results)]
     metrics = results.get("metrics")
     rows += [
         ("Images", str(metrics["images"]) if metrics else None),
@@ -152,9 +154,10 @@ def _measured(results: dict) -> str:
     return (
         "## How it was measured\n\n"
         f"By ultralytics' own validation on the {data['images']} images{labels} of "
-        f"`{data['name']}/{data['split']}` (fingerprint `{data['fingerprint'][:12]}`), at "
-        f"{_size(done['imgsz'])} pixels, {done['dtype']}, confidence from {done['conf']}, IoU of "
-        f"suppression {done['iou']}, on {done['device']}, with "
+        f"{code('/'.join((data['name'], data['split'])))} (fingerprint "
+        f"{code(data['fingerprint'][:12])}), at {_size(done['imgsz'])} pixels, "
+        f"{escape(done['dtype'])}, confidence from {done['conf']}, IoU of suppression "
+        f"{done['iou']}, on {escape(done['device'])}, with "
         f"{versions_text(done['versions'])}."
     )
 
@@ -162,12 +165,12 @@ def _measured(results: dict) -> str:
 def _limits(results: dict) -> str:
     classes = results["classes"]
     known = f"{len(classes)} class{'es' if len(classes) > 1 else ''}"
-    return f"It knows {known}: {quoted(classes)}. Other images were not tried."
+    return f"It knows {known}: {listed(classes)}. Other images were not tried."
 
 
 def _licence(name: str) -> str:
     return (
-        f"{name}: what ultralytics stamps into the checkpoints that it trains and saves "
+        f"{escape(name)}: what ultralytics stamps into the checkpoints that it trains and saves "
         "(https://ultralytics.com/license). The layer and the loader, ema-timm, are Apache-2.0."
     )
 

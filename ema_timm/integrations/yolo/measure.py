@@ -1,6 +1,7 @@
 """A detector as a folder with its metrics, from ultralytics' own validation, and its card."""
 
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def _fingerprint(images: list[str], labels) -> str:
     """Sha256 over name and size of every image, in order, and over every label file."""
     digest = hashlib.sha256()
     for file in map(Path, images):
-        digest.update(f"{file.parent.name}/{file.name}\t{file.stat().st_size}\n".encode())
+        digest.update(os.fsencode(f"{file.parent.name}/{file.name}\t{file.stat().st_size}\n"))
     for file in map(Path, labels):
         digest.update(file.read_bytes() if file.is_file() else b"no labels")
     return digest.hexdigest()
