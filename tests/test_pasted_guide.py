@@ -20,7 +20,8 @@ HERE = [heading for heading in guide.blocks() if heading not in ELSEWHERE]
 
 
 @pytest.fixture(autouse=True)
-def _my_layers(monkeypatch):
+def _desk(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "my_layers", pasted_class)
 
 
@@ -48,9 +49,21 @@ def test_the_comparison_notices_another_class(monkeypatch):
         guide.run("Compare your class first")
 
 
-def test_torchvision_weights_still_load():
+def test_torchvision_weights_still_load_and_may_be_frozen():
     import torchvision
 
-    found = guide.run("torchvision")["model"].state_dict()
+    model = guide.run("torchvision")["model"]
+    found = model.state_dict()
     plain = torchvision.models.resnet18().state_dict()
     assert all(found[name].shape == tensor.shape for name, tensor in plain.items())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.partition(".")[0] for name in trained} == {"layer3", "layer4", "fc"}
+    assert not trained & plain.keys() - {"fc.weight", "fc.bias"}
+
+
+def test_torchvision_weights_give_the_same_outputs_under_a_name_of_timm():
+    names = guide.run("torchvision")
+    plain, named = names["plain"].eval(), names["named"].eval()
+    assert any(isinstance(module, EmaAttn) for module in named.modules())
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(named(x), plain(x), rtol=1e-4, atol=1e-4)

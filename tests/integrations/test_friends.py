@@ -237,13 +237,13 @@ def test_segmentation_models(images, plain_weights):
     assert_trained(model, before)
 
 
-def test_lightning(images, tmp_path):
+def classifier_of_timm(classes):
     pl = need("pytorch_lightning")
 
     class Classifier(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net = timm.create_model(NAME, num_classes=3)
+            self.net = timm.create_model(NAME, num_classes=classes)
 
         def training_step(self, batch, _):
             return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -251,7 +251,18 @@ def test_lightning(images, tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    model = Classifier()
+    return Classifier()
+
+
+def classifier_of_the_guide(classes):
+    need("pytorch_lightning")
+    return guide.run("Lightning")["Classifier"](classes)
+
+
+@pytest.mark.parametrize("make", [classifier_of_timm, classifier_of_the_guide])
+def test_lightning(make, images, tmp_path):
+    pl = need("pytorch_lightning")
+    model = make(3)
     before = start(model)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images), batch_size=4)
     pl.Trainer(
@@ -275,18 +286,6 @@ def test_fastai(images):
     )
     with learner.no_bar(), learner.no_logging():
         learner.fit(1)
-    assert_trained(model, before)
-
-
-def test_lightning_module_of_the_guide(images, tmp_path):
-    pl = need("pytorch_lightning")
-    model = guide.run("Lightning")["Classifier"](classes=3)
-    before = start(model)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images), batch_size=4)
-    pl.Trainer(
-        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    ).fit(model, loader)  # fmt: skip
     assert_trained(model, before)
 
 

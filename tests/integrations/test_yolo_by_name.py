@@ -163,6 +163,16 @@ def test_another_map_gives_one_line_with_the_remedy():
         EmaAttnRow(64)(torch.rand(1, 32, 2, 2))
 
 
+@pytest.mark.parametrize(("arguments", "groups"), [([], 24), ([8], 8)], ids=str)
+def test_a_builder_that_was_edited_for_a_pasted_class_builds_it(arguments, groups):
+    """Such builders put the width in front of a row's arguments."""
+
+    def parse_model(ch, f, n, args):
+        return EmaAttnRow(ch[f], *args)
+
+    assert parse_model([16, 48], -1, 1, arguments).groups == groups
+
+
 def test_in_python_the_width_comes_first():
     layer = EmaAttnRow(48, groups=8, gain=2)
     assert (layer.channels, layer.groups, layer.gain) == (48, 8, 2)

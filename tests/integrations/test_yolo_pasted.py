@@ -13,7 +13,6 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
 
-from ema_timm import EmaAttn
 from ema_timm.integrations.yolo import EmaAttnRow
 
 pytestmark = pytest.mark.filterwarnings("default")  # ultralytics' own warnings are not ours
@@ -43,7 +42,7 @@ def test_best_pt_loads_where_its_class_is_ours_and_moves_into_rows(fork, tmp_pat
     exec(alias, names := {})
     monkeypatch.setattr(pasted_class, "EMA", names["EMA"])
     loaded = torch.load("best.pt", weights_only=False)["model"].float().eval()
-    layers = [m for m in loaded.modules() if isinstance(m, EmaAttn)]
+    layers = [m for m in loaded.modules() if isinstance(m, EmaAttnRow)]
     assert [(layer.channels, layer.groups) for layer in layers] == [(64, 8), (128, 8)]
     with torch.no_grad():
         torch.testing.assert_close(loaded(x)[0], want, rtol=1e-4, atol=1e-3)
