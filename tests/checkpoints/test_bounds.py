@@ -1,5 +1,6 @@
 """A file that claims more than it holds is refused before it is unpacked."""
 
+import argparse
 import json
 import struct
 import time
@@ -90,7 +91,7 @@ ABSURD = [
     {"model_args": {"layers": [10**6] * 4}},
     {"model_args": {"layers": [10**5] * 4}},  # within the bound of the numbers, not of the modules
     {"model_args": {"layers": [10**400, 1, 1, 1]}},
-    {"model_args": {"block_args": {"a": [[0.1, 10**7]]}}},
+    {"model_args": {"block_args": {"a": [[0.1, 10**400]]}}},
     {"num_classes": 10**9},
 ]
 
@@ -103,7 +104,7 @@ def test_a_configuration_cannot_ask_for_an_endless_network(tmp_path, change, cap
               tmp_path / "model.safetensors")  # fmt: skip
     (tmp_path / "model.onnx").write_bytes(b"?")
     began = time.process_time()
-    said = r"(add up to [\d,]+, and at most|it has more than) [\d,]+"
+    said = r"(add up to|it has) more than [\d,]+"
     with pytest.raises(UserError, match=said):
         check_network(tmp_path)
     with pytest.raises(UserError, match=said):
@@ -111,9 +112,9 @@ def test_a_configuration_cannot_ask_for_an_endless_network(tmp_path, change, cap
     if "model_args" in change:  # a run has classes of its own
         with pytest.raises(UserError, match=said):
             create_model(InitialModel(f"local-dir:{tmp_path}", {}, weights=""), 3)
-        state = {"model_kwargs": change["model_args"], "model": "resnet26"}
-        torch.save({"state_dict": timm.create_model("resnet26").state_dict(), "arch": "resnet26",
-                    "args": state}, tmp_path / "a.pt")  # fmt: skip
+        args = argparse.Namespace(model="resnet26", model_kwargs=change["model_args"])
+        state = timm.create_model("resnet26").state_dict()
+        torch.save({"state_dict": state, "args": args}, tmp_path / "a.pt")
         with pytest.raises(UserError, match=said):
             rebuild(read_checkpoint(tmp_path / "a.pt"))
     assert time.process_time() - began < 60

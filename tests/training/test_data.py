@@ -12,6 +12,7 @@ from PIL import Image
 from support.odd_files import ODD_FILES
 from support.runs import cli, command, ema_timm
 
+from ema_timm.checkpoints.cards.text import card_text
 from ema_timm.cli import main
 from ema_timm.data.splits import open_both
 from ema_timm.errors import UnreadableImageError, UserError
@@ -212,7 +213,8 @@ def test_names_that_are_no_text_are_trained_on_and_measured(data, config, tmp_pa
     done = ema_timm("evaluate", output, *where, "--device", "cpu", "--workers", 0, **strict)
     assert done.returncode == 0, done.stderr
     assert "top-1" in done.stdout
-    assert r"data\udce9/val\udce9" in (output / "README.md").read_text("utf-8")
+    text = card_text(json.loads((output / "results.json").read_text("utf-8")))
+    assert r"`data\udce9/val\udce9`" in text and text.encode("utf-8")
     train, val = open_both(odd / "train", val_split="0.2")
     assert len(train) + len(val) == 60 and train.fingerprint() != val.fingerprint()
 

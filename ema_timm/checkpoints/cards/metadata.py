@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ema_timm.backbones.rebuild import ANY
 from ema_timm.checkpoints.cards.parts import model_index, yaml_block
+from ema_timm.names import encodable
 
 
 def front_matter(results: dict) -> str:
@@ -45,7 +46,7 @@ def measured_on(results: dict) -> dict:
     if data:
         return {"name": data["name"], "split": data["split"]}
     arguments = results.get("arguments") or {}
-    name = Path(arguments["data_dir"]).name if arguments.get("data_dir") else None
+    name = encodable(Path(arguments["data_dir"]).name) if arguments.get("data_dir") else None
     return {"name": name, "split": "val" if name else None}
 
 
