@@ -126,12 +126,25 @@ def join_processes(device: str) -> Iterator[Process]:
 
     Raises:
         UserError: If that device is not available.
+        ConnectionError: If another process has ended.
     """
-    world = init_distributed_device_so(device=pick_device(device))
-    process = Process(world["global_rank"], world["world_size"], torch.device(world["device"]))
     try:
+        world = init_distributed_device_so(device=pick_device(device))
+        process = Process(world["global_rank"], world["world_size"], torch.device(world["device"]))
         yield process
         process.wait()  # the main process may still be writing
+    except RuntimeError as error:
+        if _is_lost_connection(error):
+            raise ConnectionError(
+                "lost the connection to another process of the run, which has probably ended. "
+                "To continue, start all of them again with --resume"
+            ) from error
+        raise
     finally:
-        if process.count > 1:
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether PyTorch raised this because another process does not answer."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()

@@ -197,6 +197,9 @@ class Run:
         self.log.start(
             config.model, self.network, self.images, self.process.device, history, resumed_at
         )
+        if self.processes_before != self.process.count and not self._finished:
+            images = config.batch_size * config.grad_accum_steps
+            self.log.processes_changed(self.processes_before, self.process.count, images)
         if self.new_schedule and self.process.main:
             # Before anything else is written, so that the run can resume whenever it is killed.
             if self.position.epoch == 0:
