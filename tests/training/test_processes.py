@@ -73,7 +73,7 @@ def test_if_one_process_refuses_all_leave_with_its_line(config, digits, tmp_path
         (cli(config, "--batch-size", 99), "more than the 60 training images"),
         (cli(config, "--epochs", 1, "--batch-size", 6), None),
         (cli(config, "--epochs", 1), "already holds a run"),
-        (cli(config, "--resume", "--epochs", 1, "--lr", 1), "--lr is 1.0, but"),
+        (cli(config, "--resume", "--epochs", 1, "--batch-size", 5), "--batch-size is 5, but"),
     ]
     done = in_processes(*[{"count": 2, "args": args} for args, _ in commands])
     for (codes, said), (_, expected) in zip(done, commands, strict=True):
