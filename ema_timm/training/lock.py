@@ -38,6 +38,7 @@ def open_run(saved: RunState, resume: bool, process: Process) -> Iterator[dict |
             if process.main:
                 held.enter_context(lock_run(saved, resume))
                 state = saved.load() if resume and saved.exists() else None
+        saved.forget()
         finds = process.gather(saved.exists())
         if not finds[0] and any(finds):
             with process.fail_together():

@@ -112,6 +112,10 @@ class RunState:
         self._kept = self._versions(), state
         return state["config"]
 
+    def forget(self) -> None:
+        """Drop what `settings` kept."""
+        self._kept = None
+
     def _versions(self) -> list[int]:
         """When the files were last written."""
         return [file.stat().st_mtime_ns for file in (self.file, self.before) if file.exists()]

@@ -205,9 +205,11 @@ class Run:
             if self.position.epoch == 0:
                 self.saved.discard()
             self._save_state()
-        if history.best and not self._finished and not self.checkpoint.holds(history.best):
-            # The run was killed after it had written better weights, but before the state.
-            history.best = None
+        if history.best and not self._finished:
+            held = self.process.main and self.checkpoint.holds(history.best)
+            if not self.process.broadcast(held):
+                # The run was killed after it had written better weights, but before the state.
+                history.best = None
         with self.records.open(history):
             while not self._finished:
                 self._epoch(stop)
@@ -276,8 +278,9 @@ class Run:
     def _leave(self, stop: Stop) -> None:
         """Save the position and raise. All processes leave at the same step."""
         position = self.position
-        own = {"loss_sum": position.loss_sum, "rng": position.rng}
-        ranks = self.process.gather({**own, "averaged_buffers": self.train_step.buffers()})
+        buffers = {name: buffer.cpu() for name, buffer in self.train_step.buffers().items()}
+        own = {"loss_sum": position.loss_sum, "rng": position.rng, "averaged_buffers": buffers}
+        ranks = self.process.gather(own)
         if self.process.main:
             self._save_state(ranks)
         self.process.wait()
