@@ -1,5 +1,6 @@
 """Errors that are not bugs. Each has an exit code, and a message of one line with the remedy."""
 
+import signal
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -16,7 +17,20 @@ class UnreadableImageError(UserError):
 
 
 class InterruptedRunError(Exception):
-    """A run was stopped (exit code 130). The message says how to continue it."""
+    """A run was stopped by a signal. The message says how to continue it.
+
+    Args:
+        message: The message.
+        signum: The number of the signal. The exit code is 128 plus this number.
+    """
+
+    def __init__(self, message: str, signum: int = signal.SIGINT):
+        super().__init__(message)
+        self.signum = int(signum)
+
+
+class ReportedError(Exception):
+    """The cause of an error that another process of the run reports."""
 
 
 class HubError(Exception):

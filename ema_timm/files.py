@@ -151,24 +151,34 @@ def lock(file: Path, on_busy: Callable[[Owner], None]) -> Iterator[None]:
 
 def _take(file: Path, on_busy: Callable[[Owner], None]) -> TextIO:
     """The lock file: open, locked, and with this process's name in it."""
-    here = socket.gethostname()
+    here, job = socket.gethostname(), _job()
     while True:
         with contextlib.ExitStack() as opened:
             handle = opened.enter_context(file.open("a+", encoding="utf-8"))
             locked = _try_lock(handle)
             handle.seek(0)
-            host, _, process = handle.read().strip().partition(" ")
-            # With the lock in our hands, the name of this machine is that of a killed process.
-            if locked is False or (host and not (locked and host == here)):
+            host, process, owners_job, *_ = [*handle.read().split(), "", "", ""]
+            # With the lock in our hands, the name of this machine is that of a killed process, and
+            # so is the name of another machine that this job was moved away from.
+            own = host == here or (job and owners_job == job)
+            if locked is False or (host and not (locked and own)):
                 on_busy(Owner(host, process, alive=locked is False))
             if locked is False:
                 fcntl.lockf(handle, fcntl.LOCK_EX)
             if _is_open_file(file, handle):
                 handle.truncate(0)
-                handle.write(f"{here} {os.getpid()}\n")
+                handle.write(" ".join(filter(None, (here, str(os.getpid()), job))) + "\n")
                 handle.flush()
                 opened.pop_all()
                 return handle
+
+
+def _job() -> str:
+    """The id of this process's job, which it keeps on another machine; empty if there is none."""
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        if (job := os.environ.get(name, "none")) != "none":  # torchrun's default
+            return "-".join(job.split())
+    return ""
 
 
 def _try_lock(handle: TextIO) -> bool | None:

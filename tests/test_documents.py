@@ -40,7 +40,7 @@ ELSEWHERE = {
     "-m pytest": "this is the test run",
     "train.py": "with_timm/test_timm_scripts.py, where TIMM_REPO is set",
     "pip install": "nothing is installed while tests run; CI installs the extras",
-    "torchrun": "training/test_finetune.py, on two processes",
+    "torchrun": "training/test_finetune.py and test_machines.py, on two processes",
     "ema-timm bench": "bench/test_bench.py; its times want a quiet machine",
     "ema-timm tune": "tuning/test_tune.py; its times want a GPU",
     "ema_timm.tune(": "tuning/test_tune.py; its times want a GPU",

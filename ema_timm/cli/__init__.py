@@ -1,7 +1,7 @@
 """The command ``ema-timm``: each subcommand parses, makes one library call and prints.
 
 Results go to stdout, messages to stderr.
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 import argparse
@@ -23,7 +23,13 @@ from ema_timm.cli import (
     tune,
     yolo,
 )
-from ema_timm.errors import HubError, InterruptedRunError, UserError, VerificationError
+from ema_timm.errors import (
+    HubError,
+    InterruptedRunError,
+    ReportedError,
+    UserError,
+    VerificationError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,20 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        print(f"ema-timm: {_message(error)}", file=sys.stderr)
-        return 2
+        return _report(error, _message(error), 2)
     except InterruptedRunError as error:
-        print(f"ema-timm: {error}", file=sys.stderr)
-        return 130
+        return _report(error, str(error), 128 + error.signum)
     except (HubError, VerificationError) as error:
-        print(f"ema-timm: {error}", file=sys.stderr)
-        return 1
+        return _report(error, str(error), 1)
     except OSError as error:
-        print(f"ema-timm: {error}. Files written before are intact.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ema-timm: interrupted.", file=sys.stderr)
-        return 130
+        return _report(error, f"{error}. Files written before are intact.", 1)
+    except KeyboardInterrupt as error:
+        return _report(error, "interrupted.", 130)
+
+
+def _report(error: BaseException, message: str, code: int) -> int:
+    """Print an error, unless another process of the run prints it. Returns the exit code."""
+    if not isinstance(error.__cause__, ReportedError):
+        print(f"ema-timm: {message}", file=sys.stderr)
+    return code
 
 
 def _message(error: UserError) -> str:

@@ -30,8 +30,8 @@ def _add_finetune(commands) -> None:
     command.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in --output with its settings; train a finished one for more "
-        "--epochs",
+        help="continue the run in --output, train a finished one for more --epochs, or start one "
+        "if there is none",
     )
     _add_config(command)
     command.set_defaults(run=_finetune)
@@ -55,11 +55,16 @@ def _given(args: argparse.Namespace) -> dict:
 
 def _finetune(args: argparse.Namespace) -> int:
     given = _given(args)
-    _check_given(given, ["output"] if args.resume else ["model", "data_dir", "output"])
+    # With --resume, the settings of a start also start a run, and continue only a run of these.
+    by_output = args.resume and not (given.get("model") and given.get("data_dir"))
+    _check_given(given, ["output"] if by_output else ["model", "data_dir", "output"])
 
     from ema_timm.training.run import continue_run, finetune
 
-    results = continue_run(given) if args.resume else finetune(FinetuneConfig(**given))
+    if by_output:
+        results = continue_run(given)
+    else:
+        results = finetune(FinetuneConfig(**given), resume=args.resume)
     metrics = results["metrics"]
     if os.environ.get("RANK", "0") == "0":  # only one process prints
         print(f"{given['output']}: top-1 {metrics['top1']:.2f}% of {metrics['images']} images")

@@ -99,9 +99,7 @@ class PlannedRun(NamedTuple):
         """How far the run is. Raises as `results` does."""
         results = self.results()
         if results is None or not is_trained(results):
-            state = RunState(self.folder)
-            begun = state.file.exists() or state.before.exists()
-            return Status.BEGUN if begun else Status.NEW
+            return Status.BEGUN if RunState(self.folder).exists() else Status.NEW
         if self.test is None:
             return Status.DONE
         split = results.get("evaluation", {}).get("data", {}).get("split")
@@ -114,8 +112,7 @@ class PlannedRun(NamedTuple):
             device: The device to run on; None means that of the settings.
         """
         settings = {**self.settings, **({"device": device} if device else {})}
-        resume = ["--resume"] if self.status() is Status.BEGUN else []
-        return ["finetune", *command_arguments(settings, FinetuneConfig), *resume]
+        return ["finetune", *command_arguments(settings, FinetuneConfig), "--resume"]
 
 
 def is_trained(results: dict) -> bool:

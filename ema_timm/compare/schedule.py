@@ -93,7 +93,8 @@ def run_all(
                 child.process.wait()
     if stop.requested and report.left:
         raise InterruptedRunError(
-            f"stopped with {report.left} of {len(runs)} runs to do; the same command continues"
+            f"stopped with {report.left} of {len(runs)} runs to do; the same command continues",
+            stop.signum,
         )
     return failed
 

@@ -1,17 +1,18 @@
 """The training loop of an epoch, which can stop after any batch and resume there."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from ema_timm.measure.metrics import sum_over_processes
 from ema_timm.training.processes import Process
 from ema_timm.training.seeding import get_rng_state, seed_everything, set_rng_state
-from ema_timm.training.signals import Stop
+from ema_timm.training.signals import start_workers
 from ema_timm.training.step import TrainStep
 
 
@@ -63,9 +64,15 @@ class EpochLoop:
         self.train_step, self.loader, self.process = train_step, loader, process
         self.seed, self.epochs, self.progress = seed, epochs, progress
         self.steps = len(loader)
+        self.order = loader.batch_sampler.sampler = _Order(loader.sampler)
 
-    def run(self, position: Position, stop: Stop) -> bool:
+    def run(self, position: Position, requested: Callable[[], bool]) -> bool:
         """Train the rest of an epoch and update ``position``.
+
+        Args:
+            position: Where to start; not at the end of the epoch.
+            requested: Whether to stop. Called after every step that updates the weights, by all
+                processes; a run of one process calls it after every batch.
 
         Returns:
             Whether the epoch is complete. If not, a stop was requested, and the next call
@@ -78,41 +85,29 @@ class EpochLoop:
         self.train_step.begin_epoch(position.epoch)
         started = time.perf_counter() - position.seconds
         with self._bar(position.epoch) as bar:
-            self._steps(position, stop, bar)
+            self._steps(position, requested, bar)
         if position.step < self.steps:
             position.rng = get_rng_state()
         position.seconds = time.perf_counter() - started
         return position.step == self.steps
 
-    def _steps(self, position: Position, stop: Stop, bar: tqdm) -> None:
+    def _steps(self, position: Position, requested: Callable[[], bool], bar: tqdm) -> None:
         """Train on the remaining batches until none is left or a stop is requested."""
-        batches = iter(self.loader)
-        for _ in range(position.step):  # trained on before the interruption
-            next(batches)
-            bar.update()
+        self.order.skipped = position.step * self.loader.batch_size
+        batches = start_workers(self.loader)
+        first = next(batches)  # draws the order of the epoch
+        bar.update(position.step)
         if position.rng is not None:
             set_rng_state(position.rng)
-        while position.step < self.steps:
-            batch = self._next(batches, stop)
-            if batch is None:
-                return
+        for batch in chain([first], batches):
             done = position.epoch * self.steps + position.step
             position.loss_sum += self.train_step(*batch, done)
             position.step += 1
             bar.update()
             bar.set_postfix(loss=f"{position.loss_sum / position.step:.3f}", refresh=False)
-            if stop.requested:
+            between = self.process.count == 1 or not self.train_step.pending
+            if between and position.step < self.steps and requested():
                 return
-
-    def _next(self, batches: Iterator, stop: Stop):
-        """The next batch, or None if a requested stop ended the workers."""
-        try:
-            return next(batches)
-        except RuntimeError:
-            # Ctrl-C also reaches the data loader workers and ends them.
-            if stop.requested:
-                return None
-            raise
 
     def mean_loss(self, position: Position) -> float:
         """Mean loss of this epoch's batches, over all processes."""
@@ -127,3 +122,45 @@ class EpochLoop:
             disable=None if self.progress else True,
             leave=False,
         )
+
+
+class StoppableBatches:
+    """The batches of a loader, between which an evaluation can stop.
+
+    Args:
+        loader: The loader.
+        requested: Whether to stop; called after every batch, by all processes.
+        leave: Raises the error to stop with.
+    """
+
+    def __init__(self, loader: DataLoader, requested: Callable[[], bool], leave: Callable):
+        self.loader, self.requested, self.leave = loader, requested, leave
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        for batch in start_workers(self.loader):
+            yield batch
+            if self.requested():
+                self.leave()
+
+
+class _Order(Sampler):
+    """The order of a sampler without its first images, which are skipped without being read.
+
+    Args:
+        sampler: The sampler.
+
+    Attributes:
+        skipped: How many images the next iteration skips.
+    """
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.skipped = sampler, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self.sampler, self.skipped, None)

@@ -64,6 +64,20 @@ class Log:
         if not DRAWS_CURVES:
             self._print("no curves.png: matplotlib is missing (pip install 'ema-timm[train]')")
 
+    def processes_changed(self, before: int, now: int, images: int) -> None:
+        """Report that the run continues on another number of processes.
+
+        Args:
+            before: Number of processes before.
+            now: Number of processes now.
+            images: Images of one process in one step.
+        """
+        self._print(
+            f"{now} process(es) instead of {before}: a step has {images * now} images instead of "
+            f"{images * before}, at the same --lr. So the weights will differ from those of an "
+            "uninterrupted run"
+        )
+
     def epoch(self, history: History) -> None:
         """Report the last epoch."""
         last = history.entries[-1]

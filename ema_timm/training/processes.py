@@ -3,16 +3,20 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from timm.utils.distributed import init_distributed_device_so, world_info_from_env
+from timm.utils.distributed import init_distributed_device_so
 
 from ema_timm.environment import pick_device
+from ema_timm.errors import HubError, ReportedError, UserError
 
 
 @dataclass(frozen=True)
 class Process:
     """One process of a run.
+
+    Every process must call the methods in the same order.
 
     Args:
         rank: Its number, from 0.
@@ -34,10 +38,72 @@ class Process:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def gather(self, value: Any) -> list:
+        """``value`` of every process, by rank."""
+        values = [value] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
-def is_main() -> bool:
-    """Whether this process writes files and prints. Works before `join_processes`."""
-    return world_info_from_env()[1] == 0
+    def broadcast(self, value: Any) -> Any:
+        """``value`` of the main process."""
+        values = [value]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    @contextlib.contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """If one process raises an error in this context, all raise it.
+
+        The process with the lowest rank reports the error; in the others its cause is a
+        `ReportedError`. The processes must not communicate within the context.
+        """
+        error = None
+        try:
+            yield
+        except (UserError, HubError, OSError) as own:
+            error = own
+        errors = self.gather(error)
+        first = next((rank for rank, each in enumerate(errors) if each), None)
+        if first is None:
+            return
+        if error is not None and self.rank == first:
+            raise error
+        raise errors[first] from ReportedError(f"process {first} of the run reports this error")
+
+
+class SharedNumber:
+    """The largest number that any process sent, seen by all of them at the same call.
+
+    With several processes, a call returns what they sent with the call before. So no process
+    waits: the numbers travel while the next step computes. A call costs one all-reduce of one
+    number.
+
+    Args:
+        process: This process.
+    """
+
+    def __init__(self, process: Process):
+        self.process, self._sent, self._work = process, None, None
+
+    def __call__(self, number: int) -> int:
+        """Send ``number``. Every process must call this equally often.
+
+        Returns:
+            With one process, ``number``. With several, the largest number of the call before.
+        """
+        if self.process.count == 1:
+            return number
+        if self._work is not None:
+            self._work.wait()
+            if largest := int(self._sent):
+                return largest
+        on_gpu = self.process.device.type == "cuda"
+        self._sent = torch.tensor(number, device=self.process.device if on_gpu else "cpu")
+        largest = torch.distributed.ReduceOp.MAX
+        self._work = torch.distributed.all_reduce(self._sent, largest, async_op=True)
+        return 0
 
 
 @contextlib.contextmanager
@@ -60,12 +126,25 @@ def join_processes(device: str) -> Iterator[Process]:
 
     Raises:
         UserError: If that device is not available.
+        ConnectionError: If another process has ended.
     """
-    world = init_distributed_device_so(device=pick_device(device))
-    process = Process(world["global_rank"], world["world_size"], torch.device(world["device"]))
     try:
+        world = init_distributed_device_so(device=pick_device(device))
+        process = Process(world["global_rank"], world["world_size"], torch.device(world["device"]))
         yield process
         process.wait()  # the main process may still be writing
+    except RuntimeError as error:
+        if _is_lost_connection(error):
+            raise ConnectionError(
+                "lost the connection to another process of the run, which has probably ended. "
+                "To continue, start all of them again with --resume"
+            ) from error
+        raise
     finally:
-        if process.count > 1:
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether PyTorch raised this because another process does not answer."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()

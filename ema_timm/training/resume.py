@@ -34,7 +34,8 @@ class RunState:
 
     A state is a dictionary of tensors, numbers, strings and containers of them. Its keys:
     ``identity`` and ``config`` of the run, ``base`` of its network, those of
-    `TrainStep.state_dict`, the fields of `Position`, ``history``, ``best`` and ``extended``.
+    `TrainStep.state_dict`, the fields of `Position`, ``steps`` in an epoch, ``ranks`` (what differs
+    between processes), ``history``, ``best`` and ``extended``.
 
     Args:
         run: The run's folder, which is also its checkpoint folder.
@@ -52,6 +53,11 @@ class RunState:
         self.file, self.before = self.folder / "state.pt", self.folder / "state.previous.pt"
         self.weights = self.run / "model.safetensors"
         self.warning = ""
+        self._kept: tuple[list[int], dict] | None = None
+
+    def exists(self) -> bool:
+        """Whether there is a state, be it damaged."""
+        return self.file.exists() or self.before.exists()
 
     def check(self, resume: bool) -> None:
         """Check that a run can start or resume in this folder.
@@ -61,19 +67,14 @@ class RunState:
         that could be lost.
 
         Raises:
-            UserError: If the folder holds a run or a checkpoint and ``resume`` is off, or holds
-                no run and ``resume`` is on.
+            UserError: If the folder holds a run and ``resume`` is off, or a checkpoint without
+                a state.
         """
-        if not self.file.exists() and not self.before.exists():
+        if not self.exists():
             if self.weights.exists():
                 raise UserError(
                     f"{self.run} holds a checkpoint, but no state to continue from. Train on from "
                     f"it with --model local-dir:{self.run} and another --output."
-                )
-            if resume:
-                raise UserError(
-                    f"--resume: {self.run} holds no interrupted run ({self.file} is missing). "
-                    "Start it without --resume."
                 )
         elif not resume and (self.weights.exists() or not self._is_untrained()):
             raise UserError(
@@ -102,12 +103,37 @@ class RunState:
         content = buffer.getbuffer()
         write_whole(self.file, lambda path: path.write_bytes(content), previous=self.before)
 
+    def settings(self) -> dict:
+        """The settings of the run, without those that no state gives. Keeps what it read."""
+        try:
+            state = self.load()
+        except UserError:
+            return {}
+        self._kept = self._versions(), state
+        return state["config"]
+
+    def forget(self) -> None:
+        """Drop what `settings` kept."""
+        self._kept = None
+
+    def _versions(self) -> list[int]:
+        """When the files were last written."""
+        return [file.stat().st_mtime_ns for file in (self.file, self.before) if file.exists()]
+
     def load(self) -> dict:
         """Read the newest state, or the one before it if the newest is damaged.
 
         Raises:
-            UserError: If both are damaged.
+            UserError: If there is none, or if both are damaged.
         """
+        kept, self._kept = self._kept, None
+        if kept and kept[0] == self._versions():
+            return kept[1]
+        if not self.exists():
+            raise UserError(
+                f"--resume: {self.run} holds no run. To start one, add --model, --data-dir and "
+                "its other settings."
+            )
         self.warning = ""
         for file in (self.file, self.before):
             try:
@@ -199,20 +225,44 @@ def check_same_run(saved: dict, identity: dict, extended: bool = False) -> None:
         if before[name] != value and not (extended and name == "epochs"):
             raise UserError(
                 f"cannot resume: {option_name(name)} is {value!r}, but the run was started with "
-                f"{before[name]!r}. Omit the option, or start a new run with another --output."
+                f"{before[name]!r}. Use its settings, or only --resume --output; or start a new "
+                "run with another --output."
             )
     if saved.get("class_weights") != identity["class_weights"]:
         raise UserError(
             "cannot resume: the numbers of --class-weights have changed since the run was started. "
             "Restore them, or start a new run with another --output."
         )
-    if saved["processes"] != identity["processes"]:
-        raise UserError(
-            f"cannot resume on {identity['processes']} process(es): the run was started on "
-            f"{saved['processes']}. Use as many."
-        )
     if saved["data"] != identity["data"]:
         raise UserError(
             "cannot resume: the images have changed since the run was started. "
             "Restore them, or start a new run with another --output."
         )
+
+
+def spread(state: dict, processes: int, steps: int, batches: int) -> dict:
+    """The state of a run, made for another number of processes.
+
+    The run continues after the images that it has trained on, rounded down to a step.
+
+    Args:
+        state: The state.
+        processes: Number of processes now.
+        steps: Batches in an epoch of one process now.
+        batches: Batches of one optimiser step.
+    """
+    done, before = state["step"], state["identity"]["processes"]
+    step = done * before // processes // batches * batches
+    if done == state.get("steps") or step > steps:  # trained, not evaluated
+        step = steps
+    losses = [each["loss_sum"] for each in state.get("ranks") or [state]]
+    mean = sum(losses) / len(losses) / max(done, 1)
+    return {
+        **state,
+        "step": step,
+        "loss_sum": mean * step,
+        "rng": None,
+        "ranks": None,
+        "gradients": {},
+        "scheduler": None,
+    }

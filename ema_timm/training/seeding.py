@@ -78,7 +78,7 @@ def get_rng_state() -> dict:
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": [name, keys.tolist(), *rest],
         "python": [version, list(internal), gauss],
     }
@@ -88,7 +88,9 @@ def set_rng_state(state: dict) -> None:
     """Restore the states that `get_rng_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # Only the GPU of this process counts. Older states have one entry for each GPU.
+        current, states = torch.cuda.current_device(), state["cuda"]
+        torch.cuda.set_rng_state(states[current if current < len(states) else 0])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss = state["python"]

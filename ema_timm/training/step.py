@@ -41,6 +41,8 @@ class TrainStep:
         model: The classifier.
         averaged: A moving average of its weights, in timm's `ModelEmaV3`, or None.
         parallel: The module for the forward pass: the model, in DDP if there are several processes.
+            None before the first epoch begins.
+        arranged: Whether the buckets of DDP have their final order.
         amp_dtype: Type of mixed precision, or None.
         pending: Whether there are gradients of batches that the weights were not updated by yet.
     """
@@ -77,7 +79,6 @@ class TrainStep:
             self.averaged = ModelEmaV3(model, decay=config.average_weights)
         self.backbone, self.freeze_epochs = Backbone(model), config.freeze_epochs
         self.parallel = None
-        self.begin_epoch(first_epoch)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -99,7 +100,7 @@ class TrainStep:
         frozen = epoch < self.freeze_epochs
         if self.parallel is None or frozen != self.backbone.frozen:
             self.backbone.freeze(frozen)
-            self.parallel = self._distributed()
+            self.parallel, self.arranged = self._distributed(), self.process.count < 3
         self.parallel.train()
         self.backbone.train()
 
@@ -112,6 +113,23 @@ class TrainStep:
             return self.model
         ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=ids)
+
+    def _arrange(self, images: Tensor) -> None:
+        """Let DDP arrange its buckets, which it does after its first backward pass.
+
+        The buckets decide in which order the gradients of three or more processes are added up.
+        Without this extra pass, the first step of a resumed run would round sums differently.
+        """
+        self.arranged = True
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with autocast(self.device, self.amp_dtype):
+                outputs = self.parallel(images)
+            outputs.sum().backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def __call__(self, images: Tensor, targets: Tensor, done: int) -> float:
         """Train on one batch. The last batch of a step updates the weights.
@@ -132,6 +150,8 @@ class TrainStep:
         targets = targets.to(self.device, non_blocking=True)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
+        if not self.arranged:
+            self._arrange(images)
         epoch, batch = divmod(done, self.steps)
         first = batch - batch % self.batches
         count = min(self.batches, self.steps - first)  # the last step may have fewer batches
@@ -185,6 +205,20 @@ class TrainStep:
             "scaler": self.scaler.state_dict(),
         }
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the average, which differ between processes within an epoch.
+
+        Those of the network do so too, but DDP replaces them by those of the main process before
+        the next step.
+        """
+        return dict(self.averaged.module.named_buffers()) if self.averaged else {}
+
+    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Restore what `buffers` returned."""
+        own = self.buffers()
+        for name, buffer in buffers.items():
+            own[name].copy_(buffer)
+
     def _gradients(self) -> dict[str, Tensor]:
         named = self.model.named_parameters()
         return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
@@ -214,7 +248,8 @@ class TrainStep:
                 "cannot resume: the saved weights belong to another network "
                 f"({lines[0] if lines else error}). Start a new run with another --output."
             ) from error
-        self.scheduler.load_state_dict(state["scheduler"])
+        if state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         gradients = state.get("gradients", {})  # the oldest states have no such key
         for name, parameter in self.model.named_parameters():

@@ -27,23 +27,16 @@ def test_a_run_that_is_killed_again_and_again_comes_to_the_same(config, tmp_path
     while killed < KILLS:  # a run that ends before is compared, and another one killed
         runs += 1
         folder = tmp_path / f"run{runs}"
+        same = [*start, "--resume", "--output", folder]
         while killed < KILLS:
-            code = killed_after(rng.uniform(0.2, 0.9) * duration, *ways_on(folder, start))
+            code = killed_after(rng.uniform(0.2, 0.9) * duration, *same)
             assert_whole(folder)
             if code == 0:
                 break
             killed += 1
-        done = ema_timm(*ways_on(folder, start))
+        done = ema_timm(*same)
         assert done.returncode == 0, done.stderr
         assert_same_checkpoint(folder, tmp_path / "whole")
-
-
-def ways_on(folder, start):
-    """Arguments that continue the run in ``folder``, or start it."""
-    saved = RunState(folder)
-    if saved.file.exists() or saved.before.exists():
-        return ["finetune", "--resume", "--output", folder]
-    return [*start, "--output", folder]
 
 
 def killed_after(seconds, *args):

@@ -65,11 +65,7 @@ def test_a_run_killed_in_its_first_epoch_goes_on_or_starts(
     with pytest.raises(KilledError):
         run(config, epochs=1)
     monkeypatch.undo()
-    try:
-        done = run(config, epochs=1, resume=True)
-    except UserError as refusal:
-        assert "Start it without --resume" in str(refusal)
-        done = run(config, epochs=1)
+    done = run(config, epochs=1, resume=True)
     assert_same_outcome(done, whole, config.output, tmp_path / "whole")
 
 
@@ -182,6 +178,20 @@ def test_a_lock_of_another_machine_says_how_to_get_rid_of_it(config, tmp_path, c
     assert "process 12 on elsewhere" in said and f"remove {lock}" in said
     lock.unlink()
     assert main(resume) == 0
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+def test_a_job_that_was_moved_to_this_machine_takes_over_its_own_lock(config, monkeypatch, name):
+    """A job that is requeued after a kill may come to another machine."""
+    monkeypatch.setenv(name, "17")
+    run(config, epochs=1)
+    lock = resume.RunState(config.output).folder / "lock"
+    lock.write_text("elsewhere 12 18\n")
+    with pytest.raises(UserError, match="in use by process 12 on elsewhere"):
+        run(config, epochs=1, resume=True)
+    lock.write_text("elsewhere 12 17\n")
+    run(config, epochs=1, resume=True)
+    assert not lock.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])

@@ -32,8 +32,9 @@ def test_damaged_state_is_refused(state):
 
 
 def test_folders_that_cannot_be_used_are_refused(state, tmp_path):
-    with pytest.raises(UserError, match="holds no interrupted run"):
-        state.check(resume=True)
+    state.check(resume=True)  # nothing is there: a run starts
+    with pytest.raises(UserError, match=r"holds no run\. To start one, add --model"):
+        state.load()
     state.save({})
     state.check(resume=True)
     with pytest.raises(UserError, match=r"already holds a run.*--resume"):
