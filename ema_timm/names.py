@@ -35,7 +35,7 @@ def _span(text: str) -> str:
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
     edges = text[0] + text[-1]
-    # A reader removes one space at each end, but not of spaces alone.
+    # A reader removes one space at each end of the code, unless it consists of spaces.
     pad = " " if "`" in edges or (edges == "  " and text.strip(" ")) else ""
     return f"{fence}{pad}{text}{pad}{fence}"
 

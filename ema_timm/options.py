@@ -3,7 +3,6 @@
 import argparse
 import ast
 import reprlib
-from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from ema_timm.errors import UserError, first_line
+from ema_timm.repeated import Once, Pairs
 
 
 def option(
@@ -108,42 +108,6 @@ def pair(text: str) -> tuple[str, object]:
         return key, value
 
 
-def unique(pairs: Iterable[tuple[str, Any]]) -> dict:
-    """A dictionary of pairs; also ``object_pairs_hook`` of a JSON file that users write.
-
-    Raises:
-        ValueError: For a key that is given twice.
-    """
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} is given twice")
-        found[key] = value
-    return found
-
-
-class Pairs(argparse.Action):
-    """Collect the pairs of an option, which can be repeated; a key given twice is an error."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Add the pairs of one occurrence."""
-        before = getattr(namespace, self.dest, None) or {}
-        try:
-            setattr(namespace, self.dest, unique([*before.items(), *values]))
-        except ValueError as error:
-            raise argparse.ArgumentError(self, str(error)) from error
-
-
-class Once(argparse.Action):
-    """Store the values of an option; a repetition, which would replace them, is an error."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Store the values of the only occurrence."""
-        if getattr(namespace, self.dest, None) is not None:
-            raise argparse.ArgumentError(self, "is given twice; give all its values at once")
-        setattr(namespace, self.dest, values)
-
-
 def _add_option(place: argparse._ActionsContainer, setting: Field) -> None:
     """Add one option. An option that is not given stays out of the namespace."""
     meta, kind, default = setting.metadata, type(setting.default), setting.default
@@ -189,7 +153,7 @@ def _literal(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice, of which PyYAML would keep the last."""
+    """Refuses a key that a mapping has twice; PyYAML keeps the last one."""
 
     def compose_mapping_node(self, anchor):
         """Read a mapping, before keys are merged into it."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ema_timm.errors import UserError
-from ema_timm.options import unique
+from ema_timm.repeated import unique
 
 
 @dataclass(frozen=True)

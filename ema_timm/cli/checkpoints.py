@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from ema_timm.options import Pairs, pair
+from ema_timm.options import pair
+from ema_timm.repeated import Pairs
 
 
 def add_commands(commands) -> None:

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from ema_timm.errors import UserError
-from ema_timm.options import Once
+from ema_timm.repeated import Once
 
 
 def add_commands(commands) -> None:

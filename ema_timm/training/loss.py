@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ema_timm.data.image_folder import LabelledImages
 from ema_timm.errors import UserError, some
-from ema_timm.options import unique
+from ema_timm.repeated import unique
 
 BALANCED = "balanced"
 

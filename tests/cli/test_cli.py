@@ -140,3 +140,13 @@ def test_a_key_that_is_given_twice_is_an_error(line, capsys):
     with pytest.raises(SystemExit):
         main(["convert", "x.pth", "--output", "y", "--rename", *line])
     assert "argument --rename: 'a' is given twice" in capsys.readouterr().err
+
+
+def test_a_name_that_the_terminal_lacks_ends_no_command(python):
+    code = (
+        "from ema_timm.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: print('caf\\u00e9 \\udce9')"
+    )
+    said = python(code, env={"PYTHONIOENCODING": "ascii:strict"})
+    assert said.splitlines()[1] == r"caf\xe9 \udce9"

@@ -173,7 +173,7 @@ def test_a_run_warns_before_training_and_its_card_says_so(data, config, capsys, 
     assert f"2 of the 25 validation images are training images too, such as {data}/val/digit_2/" \
         in lines[warned[0]]  # fmt: skip
     assert warned[0] < min(i for i, line in enumerate(lines) if line.startswith("epoch 1/"))
-    assert "| Images | 25, of which 2 are training images too: expect less on new images |" in card
+    assert "| Images | 25 (2 are training images too: expect less on new images) |" in card
     # Measured on other images, the accuracy is not of those.
     others = shutil.copytree(data / "val" / "digit_3", data / "test" / "digit_3").parent
     run = [str(data.parent / "run")]

@@ -75,7 +75,7 @@ def _identical(results: dict) -> str:
     count = results.get("identical_images")
     if not count or not _measured_on_val(results):
         return ""
-    return f", of which {count} are training images too: expect less on new images"
+    return f" ({count} are training images too: expect less on new images)"
 
 
 def _measured(results: dict) -> str:
