@@ -40,7 +40,7 @@ def two_agents(rendezvous, folder, args, restarts):
             start = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", f"--max-restarts={restarts}"]
             start += where
             started = [*start, "-m", "ema_timm", *args]
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             agents.append(subprocess.Popen(started, stdout=output, stderr=output, env=env))
     try:
         yield agents, log
@@ -86,7 +86,7 @@ def test_sigterm_on_one_machine_stops_the_run_on_both_and_the_same_command_conti
 
 @pytest.mark.long
 def test_torchrun_restarts_a_run_on_two_machines_after_a_kill_and_it_continues(config, tmp_path):
-    """Only with the c10d rendezvous: with numbered machines the agents do not wait for another."""
+    """Only with the c10d rendezvous, and a store for each start: see the guide."""
     args = cli(config, "--resume", "--epochs", 500, "--batch-size", 6, "--workers", 1)
     with two_agents("c10d", tmp_path, args, restarts=2) as (agents, log):
         wait_for("epoch 2/", log)
