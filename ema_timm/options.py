@@ -119,7 +119,8 @@ def _add_option(place: argparse._ActionsContainer, setting: Field) -> None:
     elif meta.get("several"):
         how, default = {"nargs": "+", "choices": choices, "action": "extend"}, None
     elif meta.get("numbers"):
-        how, default = {"nargs": "+", "type": float, "metavar": "NUMBER"}, None
+        how = {"nargs": "+", "type": float, "metavar": "NUMBER", "action": "extend"}
+        default = None
     elif meta.get("flag"):
         how = {"action": argparse.BooleanOptionalAction}
         default = {True: "on", False: "off"}.get(default)
