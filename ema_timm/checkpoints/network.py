@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -16,7 +17,7 @@ from ema_timm.checkpoints.config import read_config
 from ema_timm.checkpoints.layout import CONFIG, WEIGHTS
 from ema_timm.checkpoints.read import Checkpoint, resolve_architecture
 from ema_timm.checkpoints.weights import check_file, load_checked
-from ema_timm.errors import UserError, first_line, sentence
+from ema_timm.errors import UserError, sentence, some
 from ema_timm.hub.fetch import fetch
 
 
@@ -115,13 +116,26 @@ def load_network(path: Path, config: dict, **options) -> nn.Module:
     return network
 
 
-def rebuild(
-    checkpoint: Checkpoint, model: str = "", model_kwargs: dict | None = None
-) -> tuple[nn.Module, dict]:
-    """The network of a checkpoint with its weights, and the arguments that rebuild it.
+class Rebuilt(NamedTuple):
+    """The result of `rebuild`.
+
+    Attributes:
+        network: The network with its weights.
+        model_args: The arguments that rebuild it, beside its name and classes.
+        notes: Sentences on how the weights were found in their file.
+    """
+
+    network: nn.Module
+    model_args: dict
+    notes: tuple[str, ...]
+
+
+def rebuild(checkpoint: Checkpoint, model: str = "", model_kwargs: dict | None = None) -> Rebuilt:
+    """The network of a checkpoint with its weights.
 
     Args:
-        checkpoint: Weights; classes and input channels are read off their shapes.
+        checkpoint: Weights; classes and input channels are read off their shapes. A prefix before
+            all names is removed.
         model: timm's name of the network, where the checkpoint does not say it.
         model_kwargs: Arguments of the network, over those of the training.
 
@@ -136,13 +150,14 @@ def rebuild(
     try:
         with torch.device("meta"):
             probe = timm.create_model(name, **args)
+        checkpoint = checkpoint.named_as(probe.state_dict())
         args |= _channels(probe, checkpoint.state)
         classes = _classes(probe, checkpoint)
         network = timm.create_model(name, num_classes=classes, **args)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"cannot build {name} with {args}: {first_line(error)}") from error
-    load_checked(network, checkpoint.state, checkpoint.file)
-    return network, args
+        raise UserError(f"cannot build {name} with {args}: {sentence(error)}") from error
+    load_checked(network, checkpoint.state, checkpoint.file, name)
+    return Rebuilt(network, args, checkpoint.notes)
 
 
 def _channels(probe: nn.Module, state: dict[str, Tensor]) -> dict:
@@ -160,7 +175,8 @@ def _classes(probe: nn.Module, checkpoint: Checkpoint) -> int:
     weight = checkpoint.state.get(f"{head}.weight")
     if weight is None:
         raise UserError(
-            f"{checkpoint.file} holds no classifier ({head}.weight), and accuracy needs one. Give "
-            "a checkpoint of a classifier, and its own --model."
+            f"{checkpoint.file} holds no classifier ({head}.weight), and accuracy needs one. Its "
+            f"names are {some(sorted(checkpoint.state), 3)}. Give a checkpoint of a classifier, "
+            "and its own --model."
         )
     return weight.shape[0]

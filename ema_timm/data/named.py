@@ -11,7 +11,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from ema_timm.data.image_folder import LabelledImages, number
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 
 _KINDS = ("torch", "hfds")
 
@@ -104,7 +104,7 @@ def open_named(
         inner = create_dataset(name, root=str(data_dir), split=split)
     except (AssertionError, RuntimeError, ValueError, KeyError, OSError, ImportError) as error:
         raise UserError(
-            f"--dataset {name}: timm cannot open its split {split}: {first_line(error)} Is it in "
+            f"--dataset {name}: timm cannot open its split {split}: {sentence(error)} Is it in "
             f"--data-dir {data_dir}, and the split's name right?"
         ) from error
     return NamedDataset(inner, name, split, class_map)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.network import open_network
-from ema_timm.errors import VerificationError, first_line, require_packages
+from ema_timm.errors import VerificationError, one_line, require_packages
 from ema_timm.export.formats import FORMATS, Format
 from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, require_sizes
 from ema_timm.export.layers import ready_to_export
@@ -99,7 +99,7 @@ def verify(path: Path, kind: Format, model: nn.Module, inputs: list[Tensor]) -> 
     except Exception as error:  # the runtimes' errors have nothing else in common
         raise VerificationError(
             f"{kind.file} was not written: it cannot be opened, or supports only the size that it "
-            f"was exported with ({first_line(error)}). Give the size of your images with "
+            f"was exported with ({one_line(error)}). Give the size of your images with "
             "--img-size, or another --format."
         ) from error
     if not all(difference <= EXPORT_TOLERANCE for difference in found):  # NaN fails too

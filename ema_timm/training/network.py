@@ -15,9 +15,9 @@ from torch import nn
 
 from ema_timm.backbones.complexity import count_macs
 from ema_timm.checkpoints.preprocessing import preprocessing
-from ema_timm.errors import HubError, UserError, first_line
+from ema_timm.errors import HubError, UserError, sentence
 from ema_timm.hub.fetch import fetch
-from ema_timm.training.initial_weights import InitialModel
+from ema_timm.training.initial_weights import OTHER_NAMES, InitialModel
 
 _OFFLINE = (
     " Offline, give the weights as --weights FILE, or start from random weights with "
@@ -121,26 +121,27 @@ def create_model(
     """
     name, kwargs = initial.name, dict(initial.kwargs)
     pretrained = load_weights and initial.loads_weights
-    rng = torch.get_rng_state()
     try:
         model_args = {**_saved_model_args(name), **kwargs}
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
+        blank = None
+        if pretrained:
+            with torch.random.fork_rng(devices=[]):
+                blank = timm.create_model(name, num_classes=num_classes, **kwargs)
         model = timm.create_model(
             name,
             pretrained=pretrained,
             num_classes=num_classes,
-            pretrained_cfg_overlay=initial.config_overlay(load=pretrained),
+            pretrained_cfg_overlay=initial.config_overlay(blank),
             **kwargs,
         )
-        if pretrained:
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(rng)
-                blank = timm.create_model(name, num_classes=num_classes, **kwargs)
+        if blank is not None:
             initial.check(model, blank)
+            model.pretrained_cfg.pop("state_dict", None)
     except (HfHubHTTPError, HFValidationError, OSError, UnpicklingError, SafetensorError) as error:
         raise UserError(
-            f"cannot load the weights of {name}: {_sentence(error)}{_OFFLINE}"
+            f"cannot load the weights of {name}: {sentence(error)}{_OFFLINE}"
         ) from error
     except HubError as error:
         raise HubError(f"cannot load {name}: {error}{'' if ':' in name else _OFFLINE}") from error
@@ -162,14 +163,12 @@ def _saved_model_args(name: str) -> dict:
 
 
 def _explain(error: Exception, name: str) -> str:
-    text = _sentence(error)
+    text = sentence(error)
     if "Unknown model" in text:
         known = timm.list_models()
         near = get_close_matches(name.partition(".")[0], known, n=3)
         hint = f"Did you mean {', '.join(near)}?" if near else 'See timm.list_models("*_ema").'
         return f"timm has no model of that name. {hint}"
+    if "loading state_dict" in text:
+        return f"the weights do not fit: {text} {OTHER_NAMES}"
     return text
-
-
-def _sentence(error: Exception) -> str:
-    return first_line(error).rstrip(". ") + "."

@@ -131,7 +131,7 @@ def test_a_file_becomes_a_folder_with_the_same_numbers(
 ):
     more, source = {"model": "test_resnet_ema", "img_size": 32}, tmp_path / "weights.safetensors"
     if form == "checkpoint":
-        more, source = {}, checkpoint
+        more, source = {"use_averaged": False}, checkpoint
     elif form == "safetensors":
         save_file(weights, source)
     else:
@@ -151,8 +151,20 @@ def test_a_file_becomes_a_folder_with_the_same_numbers(
     assert timms_own_count(output, digits)["correct"] == results["metrics"]["correct"]
 
 
-def test_averaged_weights_are_taken_when_asked_for(checkpoint, digits, tmp_path):
-    results = run(checkpoint, digits, output=str(tmp_path / "out"), use_averaged=True)
+@pytest.mark.parametrize("option", [[], ["--use-averaged"], ["--no-use-averaged"]], ids=str)
+def test_the_command_says_which_weights_it_measures(option, checkpoint, digits, tmp_path, capsys):
+    args = ["evaluate", checkpoint, "--data-dir", digits, "--output", tmp_path / "out", *option]
+    assert main([*map(str, args), "--device", "cpu", "--workers", "0"]) == 0
+    raw = option == ["--no-use-averaged"]
+    this, other = ("trained", "--use-averaged") if raw else ("averaged", "--no-use-averaged")
+    said = capsys.readouterr().err
+    assert f"model_best.pth.tar: took its {this} weights" in said and f"with {other}" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["checkpoint"]["averaged"] is not raw
+
+
+def test_averaged_weights_are_what_timm_loads(checkpoint, digits, tmp_path):
+    results = run(checkpoint, digits, output=str(tmp_path / "out"))
     assert results["checkpoint"]["averaged"] is True
     assert not any(t.any() for t in load_file(tmp_path / "out" / "model.safetensors").values())
     assert results["metrics"]["loss"] == pytest.approx(1.3862943)  # log 4: all weights are 0
@@ -283,7 +295,7 @@ BAD_FILES = {
     "says no network": (lambda p, w: torch.save(w, p), "does not name its network"),
     "other network": (
         lambda p, w: torch.save({"state_dict": w, "arch": "resnet18_ema"}, p),
-        "is not of the network",
+        "is not of resnet18_ema: it lacks .* Give the --model of these weights",
     ),
     "NaN": (
         lambda p, w: torch.save(
@@ -362,6 +374,29 @@ def test_a_plain_network_becomes_a_folder_without_a_stub(digits, tmp_path):
 def test_a_folder_takes_no_options_of_a_file(folder, digits):
     with pytest.raises(UserError, match=r"--img-size is for checkpoint files"):
         run(folder, digits, img_size=64)
+    with pytest.raises(UserError, match=r"--use-averaged is for checkpoint files"):
+        run(folder, digits, use_averaged=False)
+
+
+def test_a_folder_with_a_pickle_says_how_to_save_it(weights, tmp_path, digits):
+    """timm's save_for_hf writes a pickle by default."""
+    model = timm.create_model("test_resnet_ema", num_classes=4)
+    model.load_state_dict(weights)
+    timm.models.save_for_hf(model, tmp_path / "own")
+    said = (
+        r"holds a pickle, pytorch_model\.bin\..*'\S+/own', safe_serialization=True\).*--model NAME"
+    )
+    for use in (lambda: run(tmp_path / "own", digits), lambda: write_card(tmp_path / "own")):
+        with pytest.raises(UserError, match=said):
+            use()
+    timm.models.save_for_hf(model, tmp_path / "own", safe_serialization=True)
+    args = {"labels": str(tmp_path / "names.txt")}
+    (tmp_path / "names.txt").write_text("digit_0\ndigit_1\ndigit_2\ndigit_3\n")
+    assert run(tmp_path / "own", digits, **args)["metrics"]["images"] == 23
+    del args["labels"]
+    source = tmp_path / "own" / "pytorch_model.bin"  # the other way that the error names
+    args |= {"model": "test_resnet_ema", "output": str(tmp_path / "new")}
+    assert run(source, digits, **args)["metrics"]["images"] == 23
 
 
 def test_a_folder_that_holds_a_checkpoint_is_not_written_over(checkpoint, folder, digits):
