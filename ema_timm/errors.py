@@ -62,6 +62,8 @@ def _lines(error: BaseException) -> list[str]:
     """
     if isinstance(error, ImportError) and error.__context__ is not None:
         error = error.__context__
+    if isinstance(error, KeyError):  # its message is only the key
+        return [f"{type(error).__name__}: {error}"]
     return str(error).strip().splitlines() or [type(error).__name__]
 
 

@@ -1,12 +1,12 @@
 """The names of the files in a checkpoint folder, and how its JSON is read."""
 
-import json
 from pathlib import Path
 
 from ema_timm.errors import UserError
+from ema_timm.fields import load_json
 from ema_timm.files import WEIGHTS
 
-__all__ = ["CARD", "CONFIG", "RESULTS", "WEIGHTS", "read_json", "require_kinds"]
+__all__ = ["CARD", "CONFIG", "RESULTS", "WEIGHTS", "read_json"]
 
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -20,7 +20,7 @@ def read_json(file: Path, remedy: str) -> dict:
         UserError: If the file holds none; the message ends with ``remedy``.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = load_json(file)
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing. {remedy}") from error
     except (ValueError, OSError) as error:  # ValueError: not JSON, or not UTF-8
@@ -28,11 +28,3 @@ def read_json(file: Path, remedy: str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object, got {type(content).__name__}. {remedy}")
     return content
-
-
-def require_kinds(content: dict, kinds: dict[str, type], file: Path, remedy: str) -> None:
-    """Raise UserError for the first key of ``content`` that is missing or has another type."""
-    for key, kind in kinds.items():
-        value = content.get(key)
-        if not isinstance(value, kind):
-            raise UserError(f"{file} must hold {key!r} ({kind.__name__}), got {value!r}. {remedy}")

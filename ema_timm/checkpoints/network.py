@@ -1,5 +1,8 @@
 """Networks from a name or a folder, and from the checkpoint of a training."""
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -9,16 +12,45 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import load_model_config_from_hf
 from timm.models._factory import parse_model_name
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ema_timm.checkpoints.config import read_config
+from ema_timm.checkpoints.config import read_config, read_model_config
 from ema_timm.checkpoints.layout import CONFIG, WEIGHTS
 from ema_timm.checkpoints.read import Checkpoint, resolve_architecture
 from ema_timm.checkpoints.weights import check_file, load_checked
 from ema_timm.errors import UserError, sentence, some
 from ema_timm.hub.fetch import fetch
+
+BUILDING_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What timm raises for a name or arguments that are not those of a network."""
+
+_MOST_TENSORS = 10_000
+"""Parameter tensors of a network; timm's deepest have about 3,000."""
+
+
+@contextlib.contextmanager
+def bounded_network() -> Iterator[None]:
+    """Stop the construction of a network without end, as of a config.json with a million layers.
+
+    Raises:
+        ValueError: If the block makes more than `_MOST_TENSORS` parameters.
+    """
+    made = itertools.count(1)
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if next(made) > _MOST_TENSORS:
+            raise ValueError(f"it has more than {_MOST_TENSORS:,} parameter tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def open_network(source: str | Path, pretrained: bool = True, **options) -> tuple[nn.Module, dict]:
@@ -48,7 +80,7 @@ def open_network(source: str | Path, pretrained: bool = True, **options) -> tupl
         return _open_by_name(source, pretrained, options)
     except (HfHubHTTPError, HFValidationError, OSError, SafetensorError) as error:
         raise UserError(f"cannot load the weights of {source}: {sentence(error)}") from error
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except BUILDING_ERRORS as error:
         near = get_close_matches(source.partition(".")[0], timm.list_models(), n=3)
         hint = f"Did you mean {', '.join(near)}? " if near else ""
         names = "timm.list_pretrained()" if pretrained else "timm.list_models()"
@@ -65,15 +97,43 @@ def _open_by_name(source: str, pretrained: bool, options: dict) -> tuple[nn.Modu
         # timm would not compare the file with the Hub's hash.
         file = fetch(model_id, WEIGHTS) if pretrained else None
         overlay = {"file": str(file), "source": ""} if file else None
-        model_args = load_model_config_from_hf(model_id)[2]
-    network = timm.create_model(
-        source, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options
-    )
+        model_args = saved_model_args(source)
+    with bounded_network():
+        network = timm.create_model(
+            source, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options
+        )
     return network, model_args
 
 
-def check_network(path: str | Path) -> dict:
+def saved_model_args(name: str) -> dict:
+    """The model arguments in the config.json of a ``hf-hub:`` or ``local-dir:`` name.
+
+    Raises:
+        UserError: If there is no such file, or it is damaged.
+        HubError: If a download from the Hub fails.
+    """
+    source, model_id = parse_model_name(name)
+    file = None
+    if source == "local-dir":
+        file = Path(model_id) / CONFIG
+    elif source == "hf-hub":
+        file = fetch(model_id, CONFIG)
+        if file is None:
+            raise UserError(
+                f"{model_id} has no {CONFIG}: it is not a timm model. Correct the name."
+            )
+    if file is None:
+        return {}
+    remedy = f"Correct the name, or the {CONFIG} there."
+    return dict(read_model_config(file, remedy).get("model_args") or {})
+
+
+def check_network(path: str | Path, relabel: bool = False) -> dict:
     """Read config.json and check model.safetensors against the network that it names.
+
+    Args:
+        path: The folder.
+        relabel: As in `read_config`.
 
     Returns:
         The content of config.json.
@@ -82,7 +142,7 @@ def check_network(path: str | Path) -> dict:
         UserError: If either is missing or damaged, or they belong to different networks.
     """
     path = Path(path)
-    config = read_config(path)
+    config = read_config(path, relabel)
     with torch.device("meta"):  # names, shapes and types; no memory is used
         expected = build_network(path, config).state_dict()
     check_file(path / WEIGHTS, expected)
@@ -101,8 +161,9 @@ def build_network(path: Path, config: dict, **options) -> nn.Module:
         UserError: If timm does not know it or its arguments.
     """
     try:
-        return timm.create_model(f"local-dir:{path}", pretrained=False, **options)
-    except (RuntimeError, TypeError, ValueError) as error:
+        with bounded_network():
+            return timm.create_model(f"local-dir:{path}", pretrained=False, **options)
+    except BUILDING_ERRORS as error:
         raise UserError(
             f"{path / CONFIG}: timm {timm.__version__} cannot build {config['architecture']}: "
             f"{sentence(error)} Correct the name and model_args, or install what registers it."
@@ -154,7 +215,7 @@ def rebuild(checkpoint: Checkpoint, model: str = "", model_kwargs: dict | None =
         args |= _channels(probe, checkpoint.state)
         classes = _classes(probe, checkpoint)
         network = timm.create_model(name, num_classes=classes, **args)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except BUILDING_ERRORS as error:
         raise UserError(f"cannot build {name} with {args}: {sentence(error)}") from error
     load_checked(network, checkpoint.state, checkpoint.file, name)
     return Rebuilt(network, args, checkpoint.notes)

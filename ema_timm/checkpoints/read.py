@@ -12,11 +12,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from timm.models import is_model
 from torch import Tensor
 
+from ema_timm.checkpoints.preprocessing import check_preprocessing
+from ema_timm.checkpoints.schema import TRAIN_FIELDS
 from ema_timm.checkpoints.state import (
     USUAL_KEYS,
     FoundState,
@@ -27,6 +28,7 @@ from ema_timm.checkpoints.state import (
 )
 from ema_timm.checkpoints.weights import check_bounds
 from ema_timm.errors import UserError, sentence, some
+from ema_timm.fields import check_fields, is_kind, load_yaml
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def read_checkpoint(file: str | Path, averaged: bool | None = None) -> Checkpoin
         state=found.tensors,
         averaged=found.averaged,
         architecture=architecture if isinstance(architecture, str) else None,
-        epoch=epoch + 1 if isinstance(epoch, int) else None,
+        epoch=epoch + 1 if is_kind(epoch, int) else None,
         arguments=arguments,
     ).noted(*_notes(found))
 
@@ -166,19 +168,25 @@ def _refusal(file: Path, text: str) -> str:
 
 def _arguments(file: Path, content: dict) -> dict:
     """The train script's arguments, from the checkpoint or the args.yaml beside it."""
-    arguments = content.get("args")
-    if isinstance(arguments, argparse.Namespace):
-        return dict(vars(arguments))
-    beside = file.with_name("args.yaml")
-    if not beside.is_file():
+    given, place, remedy = content.get("args"), file, "Save the weights alone, without args."
+    if isinstance(given, argparse.Namespace):
+        arguments = vars(given)
+    else:
+        place, remedy = file.with_name("args.yaml"), "Repair or remove it."
+        arguments = _beside(place, remedy)
+    check_fields(arguments, TRAIN_FIELDS, place, remedy)
+    check_preprocessing(arguments, str(place))
+    return dict(arguments)
+
+
+def _beside(file: Path, remedy: str) -> dict:
+    """The content of an args.yaml; empty if there is none."""
+    if not file.is_file():
         return {}
     try:
-        arguments = yaml.safe_load(beside.read_text("utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(
-            f"{beside} cannot be read: {sentence(error)} Repair or remove it."
-        ) from error
-    return arguments if isinstance(arguments, dict) else {}
+        return load_yaml(file) or {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {sentence(error)} {remedy}") from error
 
 
 def resolve_architecture(checkpoint: Checkpoint, model: str = "") -> str:

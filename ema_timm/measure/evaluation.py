@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict[str, Any]:
         UserError: For bad input.
     """
     path, found = folder_to_measure(config)
-    saved = with_class_names(check_network(path), path, config)
+    saved = with_class_names(check_network(path, relabel=bool(config.labels)), path, config)
     names = saved["label_names"]
     indices = {name: index for index, name in enumerate(names)}
     dataset = open_measured(*images_of(config), indices)

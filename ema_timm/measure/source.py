@@ -55,15 +55,14 @@ def with_class_names(saved: dict, path: Path, config: EvaluateConfig) -> dict:
     Raises:
         UserError: If the settings give other names than it has, or too many or too few.
     """
-    own = saved.get("label_names")
-    if not own:
-        labels = _labels(config, saved["num_classes"])
-        described = {"label_descriptions": labels.descriptions} if labels.descriptions else {}
-        return {**saved, "label_names": labels.names, **described}
+    own, classes = saved.get("label_names"), saved["num_classes"]
+    if not own or len(own) != classes:
+        labels = _labels(config, classes)
+        return {**saved, "label_names": labels.names, "label_descriptions": labels.descriptions}
     if config.labels and read_labels(config.labels).names != own:
         raise UserError(
-            f"--labels {config.labels} differs from the label_names in {path}/config.json. "
-            "Leave it out."
+            f"--labels {config.labels} differs from the label_names in {path}/config.json. Leave "
+            "it out or, if it is right, remove label_names from config.json."
         )
     return saved
 

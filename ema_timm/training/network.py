@@ -2,21 +2,19 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pickle import UnpicklingError
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from timm.models import load_model_config_from_hf
-from timm.models._factory import parse_model_name
-from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ema_timm.backbones.complexity import count_macs
+from ema_timm.checkpoints.network import BUILDING_ERRORS, bounded_network, saved_model_args
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.errors import HubError, UserError, sentence
-from ema_timm.hub.fetch import fetch
 from ema_timm.training.initial_weights import OTHER_NAMES, InitialModel
 
 _OFFLINE = (
@@ -122,20 +120,16 @@ def create_model(
     name, kwargs = initial.name, dict(initial.kwargs)
     pretrained = load_weights and initial.loads_weights
     try:
-        model_args = {**_saved_model_args(name), **kwargs}
+        model_args = {**saved_model_args(name), **kwargs}
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
+        build = partial(_build, name, num_classes=num_classes, **kwargs)
         blank = None
         if pretrained:
             with torch.random.fork_rng(devices=[]):
-                blank = timm.create_model(name, num_classes=num_classes, **kwargs)
-        model = timm.create_model(
-            name,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            pretrained_cfg_overlay=initial.config_overlay(blank),
-            **kwargs,
-        )
+                blank = build()
+        overlay = initial.config_overlay(blank)
+        model = build(pretrained=pretrained, pretrained_cfg_overlay=overlay)
         if blank is not None:
             initial.check(model, blank)
             model.pretrained_cfg.pop("state_dict", None)
@@ -145,21 +139,14 @@ def create_model(
         ) from error
     except HubError as error:
         raise HubError(f"cannot load {name}: {error}{'' if ':' in name else _OFFLINE}") from error
-    except (RuntimeError, TypeError, ValueError) as error:
+    except BUILDING_ERRORS as error:
         raise UserError(f"cannot build {name}: {_explain(error, name)}") from error
     return model, {k: v for k, v in model_args.items() if k != "num_classes"}
 
 
-def _saved_model_args(name: str) -> dict:
-    """The model arguments in the config.json of a ``hf-hub:`` or ``local-dir:`` name."""
-    source, model_id = parse_model_name(name)
-    if source == "local-dir":
-        return dict(load_model_config_from_path(model_id)[2])
-    if source == "hf-hub":
-        if fetch(model_id, "config.json") is None:
-            raise HubError(f"{model_id} has no config.json: it is not a timm model.")
-        return dict(load_model_config_from_hf(model_id)[2])
-    return {}
+def _build(name: str, **options) -> nn.Module:
+    with bounded_network():
+        return timm.create_model(name, **options)
 
 
 def _explain(error: Exception, name: str) -> str:

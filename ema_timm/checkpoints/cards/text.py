@@ -103,16 +103,18 @@ def _training(results: dict) -> str:
         "`results.json`."
     )
     if results.get("versions"):
-        text += f"\n\nVersions: {versions_text(results['versions'])}; device {results['device']}."
+        text += (
+            f"\n\nVersions: {versions_text(results['versions'])}; device {results.get('device')}."
+        )
     return "\n\n".join([text, *_plots(results, "curves.png", "loss and accuracy")])
 
 
 def _start(base: dict | None) -> str:
     if not base:
         return "Trained"
-    if base["weights"] == "random start":
+    if base.get("weights") == "random start":
         return f"Trained from a random start of `{base['model']}`"
-    return f"Fine-tuned from `{base['model']}` ({base['weights']})"
+    return f"Fine-tuned from `{base['model']}` ({base.get('weights')})"
 
 
 def _epoch(results: dict) -> str:
