@@ -46,7 +46,7 @@ RESULTS_FIELDS = {
     "classes": [str],
     "input": {"input_size": [int], "interpolation": str, "crop_pct": float, "crop_mode": str},
     "metrics?": {"top1": float, "top5?": float, "loss": float, "correct": int, "images": int},
-    "macs?": {"total": int, "ema": int, "ema_definition": int, "convention": str},
+    "macs?": {"total": int, "ema": int, "ema_definition": int, "convention?": str},
     "evaluation?": {
         "data": {"name": str, "split?": str, **_IMAGES},
         "per_class": {"*": {"images": int, "correct": int}},
@@ -61,7 +61,9 @@ RESULTS_FIELDS = {
     "epoch?": int,
     "history?": [dict],
     "arguments?": {"data_dir?": str, "average_weights?": float},
-    "data?": {"train?": _IMAGES, "val?": _IMAGES},
+    "data?": {
+        split: {f"{key}?": kind for key, kind in _IMAGES.items()} for split in ("train?", "val?")
+    },
     "device?": str,
     "versions?": _VERSIONS,
     "extended_after?": [int],

@@ -55,7 +55,8 @@ def _given(args: argparse.Namespace) -> dict:
 
 def _finetune(args: argparse.Namespace) -> int:
     given = _given(args)
-    _check_given(given, ["output"] if args.resume else ["model", "data_dir", "output"])
+    images = "dataset" if given.get("dataset") else "data_dir"
+    _check_given(given, ["output"] if args.resume else ["model", images, "output"])
 
     from ema_timm.training.run import continue_run, finetune
 

@@ -100,6 +100,11 @@ def open_named(
             f"from {' or '.join(f'{kind}/NAME' for kind in _KINDS)} or a folder. Unpack the "
             "shards of a stream, or train on it with timm's train.py."
         )
+    if not str(data_dir):
+        raise UserError(
+            f"--dataset {name} needs --data-dir, the folder that holds the data set, or in which "
+            "Hugging Face keeps its downloads. Give one."
+        )
     try:
         inner = create_dataset(name, root=str(data_dir), split=split)
     except (AssertionError, RuntimeError, ValueError, KeyError, OSError, ImportError) as error:

@@ -39,7 +39,7 @@ def images_of(config: EvaluateConfig) -> tuple[str, str, str, str]:
     Raises:
         UserError: If none are given.
     """
-    if not config.data_dir:
+    if not config.data_dir and not config.dataset:
         raise UserError("evaluate needs --data-dir; see ema-timm evaluate --help.")
     return config.data_dir, config.split, config.val_split, config.dataset
 
