@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ema_timm.checkpoints.labels import Labels, check_count, read_labels
+from ema_timm.checkpoints.labels import Labels, check_count, read_labels, require_unique
 from ema_timm.checkpoints.network import rebuild
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.checkpoints.write import write_folder
@@ -58,7 +58,10 @@ def with_class_names(saved: dict, path: Path, config: EvaluateConfig) -> dict:
     own, classes = saved.get("label_names"), saved["num_classes"]
     if not own or len(own) != classes:
         labels = _labels(config, classes)
-        return {**saved, "label_names": labels.names, "label_descriptions": labels.descriptions}
+        described = {"label_descriptions": labels.descriptions} if labels.descriptions else {}
+        kept = {key: value for key, value in saved.items() if key != "label_descriptions"}
+        return {**kept, "label_names": labels.names, **described}
+    require_unique(own, f"{path}/config.json: label_names")
     if config.labels and read_labels(config.labels).names != own:
         raise UserError(
             f"--labels {config.labels} differs from the label_names in {path}/config.json. Leave "
