@@ -28,8 +28,8 @@ _EXPECTED = {
     dict: "an object",
     list: "a list",
 }
-# What PyYAML raises for values that do not fit their tags, such as `!!int ""`.
-_CONSTRUCTOR = (ArithmeticError, AttributeError, LookupError, TypeError)
+CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError)
+"""What PyYAML raises, beside its own errors, for values that do not fit their tags (`!!int ""`)."""
 
 
 def load_json(file: Path) -> Any:
@@ -65,7 +65,7 @@ def load_yaml(file: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{line}{error.problem}") from error
-    except (yaml.YAMLError, *_CONSTRUCTOR) as error:
+    except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     _check_bounds(content)
     return content

@@ -14,7 +14,7 @@ CARD = "README.md"
 
 
 def read_json(file: Path, remedy: str) -> dict:
-    """Read a JSON object.
+    """Read a JSON object, without fields that are null: unknown, as if they were missing.
 
     Raises:
         UserError: If the file holds none; the message ends with ``remedy``.
@@ -27,4 +27,4 @@ def read_json(file: Path, remedy: str) -> dict:
         raise UserError(f"{file} cannot be read: {error}. {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object, got {type(content).__name__}. {remedy}")
-    return content
+    return {name: value for name, value in content.items() if value is not None}

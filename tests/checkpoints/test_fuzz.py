@@ -83,10 +83,11 @@ def changed(draw, content):
         inner = content
         for key in path[:-1]:
             inner = inner[key]
-        if draw(st.booleans()) or isinstance(inner, list):
-            inner[path[-1]] = draw(VALUES)
-        else:
+        change = draw(st.sampled_from(["value", "null", "removed"]))
+        if change == "removed" and isinstance(inner, dict):
             del inner[path[-1]]
+        else:
+            inner[path[-1]] = draw(VALUES) if change == "value" else None
     return content
 
 
@@ -133,6 +134,7 @@ def test_config_json(folder, good):
 
     @fuzz(150)
     @given(changed(whole))
+    @example({**whole, "model_args": None, "label_descriptions": None, "auto_map": None})
     @example({**whole, "model_args": {"act_layer": "os.system"}})
     @example({**whole, "model_args": {"layers": [10**6, 1, 1, 1]}})
     @example({**whole, "label_names": ["a", "b"]})
@@ -153,11 +155,16 @@ def test_config_json(folder, good):
     restore(folder, good, "config.json", good["config.json"].decode())
 
 
+REQUIRED = ("format", "architecture", "weights_sha256", "parameters", "classes", "input")
+
+
 def test_results_json(folder, good):
     whole = json.loads(good["results.json"])
 
     @fuzz(200)
     @given(changed(whole))
+    @example({name: whole[name] if name in REQUIRED else None for name in whole})
+    @example({**whole, "data": {"train": None, "val": None}})
     @example({**whole, "metrics": 5})
     @example({**whole, "evaluation": "x"})
     @example({**whole, "card": ["mit"]})

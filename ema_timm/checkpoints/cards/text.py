@@ -93,7 +93,7 @@ def _training(results: dict) -> str:
     if not arguments:
         return ""
     used = ", ".join(f"{name} {arguments[name]}" for name in _SETTINGS if name in arguments)
-    images = results.get("data", {}).get("train", {}).get("images")
+    images = (results.get("data", {}).get("train") or {}).get("images")
     script = results.get("trained_with", "ema-timm finetune")
     text = (
         f"## How it was trained\n\n{_start(base)}"
@@ -177,7 +177,7 @@ def _limits(results: dict) -> str:
 
 
 def _chosen_on_the_same(results: dict) -> bool:
-    chosen = results.get("data", {}).get("val", {}).get("fingerprint")
+    chosen = (results.get("data", {}).get("val") or {}).get("fingerprint")
     measured = results.get("evaluation", {}).get("data", {}).get("fingerprint", chosen)
     return bool(results.get("best_epoch")) and measured == chosen
 
