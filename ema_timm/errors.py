@@ -45,21 +45,40 @@ class VerificationError(Exception):
     """A result did not pass its check and was not kept (exit code 1)."""
 
 
+LONGEST_REASON = 400
+"""Most characters of another library's error in a message."""
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or its type if it has no message.
+    """The first line of another library's error, for a cell of a table.
+
+    If it has no message, its type.
+    """
+    return _lines(error)[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's error with its lines joined, cut after `LONGEST_REASON` characters."""
+    text = " ".join(line.strip() for line in _lines(error) if line.strip()).rstrip(". ")
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
+
+
+def sentence(error: BaseException) -> str:
+    """`one_line` with a period at its end, to be followed by what to do."""
+    return one_line(error) + "."
+
+
+def _lines(error: BaseException) -> list[str]:
+    """The lines of an error's message, or its type.
 
     If a package was missing while another error was handled, that error is the one to report:
     once ultralytics is imported, Pillow asks for one more decoder before it reports a bad file.
     """
     if isinstance(error, ImportError) and error.__context__ is not None:
         error = error.__context__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
-
-
-def sentence(error: BaseException) -> str:
-    """`first_line` with one period at its end, to be followed by what to do."""
-    return first_line(error).rstrip(". ") + "."
+    if isinstance(error, KeyError):  # its message is only the key
+        return [f"{type(error).__name__}: {error}"]
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 def some(names: Sequence[str], most: int = 4) -> str:

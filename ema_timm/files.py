@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -106,6 +107,10 @@ def _is_another_running(process: int) -> bool:
     return True
 
 
+_HELD: dict[tuple[int, Path], threading.Lock] = {}
+"""The locks of this process's threads, by process and file."""
+
+
 class Owner(NamedTuple):
     """The process that holds a lock.
 
@@ -138,15 +143,34 @@ def lock(file: Path, on_busy: Callable[[Owner], None]) -> Iterator[None]:
     Raises:
         OSError: If the file cannot be opened or written.
     """
-    handle = _take(file, on_busy)
+    with _lock_in_process(file, on_busy):
+        handle = _take(file, on_busy)
+        try:
+            yield
+        finally:
+            if fcntl is None:
+                handle.close()  # Windows does not remove open files
+            with contextlib.suppress(OSError):
+                file.unlink()
+            handle.close()
+
+
+@contextlib.contextmanager
+def _lock_in_process(file: Path, on_busy: Callable[[Owner], None]) -> Iterator[None]:
+    """Hold ``file`` against other threads.
+
+    To the system they are one process: each would get its lock, and lose it when the other closes
+    the file.
+    """
+    process = os.getpid()  # a forked child holds nothing
+    held = _HELD.setdefault((process, file.resolve()), threading.Lock())
+    if not held.acquire(blocking=False):
+        on_busy(Owner(socket.gethostname(), str(process), alive=True))
+        held.acquire()
     try:
         yield
     finally:
-        if fcntl is None:
-            handle.close()  # Windows does not remove open files
-        with contextlib.suppress(OSError):
-            file.unlink()
-        handle.close()
+        held.release()
 
 
 def _take(file: Path, on_busy: Callable[[Owner], None]) -> TextIO:

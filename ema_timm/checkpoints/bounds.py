@@ -30,8 +30,13 @@ def _sum(value: Any) -> float:
 
 
 @contextlib.contextmanager
-def limited_modules() -> Iterator[None]:
-    """Within this context a network of too many modules raises ValueError while it is built."""
+def bounded_network(arguments: Any = None) -> Iterator[None]:
+    """Within this context a network of too many modules raises ValueError while it is built.
+
+    Args:
+        arguments: Its arguments, which `check_arguments` checks first.
+    """
+    check_arguments(arguments)
     count = 0
 
     def on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

@@ -15,9 +15,11 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ema_timm.backbones.rebuild import ANY, saved_arguments
-from ema_timm.checkpoints.layout import CONFIG, WEIGHTS, read_json, require_kinds
+from ema_timm.checkpoints.layout import CONFIG, WEIGHTS, read_json
 from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessing
-from ema_timm.errors import UserError
+from ema_timm.checkpoints.schema import CONFIG_FIELDS
+from ema_timm.errors import UserError, some
+from ema_timm.fields import check_fields
 
 STUB = "configuration_ema_timm.py"
 """The module in the folder that ``auto_map`` names."""
@@ -58,8 +60,13 @@ LOADING_ARGS = (
 )
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: Path, relabel: bool = False) -> dict:
     """Read a folder's config.json in timm's Hub format.
+
+    Args:
+        path: The folder.
+        relabel: Accept names of other classes than the network has, because the caller has better
+            ones.
 
     Raises:
         UserError: If it is missing or damaged, does not name a network and its classes, or has
@@ -69,19 +76,32 @@ def read_config(path: Path) -> dict:
         raise UserError(f"there is no folder {path}. Give the folder that holds {WEIGHTS}.")
     file = path / CONFIG
     remedy = "Write the folder again with ema-timm evaluate CHECKPOINT --output FOLDER."
-    config = read_json(file, remedy)
-    kinds = {"architecture": str, "num_classes": int, "pretrained_cfg": dict}
-    names = config.get("label_names")
-    if "model_args" in config:
-        kinds["model_args"] = dict
-    if names is not None:
-        kinds["label_names"] = list
-    require_kinds(config, kinds, file, remedy)
-    check_preprocessing(config["pretrained_cfg"], f"{file}, pretrained_cfg")
-    if names is not None and len(names) != config["num_classes"]:
+    config = read_model_config(file, remedy)
+    check_fields(config, {"num_classes": int, "pretrained_cfg": dict}, file, remedy)
+    names, classes = config.get("label_names"), config["num_classes"]
+    if names is not None and len(names) != classes and not relabel:
         raise UserError(
-            f"{file} has {len(names)} label_names for num_classes {config['num_classes']}. {remedy}"
+            f"{file}: label_names has {len(names)} names ({some(names)}), but the network has "
+            f"{classes} classes. Give {classes} names in the order of its outputs: ema-timm "
+            f"evaluate {path} --data-dir DIR --labels FILE"
         )
+    return config
+
+
+def read_model_config(file: Path, remedy: str) -> dict:
+    """Read a config.json that timm wrote, in today's format or an older one.
+
+    Args:
+        file: The file.
+        remedy: The last sentence of errors.
+
+    Raises:
+        UserError: If it is missing or damaged, names no network, or has preprocessing that no image
+            can go through.
+    """
+    config = read_json(file, remedy)
+    check_fields(config, CONFIG_FIELDS, file, remedy)
+    check_preprocessing(config.get("pretrained_cfg") or {}, f"{file}, pretrained_cfg")
     return config
 
 

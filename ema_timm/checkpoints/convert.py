@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ema_timm.attention import DEFAULT_GROUPS, largest_group_count
 from ema_timm.backbones.slots import Slot, find_slots
-from ema_timm.checkpoints.read import Checkpoint, resolve_architecture, unwrap
+from ema_timm.checkpoints.read import Checkpoint, removed, resolve_architecture
+from ema_timm.checkpoints.state import find_prefix, find_state, without_prefix
 from ema_timm.errors import UserError, some
 
 _FIRST, _PARTS = "conv1x1.weight", ("conv3x3.weight", "gn.weight")
@@ -32,6 +33,7 @@ class Conversion:
         model_args: What differs from the network's defaults: ``ema_groups``, ``ema_stages``.
         groups: Number of groups of each EMA layer, by the layer's new name.
         unused: Names in the checkpoint that the network does not have.
+        prefix: What the names began with in the checkpoint.
     """
 
     architecture: str
@@ -39,6 +41,7 @@ class Conversion:
     model_args: dict
     groups: dict[str, int]
     unused: tuple[str, ...]
+    prefix: str = ""
 
 
 def convert(
@@ -47,16 +50,21 @@ def convert(
     """Rename the weights of a network with EMA attention to timm's names.
 
     Args:
-        content: A state dict, also inside ``state_dict`` or ``model`` and after ``module.``.
+        content: A state dict, or a mapping that holds one, as `find_state` finds it. All names
+            may begin with a prefix, such as ``net.``.
         architecture: timm's name of the network, with or without ``_ema``.
-        rename: New names for modules, by their names in the checkpoint; a module's parts follow.
+        rename: New names for modules, by their names in the checkpoint, with or without that
+            prefix; a module's parts follow.
 
     Raises:
         UserError: If there is no EMA layer, or the network has no place for one.
     """
     architecture = ema_name(architecture)
-    state = _renamed(unwrap(content), rename or {})
-    slots = find_slots(_shapes(architecture))
+    network = _shapes(architecture)
+    state, slots = find_state(content).tensors, find_slots(network)
+    prefix = find_prefix(state, network.state_dict())
+    renamed = {old.removeprefix(prefix): new for old, new in (rename or {}).items()}
+    state = _renamed(without_prefix(state, prefix), renamed)
     places = _places(state, slots, architecture)
     groups = {
         f"{slot.path}.se": slot.channels // state[f"{name}.{_FIRST}"].shape[0]
@@ -71,6 +79,7 @@ def convert(
         model_args=args,
         groups=groups,
         unused=tuple(sorted(name for name in moved if name not in expected)),
+        prefix=prefix,
     )
 
 
@@ -88,7 +97,8 @@ def convert_checkpoint(
         The checkpoint with its weights under timm's names, and the conversion.
     """
     done = convert(checkpoint.state, resolve_architecture(checkpoint, model), rename)
-    return replace(checkpoint, state=done.state, architecture=done.architecture), done
+    checkpoint = replace(checkpoint, state=done.state, architecture=done.architecture)
+    return checkpoint.noted(*removed(done.prefix)), done
 
 
 def ema_name(architecture: str) -> str:

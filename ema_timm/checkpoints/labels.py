@@ -1,11 +1,11 @@
 """Names of the classes, in the order of a network's outputs, and what they mean."""
 
-import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ema_timm.errors import UserError
-from ema_timm.repeated import unique
+from ema_timm.errors import UserError, sentence
+from ema_timm.fields import check_fields, load_json
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,29 @@ def read_labels(file: str | Path) -> Labels:
         UserError: If it is missing, has another format, or names a class twice.
     """
     file = Path(file)
+    forms = "Give a text file with one name a line, or a JSON list or object of names."
     try:
-        text = file.read_text("utf-8")
-        names = text.split("\n")
-        content = json.loads(text, object_pairs_hook=unique) if file.suffix == ".json" else names
+        if file.suffix == ".json":
+            content = load_json(file)
+        else:
+            content = file.read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"--labels: {file} cannot be read: {error}.") from error
+        raise UserError(f"--labels: {file} cannot be read: {sentence(error)} {forms}") from error
+    kind = {"*": str} if isinstance(content, dict) else [str]
+    check_fields(content, kind, f"--labels: {file}", forms)
     if isinstance(content, dict):
-        labels = Labels(list(content), {str(k): str(v) for k, v in content.items()})
-    elif isinstance(content, list) and all(isinstance(name, str) for name in content):
-        labels = Labels([name.strip() for name in content if name.strip()])
+        labels = Labels(list(content), content)
     else:
-        raise UserError(
-            f"--labels: {file} must hold a list of names, or an object of names and descriptions."
-        )
-    twice = {name for name in labels.names if labels.names.count(name) > 1}
-    if twice:
-        raise UserError(f"--labels: {file} names {sorted(twice)[0]!r} twice.")
+        labels = Labels([name.strip() for name in content if name.strip()])
+    require_unique(labels.names, f"--labels: {file}")
     return labels
+
+
+def require_unique(names: list[str], place: str) -> None:
+    """Raise UserError for a class that ``place`` names twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{place} names {twice[0]!r} twice. Give each class a name of its own.")
 
 
 def check_count(labels: Labels, classes: int, source: str) -> None:

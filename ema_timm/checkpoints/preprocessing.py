@@ -1,12 +1,13 @@
 """How a network's images are prepared, as timm resolves it, for measurements and config.json."""
 
-import math
+import reprlib
 from typing import Any
 
 from timm.data import resolve_data_config
 from torch import nn
 
 from ema_timm.errors import UserError
+from ema_timm.fields import is_kind
 
 PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 """The settings that config.json and results.json keep."""
@@ -25,30 +26,38 @@ def check_preprocessing(values: dict, place: str) -> None:
     for key, (rule, holds) in _RULES.items():
         value = values.get(key)
         if value is not None and not holds(value):
-            raise UserError(f"{place}: {key} must be {rule}, got {value!r}. Correct it.")
+            got = reprlib.repr(value)
+            raise UserError(f"{place}: {key} must be {rule}, got {got}. Correct it.")
 
 
 def _is_size(value: Any) -> bool:
     three = isinstance(value, list | tuple) and len(value) == 3
-    return three and all(isinstance(length, int) and 1 <= length <= _LONGEST for length in value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return three and all(is_kind(length, int) and 1 <= length <= _LONGEST for length in value)
 
 
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list | tuple) and all(map(_is_number, values)) and len(values) > 0
+    numbers = isinstance(values, list | tuple) and len(values) > 0
+    return numbers and all(is_kind(value, float) for value in values)
+
+
+def _is_filter(value: Any) -> bool:
+    # timm's scripts write "" for the network's own.
+    return isinstance(value, str) and (not value or value in _FILTERS)
 
 
 _LONGEST = 10_000  # two larger images could fill a machine's memory
+_FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_CROP_MODES = ("center", "squash", "border")
+_FRACTION = ("a number above 0", lambda v: is_kind(v, float) and v > 0)
 _SIZE = (f"[channels, height, width], each from 1 to {_LONGEST:,}", _is_size)
 _RULES = {
     "input_size": _SIZE,
     "test_input_size": _SIZE,
     "mean": ("numbers, one a channel", _are_numbers),
     "std": ("numbers above 0, one a channel", lambda v: _are_numbers(v) and min(v) > 0),
-    "crop_pct": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    **{key: _FRACTION for key in ("crop_pct", "test_crop_pct")},
+    "interpolation": (f"one of {', '.join(_FILTERS)}", _is_filter),
+    "crop_mode": (f"one of {', '.join(_CROP_MODES)}", lambda v: v in _CROP_MODES),
 }
 
 

@@ -6,24 +6,29 @@ Reads ``model_best.pth.tar`` and ``checkpoint-N.pth.tar`` of timm's train script
 
 import argparse
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from timm.models import is_model
 from torch import Tensor
 
+from ema_timm.checkpoints.preprocessing import check_preprocessing
+from ema_timm.checkpoints.schema import TRAIN_FIELDS
+from ema_timm.checkpoints.state import (
+    USUAL_KEYS,
+    FoundState,
+    find_prefix,
+    find_state,
+    is_counter,
+    without_prefix,
+)
 from ema_timm.checkpoints.weights import check_bounds
-from ema_timm.errors import UserError, sentence
-
-# As timm itself looks for them.
-_WEIGHTS = ("state_dict", "model")
-_AVERAGED = ("state_dict_ema", "model_ema")
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and compile
+from ema_timm.errors import UserError, sentence, some
+from ema_timm.fields import check_fields, is_kind, load_yaml
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,11 @@ class Checkpoint:
     Attributes:
         file: The file they were read from.
         state: Tensors by name, without the wrappers ``module.`` and ``_orig_mod.``.
-        averaged: Whether these are the averaged weights (timm's ``--model-ema``).
+        averaged: Whether these are averaged weights (timm's ``--model-ema``).
         architecture: timm's name of the network, or None.
         epoch: Epochs trained, counted from 1, or None.
         arguments: Arguments of timm's train script; empty where unknown.
+        notes: Sentences on how the weights were found in the file, for the user.
     """
 
     file: Path
@@ -45,15 +51,46 @@ class Checkpoint:
     architecture: str | None = None
     epoch: int | None = None
     arguments: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def named_as(self, expected: Collection[str]) -> "Checkpoint":
+        """The checkpoint with its weights under the names of a network.
+
+        A prefix before all of these names is removed, and so are tensors without that prefix, such
+        as the weights of a loss. `notes` says so.
+
+        Args:
+            expected: The names in the network's state dict.
+
+        Raises:
+            UserError: If the file holds the network several times.
+        """
+        try:
+            prefix = find_prefix(self.state, expected)
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from error
+        outside = [n for n in self.state if not n.startswith(prefix) and n not in expected]
+        state = without_prefix(self.state, prefix)
+        state = {name: tensor for name, tensor in state.items() if name not in outside}
+        notes = removed(prefix)
+        notes += [f"did not use {some(outside)}"] if outside else []
+        if any(is_counter(name) and name not in state for name in expected):
+            notes.append("it has no num_batches_tracked; they count batches and change no output")
+        return replace(self, state=state).noted(*notes)
+
+    def noted(self, *notes: str) -> "Checkpoint":
+        """The checkpoint with more `notes`, each about its file."""
+        return replace(self, notes=(*self.notes, *(f"{self.file}: {note}" for note in notes)))
 
 
-def read_checkpoint(file: str | Path, averaged: bool = False) -> Checkpoint:
+def read_checkpoint(file: str | Path, averaged: bool | None = None) -> Checkpoint:
     """Read a checkpoint file.
 
     Args:
         file: ``.safetensors``, or a pickle of tensors, numbers and strings; of Python's classes
             it may hold only ``argparse.Namespace``, which timm's train script saves.
-        averaged: Take the averaged weights instead of the trained ones.
+        averaged: Take the averaged weights, or the trained ones. None takes the averaged weights
+            of timm's train script if there are some, as timm itself does when it loads the file.
 
     Raises:
         UserError: If the file is missing or damaged, declares more than it holds, needs to run
@@ -65,7 +102,7 @@ def read_checkpoint(file: str | Path, averaged: bool = False) -> Checkpoint:
     check_bounds(file)
     content = _load(file)
     try:
-        state = unwrap(content, averaged)
+        found = find_state(content, averaged)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     arguments = _arguments(file, content)
@@ -73,12 +110,29 @@ def read_checkpoint(file: str | Path, averaged: bool = False) -> Checkpoint:
     epoch = content.get("epoch")
     return Checkpoint(
         file=file,
-        state=state,
-        averaged=averaged,
+        state=found.tensors,
+        averaged=found.averaged,
         architecture=architecture if isinstance(architecture, str) else None,
-        epoch=epoch + 1 if isinstance(epoch, int) else None,
+        epoch=epoch + 1 if is_kind(epoch, int) else None,
         arguments=arguments,
-    )
+    ).noted(*_notes(found))
+
+
+def removed(prefix: str) -> list[str]:
+    """The note on a prefix that was removed from all names; none if it is empty."""
+    return [f"removed {prefix} from the beginning of its names"] if prefix else []
+
+
+def _notes(found: FoundState) -> list[str]:
+    """Which entry of the file the weights are, if there was a choice."""
+    if found.other:
+        this, those = ("averaged", "trained") if found.averaged else ("trained", "averaged")
+        option = "--no-use-averaged" if found.averaged else "--use-averaged"
+        return [
+            f"took its {this} weights ({found.key}); ema-timm evaluate and convert take the "
+            f"{those} ones ({found.other}) with {option}"
+        ]
+    return [] if found.key in ("", *USUAL_KEYS) else [f"took the weights in {found.key}"]
 
 
 def _load(file: Path) -> dict:
@@ -112,47 +166,27 @@ def _refusal(file: Path, text: str) -> str:
     )
 
 
-def unwrap(content: Mapping, averaged: bool = False) -> dict[str, Tensor]:
-    """The state dict in a checkpoint's content, without ``module.`` and ``_orig_mod.``.
-
-    Args:
-        content: A state dict, or a mapping that holds one as timm's checkpoints do.
-        averaged: Take the averaged weights instead of the trained ones.
-
-    Raises:
-        UserError: If there is none.
-    """
-    keys = _AVERAGED if averaged else _WEIGHTS
-    state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
-    if state is None and averaged:
-        raise UserError(
-            "it has no averaged weights. Train with timm's --model-ema, or leave out "
-            "--use-averaged."
-        )
-    state = content if state is None else state
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            "it has no state dict, a mapping of names to tensors. Save model.state_dict(), or give "
-            "a checkpoint of timm's train script."
-        )
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
-
-
 def _arguments(file: Path, content: dict) -> dict:
     """The train script's arguments, from the checkpoint or the args.yaml beside it."""
-    arguments = content.get("args")
-    if isinstance(arguments, argparse.Namespace):
-        return dict(vars(arguments))
-    beside = file.with_name("args.yaml")
-    if not beside.is_file():
+    given, place, remedy = content.get("args"), file, "Save the weights alone, without args."
+    if isinstance(given, argparse.Namespace):
+        arguments = vars(given)
+    else:
+        place, remedy = file.with_name("args.yaml"), "Repair or remove it."
+        arguments = _beside(place, remedy)
+    check_fields(arguments, TRAIN_FIELDS, place, remedy)
+    check_preprocessing(arguments, str(place))
+    return dict(arguments)
+
+
+def _beside(file: Path, remedy: str) -> dict:
+    """The content of an args.yaml; empty if there is none."""
+    if not file.is_file():
         return {}
     try:
-        arguments = yaml.safe_load(beside.read_text("utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(
-            f"{beside} cannot be read: {sentence(error)} Repair or remove it."
-        ) from error
-    return arguments if isinstance(arguments, dict) else {}
+        return load_yaml(file) or {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {sentence(error)} {remedy}") from error
 
 
 def resolve_architecture(checkpoint: Checkpoint, model: str = "") -> str:

@@ -61,9 +61,11 @@ from torch import nn
 
 from ema_timm.backbones.complexity import count_macs, count_parameters
 from ema_timm.checkpoints.config import without_loading
-from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json, require_kinds
+from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json
 from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessing
+from ema_timm.checkpoints.schema import RESULTS_FIELDS
 from ema_timm.errors import UserError
+from ema_timm.fields import check_fields
 from ema_timm.files import sha256
 
 FORMAT = 1
@@ -81,14 +83,6 @@ _PATHS = (
 )
 _SYSTEMS = (PurePosixPath, PureWindowsPath)
 
-_REQUIRED = {
-    "architecture": str,
-    "weights_sha256": str,
-    "parameters": int,
-    "classes": list,
-    "input": dict,
-}
-
 
 def read_results(file: Path) -> dict:
     """Read and check a results.json.
@@ -96,10 +90,13 @@ def read_results(file: Path) -> dict:
     Raises:
         UserError: If it is missing, damaged or of a newer format, or lacks a required key.
     """
-    results = read_json(file, "Measure the weights with: ema-timm evaluate FOLDER --data-dir DIR")
+    measure = f"the weights with: ema-timm evaluate {file.parent} --data-dir DIR"
+    if not file.exists():
+        raise UserError(f"{file} is missing. Measure {measure}")
+    again = f"Remove the file, then measure {measure}"
+    results = read_json(file, again)
     check_format(results, file)
-    again = f"Measure the weights again: ema-timm evaluate {file.parent} --data-dir DIR"
-    require_kinds(results, _REQUIRED, file, again)
+    check_fields(results, RESULTS_FIELDS, file, again)
     check_preprocessing(results["input"], str(file))
     return results
 

@@ -4,20 +4,42 @@ import os
 import struct
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ema_timm.checkpoints.state import is_counter
 from ema_timm.errors import UserError, sentence, some
 
 LONGEST_HEADER = 4 * 2**20
 """Bytes of a safetensors header: enough for some 40,000 tensors."""
 
+PICKLES = (".bin", ".pth", ".pt", ".pth.tar", ".ckpt")
+"""Suffixes of weights that are pickles."""
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ARCHIVE = b"PK\x03\x04"
 _UNREADABLE = (OSError, zipfile.BadZipFile, NotImplementedError, ValueError)
-_TOGETHER = "Put the config.json and the weights of one checkpoint together."
+
+
+class _Claim(NamedTuple):
+    """What says which network a file's weights are of.
+
+    Attributes:
+        network: The network, as errors name it.
+        remedy: What to do if the weights are of another one.
+    """
+
+    network: str
+    remedy: str
+
+
+_FOLDER = _Claim(
+    "the network that config.json names",
+    "Put the config.json and the weights of one checkpoint together.",
+)
 
 
 def check_file(file: Path, expected: dict[str, Tensor]) -> None:
@@ -31,13 +53,13 @@ def check_file(file: Path, expected: dict[str, Tensor]) -> None:
         UserError: If the file is missing, damaged, not finite or of another network.
     """
     if not file.is_file():
-        raise UserError(f"{file} is missing. Give a folder that ema-timm or timm wrote.")
+        raise UserError(_missing(file))
     check_bounds(file)
     try:
         with safe_open(file, framework="pt") as weights:
-            _check_names(file, set(weights.keys()), expected)
+            _check_names(file, set(weights.keys()), expected, _FOLDER)
             for name in weights.keys():
-                _check_tensor(file, name, weights.get_tensor(name), expected[name])
+                _check_tensor(file, name, weights.get_tensor(name), expected[name], _FOLDER)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{file} is damaged: {sentence(error)} Copy the file again from where it was whole, or "
@@ -45,21 +67,36 @@ def check_file(file: Path, expected: dict[str, Tensor]) -> None:
         ) from error
 
 
-def load_checked(network: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+def _missing(file: Path) -> str:
+    """The error for a folder without safetensors: timm's save_for_hf writes a pickle by default."""
+    pickles = sorted(f.name for f in file.parent.glob("*model*") if f.name.endswith(PICKLES))
+    if not pickles:
+        return f"{file} is missing. Give a folder that ema-timm or timm wrote."
+    return (
+        f"{file} is missing: the folder holds a pickle, {pickles[0]}. Save the network again with "
+        f"timm.models.save_for_hf(model, {str(file.parent)!r}, safe_serialization=True), or write "
+        f"a folder of that file with ema-timm evaluate {file.parent / pickles[0]} --model NAME "
+        "--data-dir DIR --output FOLDER."
+    )
+
+
+def load_checked(network: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
     """Load weights, which must be complete, finite and of this network.
 
     Args:
         network: Takes the weights.
         state: The weights.
         file: Where they came from, for errors.
+        name: timm's name of the network, for errors.
 
     Raises:
         UserError: If they are not.
     """
     expected = network.state_dict()
-    _check_names(file, set(state), expected)
-    for name, tensor in state.items():
-        _check_tensor(file, name, tensor, expected[name])
+    claim = _Claim(name, "Give the --model of these weights, and its --model-kwargs.")
+    _check_names(file, set(state), expected, claim)
+    for key, tensor in state.items():
+        _check_tensor(file, key, tensor, expected[key], claim)
     network.load_state_dict(state)
 
 
@@ -108,24 +145,24 @@ def _check_records(file: Path, size: int) -> None:
         )
 
 
-def _check_names(file: Path, found: set[str], expected: dict[str, Tensor]) -> None:
-    """Refuse weights whose names are not those of the network."""
-    missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
+def _check_names(file: Path, found: set[str], expected: dict[str, Tensor], claim: _Claim) -> None:
+    """Refuse weights whose names are not those of the network. Counters of batches may lack."""
+    missing = sorted(name for name in expected.keys() - found if not is_counter(name))
+    unknown = sorted(found - expected.keys())
     if missing or unknown:
         faults = [f"lacks {some(missing, 3)}"] if missing else []
         faults += [f"has {some(unknown, 3)}"] if unknown else []
         raise UserError(
-            f"{file} is not of the network that config.json names: it {' and '.join(faults)}. "
-            f"{_TOGETHER}"
+            f"{file} is not of {claim.network}: it {' and '.join(faults)}. {claim.remedy}"
         )
 
 
-def _check_tensor(file: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
+def _check_tensor(file: Path, name: str, tensor: Tensor, expected: Tensor, claim: _Claim) -> None:
     """Refuse a tensor of another shape or type than the network's, or that is not finite."""
     if tensor.shape != expected.shape:
         raise UserError(
-            f"{file}: {name} is {tuple(tensor.shape)}, and the network of config.json takes "
-            f"{tuple(expected.shape)}. {_TOGETHER}"
+            f"{file}: {name} is {tuple(tensor.shape)}, but {claim.network} takes "
+            f"{tuple(expected.shape)}. {claim.remedy}"
         )
     floating = expected.is_floating_point()
     if tensor.dtype not in (_FLOATS if floating else (expected.dtype,)):

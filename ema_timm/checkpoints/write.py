@@ -69,8 +69,8 @@ def write_converted(
     model: str = "",
     rename: dict[str, str] | None = None,
     labels: str = "",
-    averaged: bool = False,
-) -> Conversion:
+    averaged: bool | None = None,
+) -> tuple[Conversion, tuple[str, ...]]:
     """Write the folder of a checkpoint that `ema_timm.checkpoints.convert` maps onto timm's names.
 
     Args:
@@ -79,18 +79,19 @@ def write_converted(
         model: timm's name of the network, where the checkpoint does not say it.
         rename: New names of modules, as in `ema_timm.checkpoints.convert.convert`.
         labels: File of class names, as `ema_timm.checkpoints.labels.read_labels` takes it.
-        averaged: Take the averaged weights.
+        averaged: As in `ema_timm.checkpoints.read.read_checkpoint`.
 
     Returns:
-        The conversion, with the names that were not used.
+        The conversion, with the names that were not used, and sentences on how the weights were
+        found in the file.
     """
     checkpoint, done = convert_checkpoint(read_checkpoint(source, averaged), model, rename)
-    network, model_args = rebuild(checkpoint, done.architecture, done.model_args)
+    network, model_args, notes = rebuild(checkpoint, done.architecture, done.model_args)
     names = read_labels(labels) if labels else None
     if names:
         check_count(names, network.num_classes, labels)
     write_folder(checkpoint, network, model_args, output, names)
-    return done
+    return done, notes
 
 
 def _origin(checkpoint: Checkpoint) -> dict:

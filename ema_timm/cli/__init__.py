@@ -59,9 +59,10 @@ def _report(error: BaseException, message: str, code: int) -> int:
 
 
 def _message(error: UserError) -> str:
-    """The error's one line. A data-loader process wraps it in a traceback that ends with it."""
+    """The error in one line. A data-loader process wraps it in a traceback that ends with it."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}: "
-    return str(error).strip().splitlines()[-1].removeprefix(kind)
+    message = str(error).strip().rpartition(f"\n{kind}")[2]
+    return " ".join(line.strip() for line in message.splitlines())
 
 
 class _HelpFormatter(argparse.HelpFormatter):

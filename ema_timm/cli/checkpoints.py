@@ -56,7 +56,11 @@ def _add_convert(commands) -> None:
         help="rename modules, such as model.7=layer3.5.se",
     )
     command.add_argument("--labels", default="", help="file of class names, as in evaluate")
-    command.add_argument("--use-averaged", action="store_true", help="use the averaged weights")
+    command.add_argument(
+        "--use-averaged",
+        action=argparse.BooleanOptionalAction,
+        help="use the averaged weights (default: if the file is of timm's --model-ema)",
+    )
     command.set_defaults(run=_convert)
 
 
@@ -64,13 +68,13 @@ def _convert(args: argparse.Namespace) -> int:
     from ema_timm.checkpoints.write import write_converted
 
     rename = {old: str(new) for old, new in args.rename.items()}
-    done = write_converted(
+    done, notes = write_converted(
         args.source, args.output, args.model, rename, args.labels, args.use_averaged
     )
     groups = ", ".join(map(str, sorted(set(done.groups.values()))))
     print(f"{args.output}: {done.architecture}, {len(done.groups)} EMA layers, groups: {groups}")
-    for name in done.unused:
-        print(f"not used: {name}", file=sys.stderr)
+    for note in (*notes, *(f"not used: {name}" for name in done.unused)):
+        print(note, file=sys.stderr)
     return 0
 
 

@@ -55,9 +55,10 @@ def _given(args: argparse.Namespace) -> dict:
 
 def _finetune(args: argparse.Namespace) -> int:
     given = _given(args)
+    images = "dataset" if given.get("dataset") else "data_dir"
     # With --resume, the settings of a start also start a run, and continue only a run of these.
-    by_output = args.resume and not (given.get("model") and given.get("data_dir"))
-    _check_given(given, ["output"] if by_output else ["model", "data_dir", "output"])
+    by_output = args.resume and not (given.get("model") and given.get(images))
+    _check_given(given, ["output"] if by_output else ["model", images, "output"])
 
     from ema_timm.training.run import continue_run, finetune
 

@@ -14,7 +14,7 @@ from ema_timm.compare.settings import CompareConfig, Comparison
 from ema_timm.compare.variants import NONE, Variant, read_variants
 from ema_timm.data.splits import open_both
 from ema_timm.environment import pick_device, versions
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, one_line
 from ema_timm.files import make_writable
 from ema_timm.measure.evaluation import evaluate
 from ema_timm.measure.settings import EvaluateConfig
@@ -105,7 +105,7 @@ def _evaluate_trained(
         try:
             line = _finish(run, device)
         except UserError as error:
-            line = failed[run.name] = first_line(error)
+            line = failed[run.name] = one_line(error)
         if progress:
             print(f"{run.name}: {line}", file=sys.stderr)
     return failed

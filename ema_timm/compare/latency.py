@@ -10,7 +10,7 @@ from ema_timm.bench.model import inference
 from ema_timm.bench.timing import Clock, round_robin
 from ema_timm.checkpoints.network import open_network
 from ema_timm.environment import machine, pick_device
-from ema_timm.errors import UserError, VerificationError, first_line
+from ema_timm.errors import UserError, VerificationError, one_line
 from ema_timm.export.formats import open_onnx
 from ema_timm.export.write import export
 
@@ -47,7 +47,7 @@ def exported_latencies(folders: Mapping[str, Path]) -> dict:
         try:
             run = open_onnx(export(folder, "onnx").path)
         except (UserError, VerificationError) as error:
-            why_not[name] = first_line(error)
+            why_not[name] = one_line(error)
             continue
         _, image = _network(folder)
         calls[name] = lambda run=run, image=image: run(image)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ema_timm.checkpoints.layout import RESULTS
 from ema_timm.compare.runs import PlannedRun, process_arguments
-from ema_timm.errors import InterruptedRunError, UserError, first_line
+from ema_timm.errors import InterruptedRunError, UserError, one_line
 from ema_timm.training.signals import Stop, stop_on_signal
 
 _POLL_SECONDS = 0.1
@@ -120,7 +120,7 @@ def _end(child: _Child, finish: Callable, report: "_Progress") -> str:
     try:
         line = f"failed: {why}" if why else finish(child.run, child.device)
     except UserError as error:
-        why = first_line(error)
+        why = one_line(error)
         line = f"not evaluated: {why}"
     report.done(child.run, line, time.monotonic() - child.started)
     return why

@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg, is_model
 from ema_timm.backbones.rebuild import ANY
 from ema_timm.backbones.timm_layers import require_layer
 from ema_timm.backbones.warm_start import starts_neutral
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, one_line
 from ema_timm.options import pair
 
 NONE = "none"
@@ -92,7 +92,7 @@ def _read(text: str, model: str) -> Variant:
             return Variant(text, ANY, {"base": model, **_any_kwargs(name, options, model)})
         kwargs = _ema_kwargs(name, options) if name in _EMA else _timm_kwargs(name, options)
     except (argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f"--attention {text}: {first_line(error)}") from error
+        raise UserError(f"--attention {text}: {one_line(error)}") from error
     return Variant(text, _with_attention(model), kwargs)
 
 

@@ -29,7 +29,7 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
-from ema_timm.errors import UnreadableImageError, UserError, first_line
+from ema_timm.errors import UnreadableImageError, UserError, one_line
 
 IMAGE_FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JXL", "JPEG2000", "BMP", "DIB", "GIF", "TIFF",
@@ -166,6 +166,6 @@ def unreadable(name: str, error: Exception, remedy: str = REMEDY) -> UnreadableI
         reason = f"more pixels than Pillow opens ({2 * Image.MAX_IMAGE_PIXELS:,})"
         remedy = "Make it smaller."
     else:
-        reason = first_line(error)
+        reason = one_line(error)
         reason = "not an image" if "cannot identify" in reason else reason
     return UnreadableImageError(f"cannot read {name}: {reason}. {remedy}")

@@ -11,7 +11,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from ema_timm.data.image_folder import LabelledImages, number
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 
 _KINDS = ("torch", "hfds")
 
@@ -101,11 +101,16 @@ def open_named(
             f"from {' or '.join(f'{kind}/NAME' for kind in _KINDS)} or a folder. Unpack the "
             "shards of a stream, or train on it with timm's train.py."
         )
+    if not str(data_dir):
+        raise UserError(
+            f"--dataset {name} needs --data-dir, the folder that holds the data set, or in which "
+            "Hugging Face keeps its downloads. Give one."
+        )
     try:
         inner = create_dataset(name, root=str(data_dir), split=split)
     except (AssertionError, RuntimeError, ValueError, KeyError, OSError, ImportError) as error:
         raise UserError(
-            f"--dataset {name}: timm cannot open its split {split}: {first_line(error)} Is it in "
+            f"--dataset {name}: timm cannot open its split {split}: {sentence(error)} Is it in "
             f"--data-dir {data_dir}, and the split's name right?"
         ) from error
     return NamedDataset(inner, name, split, class_map)

@@ -6,7 +6,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 
 FREE_AXES = {0: "batch", 2: "height", 3: "width"}
 """Axes of the input, (B, C, H, W), whose sizes a file leaves free by default, with their names."""
@@ -76,7 +76,7 @@ def require_sizes(model: nn.Module, inputs: list[Tensor], fixed: InputSize) -> N
         except (RuntimeError, AssertionError) as error:
             unsupported = (
                 f"this network does not support images of {x.shape[2]}x{x.shape[3]} pixels: "
-                f"{first_line(error)}"
+                f"{sentence(error)}"
             )
             if fixed.image is None:
                 unsupported += (

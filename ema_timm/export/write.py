@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ema_timm.checkpoints.folder import CheckpointWriter
 from ema_timm.checkpoints.network import open_network
-from ema_timm.errors import VerificationError, first_line, require_packages
+from ema_timm.errors import VerificationError, one_line, require_packages
 from ema_timm.export.description import describe
 from ema_timm.export.formats import FORMATS, Format
 from ema_timm.export.inputs import ALL_FREE, InputSize, check_inputs, one_image, require_sizes
@@ -129,7 +129,7 @@ def verify(
     except Exception as error:  # the runtimes' errors have nothing else in common
         raise VerificationError(
             f"{kind.file} was not written: it cannot be opened, or supports only the size that it "
-            f"was exported with ({first_line(error)}). Give the size of your images with "
+            f"was exported with ({one_line(error)}). Give the size of your images with "
             "--img-size, or another --format."
         ) from error
     if not all(difference <= tolerance for difference in found):  # NaN fails too

@@ -49,11 +49,24 @@ def fetch(model_id: str, name: str, cache_dir: str | None = None) -> Path | None
     repo, _, revision = model_id.partition("@")
     where = {"repo_id": repo, "filename": name, "revision": revision or None}
     steps = Steps(repo, TimeLimit(TIME_LIMIT), get_token(), writes=False)
+    damage = ""
     for _ in range(2):
-        file, expected = steps.with_retries(f"fetching {name}", lambda: _download(where, cache_dir))
-        if file is None or _digest(file, expected) == expected:
+        try:
+            file, expected = steps.with_retries(
+                f"fetching {name}", lambda: _download(where, cache_dir)
+            )
+        except HubError as error:
+            if not damage:
+                raise
+            raise HubError(f"{damage}{error}") from error
+        found = _digest(file, expected) if file else expected
+        if file is None or found == expected:
             return file
         _remove(file)
+        damage = (
+            f"{file} was damaged and is removed: its hash is {found[:12]}…, but the Hub's is "
+            f"{expected[:12]}…. A new download failed: "
+        )
     raise HubError(
         f"fetching {name} ({repo}) gave a damaged file twice: its hash on the Hub is "
         f"{expected}. It was removed. Run the same command again; if that does not help, tell the "

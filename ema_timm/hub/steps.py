@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from ema_timm.errors import HubError, first_line
+from ema_timm.errors import HubError, one_line
 from ema_timm.hub.time_limit import TimeLimit, TimeUpError
 
 T = TypeVar("T")
@@ -173,14 +173,14 @@ class Steps:
             remedies = _REMEDIES if self.writes else {**_REMEDIES, **_READ_REMEDIES}
             owner = self.repo.partition("/")[0]
             remedy = remedies.get(status, _TROUBLE).format(repo=self.repo, owner=owner)
-            said = f"{status}: {getattr(cause, 'server_message', None) or first_line(cause)}"
+            said = f"{status}: {getattr(cause, 'server_message', None) or one_line(cause)}"
         elif local:
             remedy = "Free space, or set TMPDIR to another disk, then run the same command again."
             said = str(cause)
         else:
             remedy = _OFFLINE
             unread = "an answer that cannot be read, " if isinstance(cause, _UNREADABLE) else ""
-            said = f"{unread}{type(cause).__name__}: {first_line(cause)}"
+            said = f"{unread}{type(cause).__name__}: {one_line(cause)}"
         asked = f" (the Hub asks to wait {wait:.0f} s)" if wait else ""
         what = f"{doing} ({self.repo}) failed, {' '.join(said.split()).rstrip('.')}{asked}"
         final = local or isinstance(error, LocalEntryNotFoundError)

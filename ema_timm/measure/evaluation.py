@@ -53,15 +53,15 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict[str, Any]:
     Raises:
         UserError: For bad input.
     """
-    path = folder_to_measure(config)
-    saved = with_class_names(check_network(path), path, config)
+    path, found = folder_to_measure(config)
+    saved = with_class_names(check_network(path, relabel=bool(config.labels)), path, config)
     names = saved["label_names"]
     indices = {name: index for index, name in enumerate(names)}
     dataset = open_measured(*images_of(config), indices)
     network = load_network(path, saved)
     data = preprocessing(network, saved.get("model_args", {}), {}, use_test_size=True)
     dataset.read_channels(data["input_size"][0])
-    notes = dataset.notes + check_readable(dataset, progress)
+    notes = [*found, *dataset.notes, *check_readable(dataset, progress)]
     if progress:
         print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     folder = CheckpointWriter(path)

@@ -46,7 +46,9 @@ class EvaluateConfig:
             "pairs": True,
         },
     )
-    use_averaged: bool = option(False, "use the averaged weights of timm's --model-ema", flag=True)
+    use_averaged: bool | None = option(
+        None, "use the averaged weights (default: if the file is of timm's --model-ema)", flag=True
+    )
     img_size: int = option(0, "image size in pixels (default: from the model)")
     crop_pct: float = option(0.0, "centre-crop fraction (default: from the model)")
     interpolation: str = option(

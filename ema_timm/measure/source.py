@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ema_timm.checkpoints.labels import Labels, check_count, read_labels
+from ema_timm.checkpoints.labels import Labels, check_count, read_labels, require_unique
 from ema_timm.checkpoints.network import rebuild
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.checkpoints.write import write_folder
@@ -11,8 +11,11 @@ from ema_timm.errors import UserError
 from ema_timm.measure.settings import EvaluateConfig
 
 
-def folder_to_measure(config: EvaluateConfig) -> Path:
+def folder_to_measure(config: EvaluateConfig) -> tuple[Path, tuple[str, ...]]:
     """The checkpoint folder. For a checkpoint file it is written first.
+
+    Returns:
+        The folder, and sentences on how the weights were found in the file.
 
     Raises:
         UserError: If there is no checkpoint, or an option is not for this kind of checkpoint.
@@ -22,7 +25,7 @@ def folder_to_measure(config: EvaluateConfig) -> Path:
         raise UserError(f"there is no checkpoint {source}. Give a checkpoint folder or file.")
     if source.is_dir():
         _refuse_options_of_a_file(config)
-        return source
+        return source, ()
     if not config.output:
         raise UserError(
             f"{source} is a file: --output FOLDER says where to write its checkpoint folder."
@@ -36,7 +39,7 @@ def images_of(config: EvaluateConfig) -> tuple[str, str, str, str]:
     Raises:
         UserError: If none are given.
     """
-    if not config.data_dir:
+    if not config.data_dir and not config.dataset:
         raise UserError("evaluate needs --data-dir; see ema-timm evaluate --help.")
     return config.data_dir, config.split, config.val_split, config.dataset
 
@@ -52,21 +55,24 @@ def with_class_names(saved: dict, path: Path, config: EvaluateConfig) -> dict:
     Raises:
         UserError: If the settings give other names than it has, or too many or too few.
     """
-    own = saved.get("label_names")
-    if not own:
-        labels = _labels(config, saved["num_classes"])
+    own, classes = saved.get("label_names"), saved["num_classes"]
+    if not own or len(own) != classes:
+        labels = _labels(config, classes)
         described = {"label_descriptions": labels.descriptions} if labels.descriptions else {}
-        return {**saved, "label_names": labels.names, **described}
+        kept = {key: value for key, value in saved.items() if key != "label_descriptions"}
+        return {**kept, "label_names": labels.names, **described}
+    require_unique(own, f"{path}/config.json: label_names")
     if config.labels and read_labels(config.labels).names != own:
         raise UserError(
-            f"--labels {config.labels} differs from the label_names in {path}/config.json. "
-            "Leave it out."
+            f"--labels {config.labels} differs from the label_names in {path}/config.json. Leave "
+            "it out or, if it is right, remove label_names from config.json."
         )
     return saved
 
 
 def _refuse_options_of_a_file(config: EvaluateConfig) -> None:
-    given = [name for name in EvaluateConfig.OF_A_FILE if getattr(config, name)]
+    unset = EvaluateConfig(config.source)
+    given = [n for n in EvaluateConfig.OF_A_FILE if getattr(config, n) != getattr(unset, n)]
     if given:
         option = "--" + given[0].replace("_", "-")
         raise UserError(
@@ -75,10 +81,10 @@ def _refuse_options_of_a_file(config: EvaluateConfig) -> None:
         )
 
 
-def _write_folder_of(source: Path, config: EvaluateConfig) -> Path:
+def _write_folder_of(source: Path, config: EvaluateConfig) -> tuple[Path, tuple[str, ...]]:
     """Write the checkpoint folder of a checkpoint file."""
     checkpoint = read_checkpoint(source, config.use_averaged)
-    network, model_args = rebuild(checkpoint, config.model, config.model_kwargs)
+    network, model_args, notes = rebuild(checkpoint, config.model, config.model_kwargs)
     if checkpoint.arguments.get("class_map") and not config.labels:
         raise UserError(
             f"{source} was trained with --class-map {checkpoint.arguments['class_map']}, which "
@@ -87,7 +93,7 @@ def _write_folder_of(source: Path, config: EvaluateConfig) -> Path:
     labels = _labels(config, network.num_classes)
     given = {key: getattr(config, key) for key in ("img_size", "crop_pct", "interpolation")}
     given = {key: value for key, value in given.items() if value}
-    return write_folder(checkpoint, network, model_args, config.output, labels, given)
+    return write_folder(checkpoint, network, model_args, config.output, labels, given), notes
 
 
 def _labels(config: EvaluateConfig, classes: int) -> Labels:

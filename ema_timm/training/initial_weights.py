@@ -1,5 +1,6 @@
 """The weights that a run starts from: found, checked, and frozen for the first epochs."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +15,21 @@ from ema_timm.attention import EmaAttn
 from ema_timm.backbones.rebuild import weights_name
 from ema_timm.backbones.slots import slot_layers
 from ema_timm.checkpoints.layout import WEIGHTS
+from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.checkpoints.results import public_model_name
-from ema_timm.checkpoints.weights import check_bounds
+from ema_timm.checkpoints.weights import PICKLES, check_bounds
 from ema_timm.errors import UserError, some
 from ema_timm.files import sha256
 from ema_timm.hub.fetch import fetch
+from ema_timm.training.processes import is_main
 
-_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+_NUMPY = (".npz", ".npy")  # weights of other frameworks, which timm itself converts
+
+OTHER_NAMES = (
+    "Map its names to timm's names with ema-timm convert, or start from random weights with "
+    "--no-pretrained."
+)
+"""What to do with a file whose names are not those of the network."""
 
 
 class InitialModel(NamedTuple):
@@ -46,19 +55,27 @@ class InitialModel(NamedTuple):
         given = bool(self.weights) or ":" in self.name
         return given or is_model_pretrained(weights_name(self.name, self.kwargs))
 
-    def config_overlay(self, load: bool) -> dict | None:
-        """Entries of timm's pretrained configuration that name the weights file.
+    def config_overlay(self, network: nn.Module | None) -> dict | None:
+        """Entries of timm's pretrained configuration that name the weights, or hold them.
 
         Args:
-            load: Fetch and check the file, because it will be loaded.
+            network: Fetch, check and read the weights for this network; None leaves them out.
 
         Returns:
             None if timm finds the weights itself.
         """
-        file = self.weights or (self._fetch() if load else None)
-        if file and load:
+        file = self.weights or (self._fetch() if network else None)
+        if not file:
+            return None
+        overlay = {"file": str(file), "source": ""}
+        if network and self.weights and not self.weights.endswith(_NUMPY):
+            checkpoint = read_checkpoint(file).named_as(network.state_dict())
+            if is_main() and checkpoint.notes:
+                print(*checkpoint.notes, sep="\n", file=sys.stderr)
+            return {**overlay, "state_dict": checkpoint.state}
+        if network:
             check_bounds(Path(file))
-        return {"file": str(file), "source": ""} if file else None
+        return overlay
 
     def _fetch(self) -> Path | None:
         """Fetch the weights file of the name from the Hub; None leaves it to timm."""
@@ -121,8 +138,7 @@ class InitialModel(NamedTuple):
         raise UserError(
             f"{source} does not fit {model.pretrained_cfg['architecture']}: {len(kept)} of "
             f"{len(random)} weights outside the head and the EMA layers are missing "
-            f"({some(kept, 3)}){found}. Map its names to timm's names with ema-timm convert, or "
-            "start from random weights with --no-pretrained."
+            f"({some(kept, 3)}){found}. {OTHER_NAMES}"
         )
 
 
@@ -140,7 +156,7 @@ def check_weight_files(folder: Path) -> None:
         UserError: If a file that timm may load declares more than it holds.
     """
     weights = folder / WEIGHTS
-    others = sorted(f for f in folder.glob("*") if f.suffix in _SUFFIXES)
+    others = sorted(f for f in folder.glob("*") if f.name.endswith((".safetensors", *PICKLES)))
     for file in [weights] if weights.exists() else others:
         check_bounds(file)
 
@@ -191,8 +207,8 @@ def _varies(start: Tensor) -> bool:
 
 def _names_in_file(model: nn.Module) -> set[str]:
     """The tensor names in the file or folder that was loaded; empty for another source."""
-    file = model.pretrained_cfg.get("file")
-    if not file:
-        return set()
+    file, state = (model.pretrained_cfg.get(key) for key in ("file", "state_dict"))
+    if state or not file:
+        return set(state or ())
     path = Path(file)
     return set(load_state_dict_from_path(path) if path.is_dir() else load_state_dict(str(path)))

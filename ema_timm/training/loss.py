@@ -1,6 +1,5 @@
 """The loss of a run, with mixup and class weights."""
 
-import json
 import math
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ema_timm.data.image_folder import LabelledImages
 from ema_timm.errors import UserError, some
-from ema_timm.repeated import unique
+from ema_timm.fields import load_json
 
 BALANCED = "balanced"
 
@@ -87,7 +86,7 @@ def read_class_weights(option: str, images: LabelledImages) -> list[float] | Non
 
 def _read_object(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text("utf-8"), object_pairs_hook=unique)
+        content = load_json(file)
     except OSError as error:
         raise UserError(
             f"--class-weights must be {BALANCED} or a JSON file; cannot read {file}: "

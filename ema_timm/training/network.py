@@ -2,23 +2,21 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pickle import UnpicklingError
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from timm.models import load_model_config_from_hf
-from timm.models._factory import parse_model_name
-from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ema_timm.backbones.complexity import count_macs
-from ema_timm.checkpoints.bounds import check_arguments, limited_modules
+from ema_timm.checkpoints.bounds import bounded_network, check_arguments
+from ema_timm.checkpoints.network import BUILDING_ERRORS, saved_model_args
 from ema_timm.checkpoints.preprocessing import preprocessing
-from ema_timm.errors import HubError, UserError, first_line
-from ema_timm.hub.fetch import fetch
-from ema_timm.training.initial_weights import InitialModel
+from ema_timm.errors import HubError, UserError, sentence
+from ema_timm.training.initial_weights import OTHER_NAMES, InitialModel
 
 _OFFLINE = (
     " Offline, give the weights as --weights FILE, or start from random weights with "
@@ -102,7 +100,6 @@ def build_run_network(
     return network
 
 
-@limited_modules()
 def create_model(
     initial: InitialModel, num_classes: int, drop_path: float = 0.0, load_weights: bool = True
 ) -> tuple[nn.Module, dict]:
@@ -124,56 +121,44 @@ def create_model(
     """
     name, kwargs = initial.name, dict(initial.kwargs)
     pretrained = load_weights and initial.loads_weights
-    rng = torch.get_rng_state()
     try:
-        model_args = {**_saved_model_args(name), **kwargs}
+        model_args = {**saved_model_args(name), **kwargs}
         check_arguments(model_args)
         if drop_path:
             kwargs["drop_path_rate"] = drop_path
-        model = timm.create_model(
-            name,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            pretrained_cfg_overlay=initial.config_overlay(load=pretrained),
-            **kwargs,
-        )
+        build = partial(_build, name, num_classes=num_classes, **kwargs)
+        blank = None
         if pretrained:
             with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(rng)
-                blank = timm.create_model(name, num_classes=num_classes, **kwargs)
+                blank = build()
+        overlay = initial.config_overlay(blank)
+        model = build(pretrained=pretrained, pretrained_cfg_overlay=overlay)
+        if blank is not None:
             initial.check(model, blank)
+            model.pretrained_cfg.pop("state_dict", None)
     except (HfHubHTTPError, HFValidationError, OSError, UnpicklingError, SafetensorError) as error:
         raise UserError(
-            f"cannot load the weights of {name}: {_sentence(error)}{_OFFLINE}"
+            f"cannot load the weights of {name}: {sentence(error)}{_OFFLINE}"
         ) from error
     except HubError as error:
         raise HubError(f"cannot load {name}: {error}{'' if ':' in name else _OFFLINE}") from error
-    except (RuntimeError, TypeError, ValueError) as error:
+    except BUILDING_ERRORS as error:
         raise UserError(f"cannot build {name}: {_explain(error, name)}") from error
     return model, {k: v for k, v in model_args.items() if k != "num_classes"}
 
 
-def _saved_model_args(name: str) -> dict:
-    """The model arguments in the config.json of a ``hf-hub:`` or ``local-dir:`` name."""
-    source, model_id = parse_model_name(name)
-    if source == "local-dir":
-        return dict(load_model_config_from_path(model_id)[2])
-    if source == "hf-hub":
-        if fetch(model_id, "config.json") is None:
-            raise HubError(f"{model_id} has no config.json: it is not a timm model.")
-        return dict(load_model_config_from_hf(model_id)[2])
-    return {}
+def _build(name: str, **options) -> nn.Module:
+    with bounded_network():
+        return timm.create_model(name, **options)
 
 
 def _explain(error: Exception, name: str) -> str:
-    text = _sentence(error)
+    text = sentence(error)
     if "Unknown model" in text:
         known = timm.list_models()
         near = get_close_matches(name.partition(".")[0], known, n=3)
         hint = f"Did you mean {', '.join(near)}?" if near else 'See timm.list_models("*_ema").'
         return f"timm has no model of that name. {hint}"
+    if "loading state_dict" in text:
+        return f"the weights do not fit: {text} {OTHER_NAMES}"
     return text
-
-
-def _sentence(error: Exception) -> str:
-    return first_line(error).rstrip(". ") + "."

@@ -160,7 +160,7 @@ class TrainStep:
         self.scheduler.step_update(num_updates=update)
         with self._synchronization(last):
             with autocast(self.device, self.amp_dtype):
-                loss = self.loss_fn(self.parallel(images), targets)
+                loss = self.loss_fn(self._outputs(images), targets)
             value = self._checked(loss.item(), epoch)
             if batch == first:
                 self.optimizer.zero_grad()
@@ -169,6 +169,23 @@ class TrainStep:
         if last:
             self._update(update + 1)
         return value
+
+    def _outputs(self, images: Tensor) -> Tensor:
+        """The logits, (B, classes).
+
+        Raises:
+            UserError: For one value a channel, of which batch norm has no variance.
+        """
+        try:
+            return self.parallel(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a batch of {len(images)} image(s) of {images.shape[2]}×{images.shape[3]} pixels "
+                "gives a layer one value per channel, whose variance is not defined. Use a larger "
+                "--batch-size or --img-size."
+            ) from error
 
     def _checked(self, value: float, epoch: int) -> float:
         if not math.isfinite(value):

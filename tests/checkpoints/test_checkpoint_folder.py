@@ -200,9 +200,12 @@ DAMAGE = {
     ),
     "other classes": (
         edit("config.json", lambda c: c.update(num_classes=4)),
-        "3 label_names for num_classes 4",
+        r"label_names has 3 names \(cat, dog, emu\), but the network has 4 classes.*--labels FILE",
     ),
-    "no architecture": (edit("config.json", lambda c: c.pop("architecture")), "'architecture'"),
+    "no architecture": (
+        edit("config.json", lambda c: c.pop("architecture")),
+        "architecture is missing",
+    ),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
     "config gone": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
@@ -219,7 +222,10 @@ DAMAGE = {
         "is of resnet18_ema with 3 classes",
     ),
     "results of the future": (edit("results.json", lambda r: r.update(format=2)), "format 2"),
-    "results without classes": (edit("results.json", lambda r: r.pop("classes")), "'classes'"),
+    "results without classes": (
+        edit("results.json", lambda r: r.pop("classes")),
+        "classes is missing",
+    ),
     "no card": (lambda f: (f / "README.md").unlink(), r"README\.md is missing.*ema-timm card"),
     "an old card": (
         edit("results.json", lambda r: r["metrics"].update(correct=8, top1=100.0)),
@@ -263,11 +269,11 @@ DAMAGE = {
     ),
     "arguments that are no arguments": (
         edit("config.json", lambda c: c.update(model_args=[1])),
-        "'model_args'",
+        r"model_args must be an object, got \[1\]",
     ),
     "names that are no names": (
         edit("config.json", lambda c: c.update(label_names=3)),
-        r"must hold 'label_names' \(list\), got 3",
+        "label_names must be a list, got 3",
     ),
     "names of other classes": (
         edit("config.json", lambda c: c.update(label_names=["cat", "emu", "dog"])),

@@ -150,3 +150,40 @@ def test_a_name_that_the_terminal_lacks_ends_no_command(python):
     )
     said = python(code, env={"PYTHONIOENCODING": "ascii:strict"})
     assert said.splitlines()[1] == r"caf\xe9 \udce9"
+
+
+def test_an_error_of_several_lines_is_printed_whole_in_one(monkeypatch, capsys):
+    from ema_timm.errors import UserError
+    from ema_timm.training import run as finetune
+
+    def broken(*args, **kwargs):
+        raise UserError("the class 'a\n  b' is wrong.\nCorrect it.")
+
+    monkeypatch.setattr(finetune, "finetune", broken)
+    assert main(["finetune", "--model", "x", "--data-dir", "x", "--output", "x"]) == 2
+    assert capsys.readouterr().err == "ema-timm: the class 'a b' is wrong. Correct it.\n"
+
+
+def test_errors_of_other_libraries_keep_all_their_lines():
+    from ema_timm.errors import LONGEST_REASON, sentence
+
+    error = RuntimeError('Error(s) in loading state_dict for ResNet:\n\tMissing key(s): "fc".\n')
+    assert sentence(error) == 'Error(s) in loading state_dict for ResNet: Missing key(s): "fc".'
+    assert len(sentence(RuntimeError("word\n" * 9999))) <= LONGEST_REASON + 1
+    assert sentence(KeyError("os.system")) == "KeyError: 'os.system'."
+    assert sentence(AssertionError()) == "AssertionError."
+
+
+@pytest.mark.parametrize(
+    "command", [["finetune", "--model", "test_resnet"], ["evaluate", "FOLDER"]], ids=lambda c: c[0]
+)
+def test_a_data_set_without_a_folder_is_an_error_with_the_reason(
+    command, trained, tmp_path, capsys
+):
+    args = [str(trained) if word == "FOLDER" else word for word in command]
+    output = ["--output", str(tmp_path / "run")] if args[0] == "finetune" else []
+    assert main([*args, *output, "--dataset", "hfds/ada/flowers"]) == 2
+    assert (
+        "--dataset hfds/ada/flowers needs --data-dir, the folder that holds the data set, or in "
+        "which Hugging Face keeps its downloads."
+    ) in capsys.readouterr().err

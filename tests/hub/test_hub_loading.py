@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from ema_timm.see import PredictConfig, predict
 from ema_timm.training.initial_weights import InitialModel
 from ema_timm.training.network import create_model
 
@@ -179,13 +180,17 @@ import sys
 from pathlib import Path
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers import Trainer, TrainingArguments, set_seed
 
 repo, data, output = sys.argv[1:]
 set_seed(0)
+names = sorted(folder.name for folder in Path(data, "val").iterdir())
+config = AutoConfig.from_pretrained(
+    repo, label_names=names, num_labels=len(names), id2label=dict(enumerate(names))
+)
 model = AutoModelForImageClassification.from_pretrained(
-    repo, num_labels=3, ignore_mismatched_sizes=True
+    repo, config=config, ignore_mismatched_sizes=True
 )
 processor = AutoImageProcessor.from_pretrained(repo)
 start = model.timm_model.conv1[0].weight.detach().clone()
@@ -210,6 +215,7 @@ trainer = Trainer(
 )
 trainer.train()
 torch.save(start, output + "/start.pt")
+trainer.save_model(output + "/saved")
 print(trainer.evaluate()["eval_correct"], len(held_out))
 """
 
@@ -223,6 +229,11 @@ def test_transformers_trainer_learns_new_classes(
     assert images == 30 and correct > 21
     published = load_file(trained / "model.safetensors")["conv1.0.weight"]
     assert torch.equal(torch.load(tmp_path / "start.pt"), published)
+    for digit in NEW:  # the saved folder has the new names, in the order of the labels
+        folder = new_digits / "val" / f"new_{digit}"
+        predicted = predict(PredictConfig(str(tmp_path / "saved"), [str(folder)]), progress=False)
+        right = sum(row.label[0] == folder.name for row in predicted.rows)
+        assert right > len(predicted.rows) / 2
 
 
 @pytest.mark.slow

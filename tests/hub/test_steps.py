@@ -1,11 +1,16 @@
 """A step on the Hub: its time limit, and that no message holds the token."""
 
+import hashlib
 import signal
 import threading
 import time
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from ema_timm.errors import HubError
+from ema_timm.hub import fetch as fetch_module
+from ema_timm.hub.fetch import fetch
 from ema_timm.hub.steps import scrub
 from ema_timm.hub.time_limit import TimeLimit, TimeUpError
 
@@ -41,3 +46,24 @@ def test_time_limit_works_in_a_thread_between_steps():
     thread.start()
     thread.join()
     assert seen
+
+
+def test_offline_a_damaged_file_in_the_cache_is_named_with_its_digest(tmp_path, monkeypatch):
+    file, expected = tmp_path / "model.safetensors", "0" * 64
+    file.write_bytes(b"damaged")
+    answers = [(file, expected), LocalEntryNotFoundError("offline, and not in the cache")]
+
+    def download(where, cache_dir):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(fetch_module, "_download", download)
+    digest = hashlib.sha256(b"damaged").hexdigest()[:12]
+    said = rf"{file} was damaged and is removed: its hash is {digest}…, but .*{expected[:12]}…\. A "
+    with pytest.raises(
+        HubError, match=said + r"new download failed: fetching .*\(ada/base\) failed"
+    ):
+        fetch("ada/base", "model.safetensors")
+    assert not file.exists() and not answers

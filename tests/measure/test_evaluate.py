@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -16,8 +17,10 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy
 
 import ema_timm.measure.evaluation as evaluate_module
+import ema_timm.publishing
 from ema_timm.checkpoints.cards.file import write_card
 from ema_timm.checkpoints.check import check_publishable
+from ema_timm.checkpoints.config import read_config
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.cli import main
 from ema_timm.errors import UserError
@@ -131,7 +134,7 @@ def test_a_file_becomes_a_folder_with_the_same_numbers(
 ):
     more, source = {"model": "test_resnet_ema", "img_size": 32}, tmp_path / "weights.safetensors"
     if form == "checkpoint":
-        more, source = {}, checkpoint
+        more, source = {"use_averaged": False}, checkpoint
     elif form == "safetensors":
         save_file(weights, source)
     else:
@@ -151,8 +154,20 @@ def test_a_file_becomes_a_folder_with_the_same_numbers(
     assert timms_own_count(output, digits)["correct"] == results["metrics"]["correct"]
 
 
-def test_averaged_weights_are_taken_when_asked_for(checkpoint, digits, tmp_path):
-    results = run(checkpoint, digits, output=str(tmp_path / "out"), use_averaged=True)
+@pytest.mark.parametrize("option", [[], ["--use-averaged"], ["--no-use-averaged"]], ids=str)
+def test_the_command_says_which_weights_it_measures(option, checkpoint, digits, tmp_path, capsys):
+    args = ["evaluate", checkpoint, "--data-dir", digits, "--output", tmp_path / "out", *option]
+    assert main([*map(str, args), "--device", "cpu", "--workers", "0"]) == 0
+    raw = option == ["--no-use-averaged"]
+    this, other = ("trained", "--use-averaged") if raw else ("averaged", "--no-use-averaged")
+    said = capsys.readouterr().err
+    assert f"model_best.pth.tar: took its {this} weights" in said and f"with {other}" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["checkpoint"]["averaged"] is not raw
+
+
+def test_averaged_weights_are_what_timm_loads(checkpoint, digits, tmp_path):
+    results = run(checkpoint, digits, output=str(tmp_path / "out"))
     assert results["checkpoint"]["averaged"] is True
     assert not any(t.any() for t in load_file(tmp_path / "out" / "model.safetensors").values())
     assert results["metrics"]["loss"] == pytest.approx(1.3862943)  # log 4: all weights are 0
@@ -283,7 +298,7 @@ BAD_FILES = {
     "says no network": (lambda p, w: torch.save(w, p), "does not name its network"),
     "other network": (
         lambda p, w: torch.save({"state_dict": w, "arch": "resnet18_ema"}, p),
-        "is not of the network",
+        "is not of resnet18_ema: it lacks .* Give the --model of these weights",
     ),
     "NaN": (
         lambda p, w: torch.save(
@@ -359,9 +374,41 @@ def test_a_plain_network_becomes_a_folder_without_a_stub(digits, tmp_path):
     assert "pip install timm" in checked.card and "ema-attention" not in checked.card
 
 
+def test_a_name_that_two_classes_have_is_no_class_of_a_folder(folder, digits):
+    """The images of one folder would count for the last of them."""
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"][2] = "digit_1"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"label_names names 'digit_1' twice\. Give each class"):
+        run(folder, digits)
+
+
 def test_a_folder_takes_no_options_of_a_file(folder, digits):
     with pytest.raises(UserError, match=r"--img-size is for checkpoint files"):
         run(folder, digits, img_size=64)
+    with pytest.raises(UserError, match=r"--use-averaged is for checkpoint files"):
+        run(folder, digits, use_averaged=False)
+
+
+def test_a_folder_with_a_pickle_says_how_to_save_it(weights, tmp_path, digits):
+    """timm's save_for_hf writes a pickle by default."""
+    model = timm.create_model("test_resnet_ema", num_classes=4)
+    model.load_state_dict(weights)
+    timm.models.save_for_hf(model, tmp_path / "own")
+    said = (
+        r"holds a pickle, pytorch_model\.bin\..*'\S+/own', safe_serialization=True\).*--model NAME"
+    )
+    for use in (lambda: run(tmp_path / "own", digits), lambda: write_card(tmp_path / "own")):
+        with pytest.raises(UserError, match=said):
+            use()
+    timm.models.save_for_hf(model, tmp_path / "own", safe_serialization=True)
+    args = {"labels": str(tmp_path / "names.txt")}
+    (tmp_path / "names.txt").write_text("digit_0\ndigit_1\ndigit_2\ndigit_3\n")
+    assert run(tmp_path / "own", digits, **args)["metrics"]["images"] == 23
+    del args["labels"]
+    source = tmp_path / "own" / "pytorch_model.bin"  # the other way that the error names
+    args |= {"model": "test_resnet_ema", "output": str(tmp_path / "new")}
+    assert run(source, digits, **args)["metrics"]["images"] == 23
 
 
 def test_a_folder_that_holds_a_checkpoint_is_not_written_over(checkpoint, folder, digits):
@@ -389,3 +436,57 @@ def test_the_command(folder, digits, capsys):
     assert main(["card", str(folder)]) == 0
     assert capsys.readouterr().out.endswith("README.md: unchanged\n")
     assert main(["evaluate", str(folder / "gone"), "--data-dir", "x"]) == 2
+
+
+@pytest.fixture
+def saved_by_transformers(folder, tmp_path):
+    """The folder as transformers' Trainer saves it, which was told of other classes."""
+    transformers = pytest.importorskip("transformers")
+
+    def saved(**labels):
+        config = transformers.AutoConfig.from_pretrained(folder, **labels)
+        model = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, config=config, ignore_mismatched_sizes=True
+        )
+        model.save_pretrained(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    return saved
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns about its own parts
+def test_a_folder_of_transformers_has_the_names_of_the_guides_recipe(saved_by_transformers):
+    names = ["e", "d", "c", "b", "a"]
+    labels = {"label_names": names, "num_labels": 5, "id2label": dict(enumerate(names))}
+    place = saved_by_transformers(**labels)
+    assert read_config(place)["label_names"] == names
+    assert timm.create_model(f"local-dir:{place}", pretrained=True).num_classes == 5
+    guide = Path(ema_timm.publishing.__file__).with_name("README.md").read_text("utf-8")
+    recipe = re.search(r"config = AutoConfig\.from_pretrained\((.*?)\n\)", guide, re.S)[1]
+    assert all(f"{name}=" in recipe for name in labels)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns about its own parts
+def test_a_folder_whose_names_are_of_other_classes_takes_those_of_labels(
+    saved_by_transformers, digits, tmp_path, capsys
+):
+    place = saved_by_transformers(num_labels=5)
+    said = (
+        r"label_names has 4 names \(digit_0, digit_1, digit_2, digit_3\), but the network has 5 "
+        r"classes\. Give 5 names .*ema-timm evaluate \S+ --data-dir DIR --labels FILE"
+    )
+    for use in (lambda: run(place, digits), lambda: write_card(place)):
+        with pytest.raises(UserError, match=said):
+            use()
+    assert main(["predict", str(place), str(digits / "val")]) == 2
+    assert "--labels FILE" in capsys.readouterr().err
+    labels = tmp_path / "names.txt"
+    labels.write_text("digit_3\ndigit_2\ndigit_1\ndigit_0\n")
+    with pytest.raises(UserError, match=r"has 5 classes, but .*names\.txt names 4"):
+        run(place, digits, labels=str(labels))
+    names = ["digit_3", "digit_2", "digit_1", "digit_0", "other"]
+    labels.write_text("\n".join(names))
+    assert run(place, digits, labels=str(labels))["classes"] == names
+    assert read_config(place)["label_names"] == names
+    assert run(place, digits)["classes"] == names  # the folder has them now
+    write_card(place)

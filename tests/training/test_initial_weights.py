@@ -35,9 +35,9 @@ def refused(args, capsys):
 @pytest.mark.parametrize("model", [PLAIN, "test_resnet_ema"])
 def test_a_file_of_foreign_names_is_no_start(config, tmp_path, capsys, model):
     file = tmp_path / "foreign.safetensors"
-    save_file({f"body.{k}": v for k, v in weights_of(PLAIN).items()}, file)
+    save_file({f"body.{k}.x": v for k, v in weights_of(PLAIN).items()}, file)
     said = refused(cli(config, "--model", model, "--weights", file, "--pretrained"), capsys)
-    assert "foreign.safetensors" in said and "(conv1.0.weight" in said and "body.bn1.weight" in said
+    assert "foreign.safetensors" in said and "(conv1.0.weight" in said and "body.bn1.bias.x" in said
     assert re.search(r"(\d+) of \1 weights", said)
     assert not (tmp_path / "run").exists()
 
@@ -59,6 +59,17 @@ def test_a_folder_whose_weights_are_of_foreign_names_is_no_start(config, tmp_pat
     (folder / "config.json").write_text(json.dumps({**data, "num_classes": 7}))
     more = ["--model", f"local-dir:{folder}", "--output", tmp_path / "more", "--pretrained"]
     assert "body.bn1.weight" in refused(cli(config, *more), capsys)
+
+
+def test_foreign_names_of_a_network_with_as_many_classes_are_one_line(config, tmp_path, capsys):
+    """timm loads these strictly, and PyTorch's error lists all names."""
+    run(config, epochs=1)
+    file = tmp_path / "foreign.safetensors"
+    save_file({f"{k}.x": v for k, v in weights_of("test_resnet_ema", num_classes=4).items()}, file)
+    more = ["--model", f"local-dir:{tmp_path / 'run'}", "--output", tmp_path / "b", "--pretrained"]
+    said = refused(cli(config, *more, "--weights", file), capsys)
+    assert "the weights do not fit: " in said and "Missing key(s)" in said and len(said) < 1000
+    assert said.endswith("start from random weights with --no-pretrained.")
 
 
 @pytest.mark.parametrize("how", ["head", "channels", "more"])

@@ -15,6 +15,8 @@ from ema_timm.cli import main
 from ema_timm.errors import UserError
 from ema_timm.files import sha256, write_whole
 from ema_timm.training import resume
+from ema_timm.training.lock import lock_run
+from ema_timm.training.resume import RunState
 from ema_timm.training.step import TrainStep
 
 
@@ -91,7 +93,7 @@ def test_weights_without_a_state_are_never_overwritten(config, tmp_path, capsys)
 def test_weights_that_no_state_knows_are_not_called_the_best(config, monkeypatch, tmp_path):
     """On a GPU a repeated epoch may come out worse than the one whose state was lost."""
     run(config, epochs=2)
-    saved = resume.RunState(config.output)
+    saved = RunState(config.output)
     content = saved.load()
     content["config"]["epochs"] = content["identity"]["arguments"]["epochs"] = 3
     content["best"]["top1"] = 101.0  # nothing beats it
@@ -123,6 +125,22 @@ def test_two_runs_do_not_share_a_folder(config, tmp_path, capsys):
         first.communicate(timeout=120)
         assert first.returncode == 130
     assert not (tmp_path / "run" / "training" / "lock").exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_two_threads_do_not_share_a_folder(config, tmp_path, capsys, again):
+    """To the operating system they are one process, which would get the lock again."""
+    run(config, epochs=1)
+    args = ["finetune", "--resume", "--output", config.output] if again else cli(config)
+    with lock_run(RunState(config.output), resume=True):
+        (tmp_path / "link").symlink_to(config.output)
+        for output in (config.output, str(tmp_path / "link")):
+            assert main([*args, "--output", output]) == 2
+            said = capsys.readouterr().err
+            assert f"{output} is in use by process {os.getpid()} on " in said, said
+        done = subprocess.run(command(*args), capture_output=True, text=True)
+        assert "is in use by process" in done.stderr  # the first has kept the system's lock
+    assert main(["finetune", "--resume", "--output", config.output]) == 0
 
 
 def test_two_runs_that_start_at_once_do_not_share_a_folder(config, tmp_path):
@@ -197,7 +215,7 @@ def test_a_job_that_was_moved_to_this_machine_takes_over_its_own_lock(config, mo
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_state_gives_way_to_the_one_before(config, tmp_path, capsys, damage):
     whole = run(config)
-    saved = resume.RunState(config.output)
+    saved = RunState(config.output)
     content = bytearray(saved.file.read_bytes())
     if damage == "cut":
         saved.file.write_bytes(content[: len(content) // 2])
@@ -215,7 +233,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(config, tmp_path, capsys, d
 
 def test_when_both_states_are_damaged_the_weights_are_kept(config, tmp_path, capsys):
     run(config, epochs=2)
-    saved = resume.RunState(config.output)
+    saved = RunState(config.output)
     for file in (saved.file, saved.before):
         file.write_bytes(b"?")
     assert main(["finetune", "--resume", "--output", config.output]) == 2

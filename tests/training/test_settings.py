@@ -329,3 +329,12 @@ def test_tensorboard_that_is_missing_is_said_before_training(config, tmp_path, m
 def test_settings_that_cannot_be_get_one_line(config, capsys, changes, said):
     assert main(cli(config, *changes)) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_batch_of_which_batch_norm_has_no_variance_is_one_line(config, capsys):
+    assert main([*cli(config), "--batch-size", "1"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(
+        "ema-timm: a batch of 1 image(s) of 32×32 pixels gives a layer one value"
+    )
+    assert said.endswith("Use a larger --batch-size or --img-size.")

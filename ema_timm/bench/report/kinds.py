@@ -1,7 +1,6 @@
 """The kinds of measurements, one line each, and the table of any of them."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from ema_timm.bench.report import deploy, layer, markdown, model
 from ema_timm.bench.report.markdown import grid, settings_line
 from ema_timm.bench.report.panel import Panel
 from ema_timm.errors import UserError
+from ema_timm.fields import load_json
 from ema_timm.names import escape
 
 
@@ -97,6 +97,6 @@ def measurement(file: str | Path) -> Iterator[dict]:
         UserError: If the file or the block that uses it fails because it has another content.
     """
     try:
-        yield json.loads(Path(file).read_text())
-    except (ValueError, KeyError, TypeError) as error:
+        yield load_json(Path(file))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file} is not a measurement of ema-timm bench --json.") from error

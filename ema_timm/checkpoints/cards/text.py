@@ -107,7 +107,7 @@ def _training(results: dict) -> str:
     if not arguments:
         return ""
     used = ", ".join(f"{name} {arguments[name]}" for name in _SETTINGS if name in arguments)
-    images = results.get("data", {}).get("train", {}).get("images")
+    images = (results.get("data", {}).get("train") or {}).get("images")
     script = results.get("trained_with", "ema-timm finetune")
     text = (
         f"## How it was trained\n\n{_start(base)}"
@@ -117,7 +117,7 @@ def _training(results: dict) -> str:
         "`results.json`."
     )
     if results.get("versions"):
-        versions, device = versions_text(results["versions"]), escape(results["device"])
+        versions, device = versions_text(results["versions"]), escape(str(results.get("device")))
         text += f"\n\nVersions: {versions}; device {device}."
     return "\n\n".join([text, *_plots(results, "curves.png", "loss and accuracy")])
 
@@ -125,9 +125,9 @@ def _training(results: dict) -> str:
 def _start(base: dict | None) -> str:
     if not base:
         return "Trained"
-    if base["weights"] == "random start":
-        return f"Trained from a random start of {code(base['model'])}"
-    return f"Fine-tuned from {code(base['model'])} ({escape(str(base['weights']))})"
+    if base.get("weights") == "random start":
+        return f"Trained from a random start of {code(str(base.get('model')))}"
+    return f"Fine-tuned from {code(str(base.get('model')))} ({escape(str(base.get('weights')))})"
 
 
 def _epoch(results: dict) -> str:
@@ -194,6 +194,6 @@ def _chosen_on_the_same(results: dict) -> bool:
 
 
 def _measured_on_val(results: dict) -> bool:
-    chosen = results.get("data", {}).get("val", {}).get("fingerprint")
+    chosen = (results.get("data", {}).get("val") or {}).get("fingerprint")
     measured = results.get("evaluation", {}).get("data", {}).get("fingerprint", chosen)
     return measured == chosen

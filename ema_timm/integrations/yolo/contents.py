@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ema_timm.checkpoints.weights import check_bounds
 from ema_timm.errors import UserError, sentence
+from ema_timm.fields import CONSTRUCTOR_ERRORS
 from ema_timm.integrations.yolo.rows import rows_of
 
 MODEL = "model.yaml"
@@ -74,7 +75,7 @@ def read_model_yaml(folder: Path) -> dict:
     try:
         text = _text(file)
         config = yaml.safe_load(text) if _is_plain(text) else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, *CONSTRUCTOR_ERRORS) as error:
         raise UserError(f"{file} is missing or damaged. {REMEDY}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} does not describe a detector. {REMEDY}.")

@@ -17,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save
 
 from ema_timm.checkpoints.folder import CheckpointWriter
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
 from ema_timm.files import WEIGHTS
 from ema_timm.hub.fetch import fetch
 from ema_timm.integrations.yolo.contents import (
@@ -157,9 +157,7 @@ def _fetched(source: str | Path, revision: str | None) -> Path:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(
-            f"{repo} is neither a folder nor on the Hub: {first_line(error)}"
-        ) from error
+        raise UserError(f"{repo} is neither a folder nor on the Hub: {sentence(error)}") from error
     described = _fetch(f"{repo}@{revision}" if revision else repo, DESCRIPTION)
     commit = described.parent.name  # the client caches files by commit
     for name in (MODEL, WEIGHTS):

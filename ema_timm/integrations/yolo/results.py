@@ -20,10 +20,13 @@ from typing import Any
 from ema_timm.backbones.complexity import count_parameters
 from ema_timm.checkpoints.layout import RESULTS, WEIGHTS, read_json
 from ema_timm.checkpoints.results import FORMAT, carried_over, check_format
+from ema_timm.checkpoints.schema import CARD_FIELDS
 from ema_timm.errors import UserError
+from ema_timm.fields import check_fields
 from ema_timm.files import sha256
 from ema_timm.integrations.yolo.layer import EmaAttnRow
 
+_FIELDS = {"card?": CARD_FIELDS, "evaluation?": {"data?": dict}, "metrics?": {"*": float}}
 _DESCRIBED = ("decoder", "imgsz", "license", "ultralytics")
 
 
@@ -81,8 +84,10 @@ def read_own_results(folder: Path, facts: dict) -> dict:
 
 
 def _read(folder: Path) -> dict:
-    results = read_json(folder / RESULTS, f"Write it with: ema-timm card {folder}")
+    remedy = f"Write it with: ema-timm card {folder}"
+    results = read_json(folder / RESULTS, remedy)
     check_format(results, folder / RESULTS)
+    check_fields(results, _FIELDS, folder / RESULTS, f"Remove it. {remedy}")
     return results
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ema_timm import __version__
+from ema_timm.fields import load_json
 from ema_timm.files import cache_folder, write_whole
 
 _logger = logging.getLogger(__name__)
@@ -119,13 +120,13 @@ def read_device(device: torch.device) -> Records:
 def read_file(file: Path, key: Mapping[str, str]) -> Records:
     """Read a file. One that is missing, damaged or of another key counts as empty."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file)
         if content["environment"] != key:
             raise ValueError("it was made in another environment")
         return _parse(content)
     except OSError:
         return Records()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = str(error) or type(error).__name__
         _logger.warning("The choices in %s are ignored: %s.", file, reason)
         return Records()
