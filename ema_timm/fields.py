@@ -54,7 +54,8 @@ def load_yaml(file: Path) -> Any:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is not such a YAML in UTF-8, or is nested deeper than `DEEPEST`.
+        ValueError: If it is not such a YAML in UTF-8, gives a key twice, or is nested deeper than
+            `DEEPEST`.
     """
     text, depth = file.read_text("utf-8"), 0
     try:
@@ -63,7 +64,7 @@ def load_yaml(file: Path) -> Any:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise ValueError(_TOO_DEEP)
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _UniqueKeys)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{line}{error.problem}") from error
@@ -71,6 +72,22 @@ def load_yaml(file: Path) -> Any:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     _check_bounds(content)
     return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice; PyYAML keeps the last one."""
+
+    def compose_mapping_node(self, anchor):
+        """Read a mapping, before keys are merged into it."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+            if name in lines:
+                twice = f"{key.value} is given twice, first in line {lines[name]}"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            lines[name] = line
+        return node
 
 
 def _check_bounds(content: Any) -> None:

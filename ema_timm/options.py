@@ -8,9 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ema_timm.errors import UserError, first_line
+from ema_timm.errors import UserError, sentence
+from ema_timm.fields import load_yaml
 from ema_timm.repeated import Once, Pairs
 
 
@@ -153,34 +152,15 @@ def _literal(value: object) -> str:
     return plain if isinstance(value, str) and pair(f"k={plain}")[1] == value else repr(value)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice; PyYAML keeps the last one."""
-
-    def compose_mapping_node(self, anchor):
-        """Read a mapping, before keys are merged into it."""
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
-            if name in lines:
-                twice = f"{key.value} is given twice, first in line {lines[name]}"
-                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
-            lines[name] = line
-        return node
-
-
 def _read_mapping(file: Path) -> dict:
     try:
-        content = yaml.load(file.read_text("utf-8"), _Loader)
+        content = load_yaml(file)
     except OSError as error:
         raise UserError(f"--config: cannot read {file}: {error.strerror}.") from error
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+    except ValueError as error:
         raise UserError(
-            f"--config: {file} is not valid YAML: {line}{error.problem}. Correct the file."
+            f"--config: {file} is not valid YAML: {sentence(error)} Correct the file."
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--config: {file} is not valid YAML: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"--config: {file} must contain lines such as lr: 0.001.")
     return content

@@ -8,6 +8,7 @@ import torch
 from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, load_state_dict
 from timm.models._factory import parse_model_name
 from timm.models._hub import load_state_dict_from_path
+from timm.utils.distributed import world_info_from_env
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,7 +22,6 @@ from ema_timm.checkpoints.weights import PICKLES, check_bounds
 from ema_timm.errors import UserError, some
 from ema_timm.files import sha256
 from ema_timm.hub.fetch import fetch
-from ema_timm.training.processes import is_main
 
 _NUMPY = (".npz", ".npy")  # weights of other frameworks, which timm itself converts
 
@@ -70,7 +70,7 @@ class InitialModel(NamedTuple):
         overlay = {"file": str(file), "source": ""}
         if network and self.weights and not self.weights.endswith(_NUMPY):
             checkpoint = read_checkpoint(file).named_as(network.state_dict())
-            if is_main() and checkpoint.notes:
+            if world_info_from_env()[1] == 0 and checkpoint.notes:
                 print(*checkpoint.notes, sep="\n", file=sys.stderr)
             return {**overlay, "state_dict": checkpoint.state}
         if network:
