@@ -9,6 +9,7 @@ children instead and computes the paper's definition.
 import logging
 from collections.abc import Callable
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.nn.utils import parametrize
 
 from ema_timm.ops.reference import definition
 from ema_timm.ops.weights import EmaWeights, require_map
+
+if TYPE_CHECKING:
+    from ema_timm.attention import EmaAttn
 
 # torch.fx keeps it whole: it compares sizes, which a proxy does not have.
 torch.fx.wrap("require_map")
@@ -49,7 +53,7 @@ REMEDY = (
 )
 
 
-def plain_weights(layer: nn.Module) -> EmaWeights | None:
+def plain_weights(layer: "EmaAttn") -> EmaWeights | None:
     """The parameters of ``layer``, or None if it must call its children.
 
     Every forward passes here, so nothing makes a call of Python as long as the children are plain.
@@ -75,7 +79,7 @@ def plain_weights(layer: nn.Module) -> EmaWeights | None:
     return EmaWeights(a["weight"], a["bias"], b["weight"], b["bias"], c["weight"], c["bias"])
 
 
-def obstacle(layer: nn.Module) -> str:
+def obstacle(layer: "EmaAttn") -> str:
     """Why the weights of ``layer`` are not all that it computes with; empty if they are.
 
     Args:
@@ -110,7 +114,7 @@ def _module_of(hook: Callable) -> str:
     return str(hook.__module__)
 
 
-def call_children(layer: nn.Module, x: Tensor) -> Tensor:
+def call_children(layer: "EmaAttn", x: Tensor) -> Tensor:
     """The output of ``layer`` by calls of its children, differentiable as they are.
 
     Args:

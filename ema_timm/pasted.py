@@ -5,11 +5,14 @@ load as they are, and some modules without weights (``softmax``, ``agp``, ``pool
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ema_timm.children import KINDS
+
+if TYPE_CHECKING:
+    from ema_timm.attention import EmaAttn
 
 
 def adapted_state(state: Mapping[str, Any], make: Callable[..., nn.Module]) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def adapted_state(state: Mapping[str, Any], make: Callable[..., nn.Module]) -> d
 
 
 def loading_errors(
-    layer: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
+    layer: "EmaAttn", state_dict: Mapping[str, Tensor], prefix: str
 ) -> Iterator[str]:
     """The error for weights of the same width with another number of groups.
 
