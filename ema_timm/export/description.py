@@ -12,9 +12,9 @@ from pathlib import Path
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from ema_timm.checkpoints.layout import require_kinds
 from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessing, preprocessing
 from ema_timm.errors import UserError
+from ema_timm.fields import check_fields
 
 _KINDS = {
     "input_size": list,
@@ -94,6 +94,6 @@ def from_metadata(metadata: Mapping[str, str], path: Path) -> dict | None:
         description = {key: json.loads(metadata.get(key, "null")) for key in _KINDS}
     except ValueError as error:
         raise UserError(f"the metadata of {path} cannot be read: {error}. {_AGAIN}") from error
-    require_kinds(description, _KINDS, path, _AGAIN)
+    check_fields(description, _KINDS, f"the metadata of {path}", _AGAIN)
     check_preprocessing(description, f"the metadata of {path}")
     return description
