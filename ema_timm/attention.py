@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ema_timm.children import REMEDY, call_children, obstacle, plain_weights
 from ema_timm.ops import EmaWeights, ema_attention
 from ema_timm.ops.dispatch import require_implementation
 from ema_timm.ops.macs import closed_form_macs, parallel_macs
 from ema_timm.ops.weights import EPS
+from ema_timm.pasted import FOLDED, adapted_state, loading_errors
 
 # Symbolic tracers (torch.fx, timm's and torchvision's feature extraction) keep the operator
 # whole: its validation reads shapes, which a proxy does not have.
@@ -49,9 +51,14 @@ class EmaAttn(nn.Module):
     `set_implementation` changes the implementation of a model's layers. Its choice "fused", Triton
     kernels, is experimental until it has been timed on a GPU.
 
+    A child that is wrapped or hooked (LoRA, pruning, ``weight_norm``) works as in any other module:
+    the layer then calls its children, which is slower; see `ema_timm.children`.
+
     Args:
         channels: C, the width of the feature map.
-        groups: G, the paper's ``factor``; must divide ``channels``.
+        groups: G, the paper's ``factor``; must divide ``channels``. By default the largest divisor
+            up to 32.
+        factor: Another name of ``groups``, which the authors' code has.
         cross_spatial: False is the paper's ablation, without cross-spatial learning: both
             branches are added and each channel keeps its own gate map. The same parameters;
             `ema_timm.ops.parallel` has the formula.
@@ -60,28 +67,24 @@ class EmaAttn(nn.Module):
 
     Raises:
         ValueError: If ``groups`` does not divide ``channels`` or either is below 1.
-        TypeError: If either is not an int, or ``cross_spatial`` is not a bool.
+        TypeError: If either is not an int, both ``groups`` and ``factor`` are given, or
+            ``cross_spatial`` is not a bool.
     """
 
     def __init__(
         self,
         channels: int,
-        groups: int = DEFAULT_GROUPS,
+        *,  # a pasted EMA(c1, c2) must not become c2 groups
+        groups: int | None = None,
+        factor: int | None = None,
         cross_spatial: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _require_positive_int("channels", channels)
-        _require_positive_int("groups", groups)
+        groups = _chosen_groups(channels, groups, factor)
         if not isinstance(cross_spatial, bool):
             raise TypeError(f"cross_spatial must be True or False, got {cross_spatial!r}.")
-        if channels % groups:
-            raise ValueError(
-                f"groups must divide channels: {channels} channels cannot be split into {groups} "
-                f"groups. The nearest choice is "
-                f"EmaAttn({channels}, groups={largest_group_count(channels, groups)})."
-            )
         n = channels // groups
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = channels
@@ -101,20 +104,57 @@ class EmaAttn(nn.Module):
         Returns:
             (B, C, H, W), the dtype and memory format of ``x``.
         """
-        return ema_attention(x, self.weights(), self.groups, self.impl, self.cross_spatial)
+        return self.gated(x)
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        if any(key.startswith(f"{prefix}folded.") for key in state_dict):
-            raise RuntimeError(f"The weights of {prefix.rstrip('.') or 'this layer'} are {_FOLDED}")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def gated(self, x: Tensor) -> Tensor:
+        """What `forward` returns, for subclasses: TorchScript does not compile ``super()``."""
+        if torch.jit.is_scripting():
+            return ema_attention(x, self.weights(), self.groups, self.impl, self.cross_spatial)
+        else:  # the script compiler does not read this branch
+            weights = plain_weights(self)
+            if weights is None:
+                return call_children(self, x)
+            return ema_attention(x, weights, self.groups, self.impl, self.cross_spatial)
 
     def weights(self) -> EmaWeights:
-        """The current parameters, in the form that `ema_attention` expects."""
-        mix, conv, norm = self.conv1x1, self.conv3x3, self.gn  # each look-up takes a call
-        mix_bias, conv_bias = mix.bias, conv.bias
+        """The current parameters, in the form that `ema_attention` expects.
+
+        Raises:
+            RuntimeError: If a child is wrapped or hooked, because the parameters are then not all
+                that the layer computes with.
+        """
+        if not torch.jit.is_scripting():
+            self._require_plain("Reading its weights")
+        mix_bias, conv_bias = self.conv1x1.bias, self.conv3x3.bias
         # TorchScript types a convolution's bias as optional; ours always have one.
         assert mix_bias is not None and conv_bias is not None
-        return EmaWeights(mix.weight, mix_bias, conv.weight, conv_bias, norm.weight, norm.bias)
+        return EmaWeights(
+            self.conv1x1.weight,
+            mix_bias,
+            self.conv3x3.weight,
+            conv_bias,
+            self.gn.weight,
+            self.gn.bias,
+        )
+
+    def _require_plain(self, purpose: str) -> None:
+        if reason := obstacle(self):
+            raise RuntimeError(
+                f"This EMA attention layer calls its children, because {reason}. {purpose} would "
+                f"leave that out. {REMEDY}"
+            )
+
+    def __prepare_scriptable__(self) -> "EmaAttn":
+        """Refuse a layer whose script would leave out what wraps or hooks its children."""
+        self._require_plain("Scripting it")
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state if "impl" in state else adapted_state(state, EmaAttn))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        rest[-1].extend(loading_errors(self, state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def macs(self, batch: int, height: int, width: int) -> int:
         """Multiply-accumulates of one call, as `ema_timm.ops.macs` counts them.
@@ -160,6 +200,39 @@ def set_implementation(model: nn.Module, impl: str) -> int:
     return len(layers)
 
 
+def layer_types(model: nn.Module | None = None) -> list[type[EmaAttn]]:
+    """`EmaAttn` and its subclasses, for tools that look layers up by their exact type.
+
+    Args:
+        model: The network that holds the layers; None stands for every subclass that is imported.
+    """
+    if model is not None:
+        return list({EmaAttn, *(type(m) for m in model.modules() if isinstance(m, EmaAttn))})
+    found: list[type[EmaAttn]] = [EmaAttn]
+    for kind in found:  # it grows
+        found += kind.__subclasses__()
+    return found
+
+
+def _chosen_groups(channels: int, groups: int | None, factor: int | None) -> int:
+    if groups is not None and factor is not None:
+        raise TypeError(
+            f"groups and factor are two names of one number, got groups={groups} and "
+            f"factor={factor}. Give groups."
+        )
+    groups = factor if groups is None else groups
+    if groups is None:
+        return largest_group_count(channels)
+    _require_positive_int("channels", channels)
+    _require_positive_int("groups", groups)
+    if channels % groups:
+        raise ValueError(
+            f"groups must divide channels: {channels} channels cannot be split into {groups} "
+            f"groups. Use groups={largest_group_count(channels, groups)}, or leave groups out."
+        )
+    return groups
+
+
 def _require_positive_int(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}).")
@@ -167,16 +240,10 @@ def _require_positive_int(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-_FOLDED = (
-    "those of a folded EMA layer, which ema-timm 0.2.0 made with reparameterize() and later "
-    "versions do not have. Folding cannot be undone. Load the checkpoint that was saved before it."
-)
-
-
 if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str):
         if name == "FoldedEma":  # the class that a pickle of a folded layer needs
             # Not an AttributeError, because pickle would replace its message.
-            raise RuntimeError(f"The parameters of FoldedEma are {_FOLDED}")
+            raise RuntimeError(f"The parameters of FoldedEma are {FOLDED}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from torch import nn
 
 from ema_timm import EmaAttn, ema_attention
 from ema_timm.attention import largest_group_count
+from ema_timm.integrations.yolo import EmaAttnRow
 
 SHAPES = {
     "square": (2, 64, 32, 7, 7),
@@ -27,7 +28,7 @@ SHAPES = {
 
 
 def random_layer(channels, groups, dtype=torch.float64):
-    layer = EmaAttn(channels, groups, dtype=dtype)
+    layer = EmaAttn(channels, groups=groups, dtype=dtype)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     return layer
@@ -65,7 +66,7 @@ def test_closed_form_equals_the_definition(case, layout):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_output_keeps_dtype_and_memory_format_and_owns_its_memory(dtype, memory_format, impl):
-    layer = EmaAttn(32, 8, dtype=dtype)
+    layer = EmaAttn(32, groups=8, dtype=dtype)
     layer.impl = impl
     x = torch.randn(2, 32, 5, 6).to(dtype).to(memory_format=memory_format).requires_grad_()
     out = layer(x)
@@ -95,12 +96,11 @@ def test_state_dict_keys_are_those_of_the_authors_module():
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda: EmaAttn(48), ValueError, r"48 channels .* 32 groups.*EmaAttn\(48, groups=24\)"),
-        (lambda: EmaAttn(64, 0), ValueError, "groups must be at least 1, got 0"),
-        (lambda: EmaAttn(64, -4), ValueError, "groups must be at least 1, got -4"),
+        (lambda: EmaAttn(64, groups=0), ValueError, "groups must be at least 1, got 0"),
+        (lambda: EmaAttn(64, groups=-4), ValueError, "groups must be at least 1, got -4"),
         (lambda: EmaAttn(0), ValueError, "channels must be at least 1, got 0"),
         (lambda: EmaAttn(64.0), TypeError, "channels must be an int, got 64.0"),
-        (lambda: EmaAttn(64, True), TypeError, "groups must be an int, got True"),
+        (lambda: EmaAttn(64, groups=True), TypeError, "groups must be an int, got True"),
         (lambda: EmaAttn(64, rd_ratio=0.5), TypeError, "rd_ratio"),
         (lambda: EmaAttn(64)(torch.randn(64, 7, 7)), ValueError, r"4 dimensions.*unsqueeze"),
         (lambda: EmaAttn(64)(torch.randn(2, 49, 64)), ValueError, r"\(2, 49, 64\)"),
@@ -119,7 +119,7 @@ def test_bad_input_is_refused_with_the_rule_what_came_and_the_remedy(call, error
 
 
 def call_with(groups=4, impl="auto"):
-    return ema_attention(torch.randn(1, 16, 3, 3), EmaAttn(16, 4).weights(), groups, impl)
+    return ema_attention(torch.randn(1, 16, 3, 3), EmaAttn(16, groups=4).weights(), groups, impl)
 
 
 @pytest.mark.parametrize("impl", ["reference", "closed_form"])
@@ -227,7 +227,7 @@ def test_device_and_dtype_construction(where):
 
 
 def test_repr_names_channels_and_groups():
-    assert "channels=64, groups=16" in repr(EmaAttn(64, 16))
+    assert "channels=64, groups=16" in repr(EmaAttn(64, groups=16))
 
 
 def test_builds_as_timm_attention_layer():
@@ -239,7 +239,7 @@ def test_builds_as_timm_attention_layer():
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit announces its own end
 class TestTracing:
     def setup_method(self):
-        self.layer = EmaAttn(32, 8)
+        self.layer = EmaAttn(32, groups=8)
         self.small, self.large = torch.randn(1, 32, 3, 5), torch.randn(2, 32, 8, 6)
 
     def check(self, traced):
@@ -252,6 +252,10 @@ class TestTracing:
         torch.jit.save(scripted, saved)
         saved.seek(0)
         self.check(torch.jit.load(saved))
+
+    def test_torchscript_of_a_row_of_yolo(self):
+        self.layer = EmaAttnRow(32, 8, gain=2)
+        self.check(torch.jit.script(self.layer))
 
     def test_jit_trace_burns_no_size_in(self):
         self.check(torch.jit.trace(self.layer, self.small))

@@ -25,7 +25,7 @@ REMEDY = "ema-timm 0.2.0 .* cannot be undone. Load the checkpoint that was saved
 
 
 def test_timm_reparameterizes_other_layers_and_leaves_ours_as_they_are():
-    model = nn.Sequential(RepVggBlock(24, 24), EmaAttn(24, 4)).eval()
+    model = nn.Sequential(RepVggBlock(24, 24), EmaAttn(24, groups=4)).eval()
     small = reparameterize_model(model)
     assert len(small[0].state_dict()) < len(model[0].state_dict())
     assert isinstance(small[1], EmaAttn)
@@ -47,7 +47,7 @@ def test_timm_reparameterizes_a_whole_network_with_our_layers():
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(("prefix", "named"), [("", "this layer"), ("1.", "1")])
 def test_a_state_dict_of_a_folded_layer_is_refused_with_the_remedy(prefix, named, strict):
-    layer = EmaAttn(24, 4)
+    layer = EmaAttn(24, groups=4)
     model = nn.Sequential(nn.Identity(), layer) if prefix else layer
     state = {f"{prefix}folded.{name}": torch.zeros(shape) for name, shape in FOLDED.items()}
     with pytest.raises(RuntimeError, match=f"The weights of {named} are those of .*{REMEDY}"):

@@ -22,7 +22,9 @@ USES = {
 
         layer = EmaAttn(64, groups=8, device="cpu", dtype=torch.float32)
         EmaAttn("64")  # wrong
-        EmaAttn(64, factor=8)  # wrong
+        EmaAttn(64, factor=8)
+        EmaAttn(64, 8)  # wrong
+        EmaAttn(64, reduction=8)  # wrong
         weights: EmaWeights = layer.weights()
         gated: torch.Tensor = ema_attention(torch.randn(1, 64, 7, 7), weights, 8)
         ema_attention(gated, weights, 8, impl=3)  # wrong

@@ -102,7 +102,7 @@ def _with_layers(model: nn.Module, make: Callable[[EmaAttn], nn.Module]) -> nn.M
 
 
 def _authors(layer: EmaAttn) -> AuthorsEmaAttn:
-    authors = AuthorsEmaAttn(layer.channels, layer.groups)
+    authors = AuthorsEmaAttn(layer.channels, groups=layer.groups)
     authors.load_state_dict(layer.state_dict())
     return authors
 

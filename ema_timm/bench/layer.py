@@ -160,11 +160,11 @@ def _variants(case: Case, compiled: bool) -> dict[str, _Variant]:
     x = case.x
     channels = x.shape[1]
     dd = {"device": x.device, "dtype": x.dtype}
-    first = EmaAttn(channels, case.groups, **dd)
+    first = EmaAttn(channels, groups=case.groups, **dd)
     with torch.no_grad():
         for parameter, value in zip(first.weights(), case.weights, strict=True):
             parameter.copy_(value)
-    authors = AuthorsEmaAttn(channels, case.groups, **dd)
+    authors = AuthorsEmaAttn(channels, groups=case.groups, **dd)
     authors.load_state_dict(first.state_dict())
     variants = {AUTHORS: _Variant(authors, True)}
     if compiled and x.is_cuda:  # on a CPU, compiling takes minutes and makes this code slower

@@ -197,7 +197,7 @@ def _model_args(filled: list[Slot], groups: dict[str, int], slots: list[Slot]) -
     if lacking:
         raise UserError(
             f"the checkpoint has EMA layers only in some blocks of a stage: {some(lacking)} have "
-            "none. Build the network by hand with ema_timm.EmaAttn(channels, groups)."
+            "none. Build the network by hand with ema_timm.EmaAttn(channels, groups=...)."
         )
     if len(filled) < len(slots):
         args["ema_stages"] = sorted(stages)
@@ -215,5 +215,5 @@ def _bound(filled: list[Slot], groups: dict[str, int]) -> int:
             return bound
     raise UserError(
         f"the EMA layers have {sorted(set(groups.values()))} groups, which no single "
-        "ema_groups= gives. Build the network by hand with ema_timm.EmaAttn(channels, groups)."
+        "ema_groups= gives. Build the network by hand with ema_timm.EmaAttn(channels, groups=...)."
     )

@@ -9,27 +9,39 @@ cannot count the layer. All count multiply-accumulates of the closed form, as `e
 from collections.abc import Callable
 from math import prod
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ema_timm.attention import EmaAttn
-
-
-def thop_ops() -> dict[type, Callable]:
-    """For ``thop.profile(model, inputs, custom_ops=thop_ops())``."""
-    return {EmaAttn: _count_for_thop}
+from ema_timm.attention import EmaAttn, layer_types
 
 
-def ptflops_hooks() -> dict[type, Callable]:
-    """For ``ptflops.get_model_complexity_info(..., custom_modules_hooks=ptflops_hooks())``.
+def thop_ops(model: nn.Module | None = None) -> dict[type, Callable]:
+    """For ``thop.profile(model, inputs, custom_ops=thop_ops(model))``.
+
+    Args:
+        model: The network, whose subclasses of `EmaAttn` are counted too, such as the rows of YOLO.
+            None stands for every subclass that is imported.
+    """
+    return dict.fromkeys(layer_types(model), _count_for_thop)
+
+
+def ptflops_hooks(model: nn.Module | None = None) -> dict[type, Callable]:
+    """For ``get_model_complexity_info(..., custom_modules_hooks=ptflops_hooks(model))`` of ptflops.
 
     Its backend ``aten`` counts the layer by itself and ignores them.
+
+    Args:
+        model: As in `thop_ops`.
     """
-    return {EmaAttn: _count_for_ptflops}
+    return dict.fromkeys(layer_types(model), _count_for_ptflops)
 
 
-def calflops_hooks() -> dict[type, Callable]:
-    """For ``calflops.pytorch_ops.MODULE_HOOK_MAPPING.update(calflops_hooks())``, once."""
-    return {EmaAttn: _count_for_calflops}
+def calflops_hooks(model: nn.Module | None = None) -> dict[type, Callable]:
+    """For ``calflops.pytorch_ops.MODULE_HOOK_MAPPING.update(calflops_hooks(model))``, once.
+
+    Args:
+        model: As in `thop_ops`.
+    """
+    return dict.fromkeys(layer_types(model), _count_for_calflops)
 
 
 def fvcore_handles() -> dict[str, Callable]:

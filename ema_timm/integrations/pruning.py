@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from ema_timm.attention import EmaAttn
+from ema_timm.attention import EmaAttn, layer_types
 
 
 def pruners(model: nn.Module) -> dict[type, object]:
@@ -35,7 +35,7 @@ def pruners(model: nn.Module) -> dict[type, object]:
     from torch_pruning.pruner.function import BasePruningFunc
 
     class EmaPruner(BasePruningFunc):
-        """Takes channel groups out of an `EmaAttn`."""
+        """Takes channel groups out of an `EmaAttn`, or of one of its subclasses."""
 
         def prune_out_channels(self, layer: EmaAttn, idxs: Sequence[int]) -> nn.Module:
             """Take the channels ``idxs`` out, whole groups of the layer in all."""
@@ -49,7 +49,7 @@ def pruners(model: nn.Module) -> dict[type, object]:
 
         get_in_channels = get_out_channels
 
-    return {EmaAttn: EmaPruner()}
+    return dict.fromkeys(layer_types(model), EmaPruner())
 
 
 def whole_groups(importance: Callable) -> Callable:

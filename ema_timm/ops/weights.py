@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 EPS = 1e-5
@@ -80,24 +81,33 @@ def require_fit(x: Tensor, weights: EmaWeights, groups: int) -> None:
         ValueError: If the shapes do not fit together, or ``groups`` is below 1.
         TypeError: If ``x`` is not floating point, or ``groups`` is not an int.
     """
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {groups!r} ({type(groups).__name__}).")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}.")
+    n = weights.gn_weight.numel()
+    if x.dim() == 4 and not fits(weights, n):
+        raise ValueError(misfit(weights, x.shape[1] // groups))
+    require_map(x, groups, n)
+
+
+def require_map(x: Tensor, groups: int, n: int) -> None:
+    """Check that ``x`` is a feature map of ``groups`` groups of ``n`` channels.
+
+    Raises:
+        ValueError: If it has another shape.
+        TypeError: If it is not floating point.
+    """
     if x.dim() != 4:
         raise ValueError(
             f"x must be a feature map of 4 dimensions (B, C, H, W), got {x.dim()} with shape "
-            f"{tuple(x.shape)}. Add the batch dimension with x.unsqueeze(0), or reshape tokens to "
-            "a map first."
+            f"{tuple(x.shape)}. {_as_map(x.shape, groups * n)}"
         )
     if not x.is_floating_point():
         raise TypeError(
             f"x must be floating point, got {x.dtype}. Convert it first, for example with "
             "x.float()."
         )
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"groups must be an int, got {groups!r} ({type(groups).__name__}).")
-    if groups < 1:
-        raise ValueError(f"groups must be at least 1, got {groups}.")
-    n = weights.gn_weight.numel()
-    if not fits(weights, n):
-        raise ValueError(misfit(weights, x.shape[1] // groups))
     if x.shape[1] != groups * n:
         raise ValueError(
             f"The layer's weights are for {groups * n} channels ({groups} groups of {n}), got "
@@ -106,3 +116,17 @@ def require_fit(x: Tensor, weights: EmaWeights, groups: int) -> None:
         )
     if 0 in x.shape[2:]:
         raise ValueError(f"H and W must be at least 1, got shape {tuple(x.shape)}.")
+
+
+def _as_map(shape: torch.Size, channels: int) -> str:
+    """How to give a tensor of another number of dimensions as a map, by where its channels are."""
+    places = [index for index, size in enumerate(shape) if size == channels]
+    hints = {
+        (3, 0): "Add the batch dimension: x.unsqueeze(0).",
+        (3, 1): "Give a sequence (B, C, L) as a map of one row: x.unsqueeze(2).",
+        (3, 2): "Reshape tokens (B, H·W, C) to a map: x.transpose(1, 2).unflatten(2, (H, W)).",
+        (5, 1): "Move the frames of (B, C, T, H, W) to the batch: x.transpose(1, 2).flatten(0, 1).",
+        (5, 2): "Move the frames of (B, T, C, H, W) to the batch: x.flatten(0, 1).",
+    }
+    found = [hints[len(shape), place] for place in places if (len(shape), place) in hints]
+    return " Or: ".join(found) or f"Give a map with C = {channels}."

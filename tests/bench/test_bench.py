@@ -49,7 +49,7 @@ def test_every_variant_has_time_memory_and_parity(measured):
 
 def test_the_authors_code_equals_the_reference():
     torch.manual_seed(0)
-    authors = AuthorsEmaAttn(64, 16).double()
+    authors = AuthorsEmaAttn(64, groups=16).double()
     x = torch.randn(2, 64, 5, 7, dtype=torch.float64)
     got = authors(x)
     authors.impl = "reference"

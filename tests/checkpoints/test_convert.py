@@ -111,7 +111,7 @@ REFUSED = {
 
 
 def other_width(layer):
-    return EmaAttn(layer.channels, layer.groups // 2).state_dict()
+    return EmaAttn(layer.channels, groups=layer.groups // 2).state_dict()
 
 
 @pytest.mark.parametrize("case", REFUSED)

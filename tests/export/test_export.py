@@ -178,9 +178,9 @@ def test_onnx_leaves_the_size_free_if_maps_of_groups_of_one_channel_may_be_one_p
     """PyTorch's exporter then fails on convolutions, so these files get the plain dialect."""
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=4, padding=1),
-        EmaAttn(8, 8),
+        EmaAttn(8, groups=8),
         nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
-        EmaAttn(8, 4),
+        EmaAttn(8, groups=4),
     ).eval()
     write_onnx(ready_to_export(model, "onnx"), torch.randn(2, 3, 8, 10), tmp_path / "m.onnx")
     assert_same(
@@ -259,7 +259,7 @@ def test_exported_layers_are_compiled_as_scripts(dialect):
 
 
 def test_the_copy_shares_no_memory_with_the_network():
-    layer = EmaAttn(8, 2).double().eval()
+    layer = EmaAttn(8, groups=2).double().eval()
     ready, x = ready_to_export(layer), torch.randn(1, 8, 5, 6).double()
     before = ready(x)
     for parameter in layer.parameters():
@@ -269,7 +269,7 @@ def test_the_copy_shares_no_memory_with_the_network():
 
 def test_an_unknown_dialect_is_an_error_that_names_the_others():
     with pytest.raises(ValueError, match=r"one of \('plain', 'onnx', .*, got 'openvino'"):
-        ready_to_export(EmaAttn(8, 2), "openvino")
+        ready_to_export(EmaAttn(8, groups=2), "openvino")
 
 
 WAYS = {

@@ -58,7 +58,7 @@ from ema_timm import EmaAttn
 from ema_timm.bench.runtimes import load_runtime
 
 warnings.simplefilter("ignore")
-layer = torch.nn.Sequential(EmaAttn(8, 2)).eval()
+layer = torch.nn.Sequential(EmaAttn(8, groups=2)).eval()
 load_runtime("openvino", layer, torch.randn(1, 8, 6, 6), fixed=True)
 if importlib.util.find_spec("nncf"):
     import nncf.telemetry
@@ -83,7 +83,7 @@ def test_aot_inductor(tmp_path):
     """One layer: some whole networks, plain ones too, come out wrong at odd sizes."""
     if not hasattr(torch._inductor, "aoti_load_package"):
         pytest.skip("AOTInductor packages need PyTorch 2.6")
-    layer = EmaAttn(16, 4).eval()
+    layer = EmaAttn(16, groups=4).eval()
     auto = torch.export.Dim.AUTO
     shapes = ({0: auto, 2: auto, 3: auto},)
     program = torch.export.export(layer, (torch.randn(2, 16, 8, 6),), dynamic_shapes=shapes)

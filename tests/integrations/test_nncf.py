@@ -21,7 +21,9 @@ IMAGES = list(torch.randn(4, 1, 3, 10, 10, generator=torch.Generator().manual_se
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), EmaAttn(32, 8), nn.Conv2d(32, 8, 3))
+    network = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), EmaAttn(32, groups=8), nn.Conv2d(32, 8, 3)
+    )
     for parameter in network[2].parameters():
         nn.init.normal_(parameter, std=0.5)
     return network.eval()

@@ -1,6 +1,7 @@
 """torch-pruning takes whole groups out of EMA layers, and what stays computes what it did."""
 
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from torch import nn
 
 from ema_timm import EmaAttn
 from ema_timm.integrations.pruning import pruners, step, whole_groups
+from ema_timm.integrations.yolo import EmaAttnRow
 
 tp = pytest.importorskip("torch_pruning", reason="not run: pip install 'ema-timm[friends]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,12 +31,13 @@ def pruned(model, ratio=0.3, **options):
     return model
 
 
-def test_a_pruned_network_is_the_masked_network():
+@pytest.mark.parametrize("kind", [EmaAttn, EmaAttnRow, partial(EmaAttnRow, gain=2)])
+def test_a_pruned_network_is_the_masked_network(kind):
     """A channel that is zero leaves its group's gate; a group that is zero leaves nothing."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(32)
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, bias=False), norm, EmaAttn(32, groups=8), nn.Conv2d(32, 4, 3)
+        nn.Conv2d(3, 32, 3, bias=False), norm, kind(32, groups=8), nn.Conv2d(32, 4, 3)
     )
     shake(model).eval()
     norm.weight.data = torch.arange(32.0) + 1  # for the mask to be known by its norm
@@ -75,7 +78,7 @@ def test_networks_are_pruned_saved_and_trained(name, across, tmp_path):
 
 def test_a_part_of_a_group_is_refused():
     layer = EmaAttn(32, groups=8)
-    (pruner,) = pruners(layer).values()
+    pruner = pruners(layer)[EmaAttn]
     with pytest.raises(ValueError, match="whole groups of 4 channels, got 2 channels of 1 groups"):
         pruner.prune_out_channels(layer, [0, 1])
 

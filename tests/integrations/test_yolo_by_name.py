@@ -91,35 +91,88 @@ def test_builds_for_every_task(name, kind):
         model(torch.rand(1, 3, 256, 256))
 
 
-@pytest.mark.parametrize(("groups", "taken"), [(8, 8), (5, 4), (1000, 64)])
-def test_groups_are_an_upper_bound(groups, taken):
-    model = detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", ["c2", groups]], [15]))
-    assert [layer.groups for layer in layers(model)] == [taken]
+REMEDY = re.escape("Write [-1, 1, EmaAttn, []], or [-1, 1, EmaAttn, [8]] for 8 groups")
+
+
+@pytest.mark.parametrize("repeats", [1, 6])  # 2 at this depth
+@pytest.mark.parametrize(
+    ("arguments", "groups", "gain"),
+    [
+        ([], 32, 1),
+        (["c2"], 32, 1),
+        ([64], 32, 1),  # the width, as pasted rows write it
+        ([8], 8, 1),
+        (["c2", 8], 8, 1),
+        ([5], 4, 1),
+        ([{"groups": 1000}], 64, 1),
+        (["c2", {"groups": 8, "gain": 3}], 8, 3),
+        ([8, {"gain": 2}], 8, 2),
+        (["c2", 32, 2], 32, 2),  # written by ema-timm 0.2.0
+    ],
+    ids=str,
+)
+def test_a_row_takes_its_width_from_the_row_before(arguments, groups, gain, repeats):
+    model = detector(with_rows("yolov8n.yaml", [-1, repeats, "EmaAttn", arguments], [15]))
+    found = [(layer.channels, layer.groups, layer.gain) for layer in layers(model)]
+    assert found == [(64, groups, gain)] * (1 if repeats == 1 else 2)
+
+
+@pytest.mark.parametrize("scale", ["n", "s", "m", "l", "x"])
+def test_rows_as_people_paste_them_build_at_every_scale(scale):
+    config = with_rows(f"yolov8{scale}.yaml", [-1, 1, "EmaAttn", [8]], [4, 15])
+    with torch.device("meta"):
+        built, _ = tasks.parse_model(config, 3, verbose=False)
+    rows = [(i, layer) for i, layer in enumerate(built) if isinstance(layer, EmaAttnRow)]
+    assert [layer.groups for _, layer in rows] == [8, 8]
+    assert [layer.channels for _, layer in rows] == [
+        built[i - 1].cv2.conv.out_channels for i, _ in rows
+    ]
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["wide"], [8], [1024], ["c2", 0], ["c2", "x"], [None], ["c2", 8, 1, 1], ["c2", 8, "x"]],
+    [
+        ["wide"], [256], ["c2", 0], ["c2", "x"], [None], [True], ["c2", 8, 1, 1], ["c2", 8, "x"],
+        ["c2", "c2"], ["c2", "c2", 8], ["c2", 8, 8], ["c2", 64], [256, 8], [8, {"groups": 8}],
+        [{"gain": 0}], [{"gain": "x"}], [{"factor": 8}],
+    ],
     ids=str,
-)
-def test_a_wrong_row_gives_one_line_with_the_remedy(arguments):
-    with pytest.raises((TypeError, ValueError), match=r"\[-1, 1, EmaAttn, \[c2\]\]") as error:
-        detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", arguments]))
+)  # fmt: skip
+def test_another_row_is_refused_and_shown_with_the_remedy(arguments):
+    with pytest.raises(ValueError, match=rf"the number of groups.*{REMEDY}") as error:
+        detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", arguments], [15]))
+    shown = ", ".join(str(a).replace("c2", "64") for a in arguments)
+    assert str(error.value).startswith(f"Row 16, [-1, 1, EmaAttn, [{shown}]], is not understood")
     assert "\n" not in str(error.value)
 
 
-def test_a_row_that_reads_another_width_gives_one_line_with_the_remedy():
+def test_a_row_that_reads_another_row_is_refused_and_shown_with_the_remedy():
     config = with_rows("yolov8n.yaml", ROW, [15])
     assert config["head"][6][2] == "EmaAttn"
+    config["head"][6][0] = 15  # the row before, by its number
+    assert [layer.channels for layer in layers(detector(config))] == [64]
     config["head"][6][0] = 6
-    with pytest.raises(ValueError, match=r"\[-1, 1, EmaAttn, \[c2\]\]") as error:
+    with pytest.raises(ValueError, match=rf"Row 16, .* reads row 6, .* must be -1\. {REMEDY}"):
         detector(config)
-    assert "\n" not in str(error.value)
 
 
-def test_several_maps_give_one_line_with_the_remedy():
-    with pytest.raises(ValueError, match=r"names 2\. Write the row as \[-1, 1, EmaAttn, \[c2\]\]"):
+def test_another_map_gives_one_line_with_the_remedy():
+    with pytest.raises(ValueError, match=rf"names 2\. {REMEDY}"):
         EmaAttnRow(64)([torch.rand(1, 64, 2, 2)] * 2)
+    with pytest.raises(ValueError, match=rf"width 64 got a map of width 32\. {REMEDY}"):
+        EmaAttnRow(64)(torch.rand(1, 32, 2, 2))
+
+
+def test_in_python_the_width_comes_first():
+    layer = EmaAttnRow(48, groups=8, gain=2)
+    assert (layer.channels, layer.groups, layer.gain) == (48, 8, 2)
+    with pytest.raises(ValueError, match=r"EmaAttnRow\(\) is not understood"):
+        EmaAttnRow()
+
+    def parse_model():  # another function of that name is no builder of YOLO
+        return EmaAttnRow(16)
+
+    assert parse_model().channels == 16
 
 
 def test_a_process_that_imports_ultralytics_alone_knows_the_name(python, model_yaml):
@@ -340,10 +393,10 @@ def test_yolov5_knows_the_name(python, tmp_path, name):
     code = f"""
 import torch
 from {name}.yolo import parse_model
-rows = [[-1, 1, "nn.Conv2d", [3, 48, 3]], [-1, 1, "EmaAttn", ["c2"]]]
-print(parse_model(rows)[1].groups)
+rows = [[-1, 1, "nn.Conv2d", [3, 48, 3]], *([-1, 1, "EmaAttn", a] for a in ([], ["c2"], [8]))]
+print([(m.channels, m.groups) for m in parse_model(rows)[1:]])
 """
-    assert python(code, env={"PYTHONPATH": str(tmp_path)}) == "24\n"
+    assert python(code, env={"PYTHONPATH": str(tmp_path)}) == "[(48, 24), (48, 24), (48, 8)]\n"
 
 
 def test_another_projects_module_of_that_name_is_left_alone(python, tmp_path):
@@ -401,5 +454,5 @@ def test_mixed_precision_gives_no_nan(dtype, size):
 
 
 def test_rows_print_what_they_are(config):
-    text = str(detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", ["c2", 16, 2]])))
+    text = str(detector(with_rows("yolov8n.yaml", [-1, 1, "EmaAttn", [16, {"gain": 2}]])))
     assert len(re.findall(r"channels=64, groups=16, gain=2", text)) == 1

@@ -299,7 +299,7 @@ def test_the_command_writes_both_files_and_reports(checkpoint, tmp_path, capsys)
 def test_the_command_writes_a_yaml_from_a_yaml(tmp_path, capsys):
     output = tmp_path / "yolov8s-ema.yaml"
     assert main(["yolo", "yolov8s.yaml", "--after", "4", "6", "--output", str(output)]) == 0
-    assert "[-1, 1, EmaAttn, [c2, 32]]" in output.read_text()
+    assert "[-1, 1, EmaAttn, [{groups: 32}]]" in output.read_text()
     assert [m.gain for m in YOLO(output).model.modules() if isinstance(m, EmaAttnRow)] == [1, 1]
     assert list(tmp_path.iterdir()) == [output]
 

@@ -18,7 +18,7 @@ NAMES = EmaWeights._fields
 
 def layer_and_input(**options):
     torch.manual_seed(0)
-    layer = EmaAttn(16, 2, **options)
+    layer = EmaAttn(16, groups=2, **options)
     with torch.no_grad():
         for p, w in zip(layer.parameters(), oracle.make_weights(8, torch.float32), strict=True):
             p.copy_(w)
@@ -42,7 +42,7 @@ grad_modes = pytest.mark.parametrize("grad", [True, False])
 
 @grad_modes
 def test_weights_on_another_device_end_in_pytorchs_error(grad):
-    layer = EmaAttn(16, 2, device="meta")
+    layer = EmaAttn(16, groups=2, device="meta")
     with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"device|meta"):
         layer(torch.randn(SHAPE))
 
@@ -50,7 +50,7 @@ def test_weights_on_another_device_end_in_pytorchs_error(grad):
 def test_the_operator_refuses_weights_on_another_device():
     from ema_timm.ops.operators import closed_form_operator
 
-    weights = EmaAttn(16, 2, device="meta").weights()
+    weights = EmaAttn(16, groups=2, device="meta").weights()
     with pytest.raises(RuntimeError, match="on one device"):
         closed_form_operator(torch.randn(SHAPE), weights, 2)
 
@@ -58,7 +58,7 @@ def test_the_operator_refuses_weights_on_another_device():
 @grad_modes
 def test_fake_weights_end_in_pytorchs_error(grad):
     with FakeTensorMode():
-        layer = EmaAttn(16, 2)
+        layer = EmaAttn(16, groups=2)
     assert isinstance(layer.gn.weight, FakeTensor)
     with torch.set_grad_enabled(grad), pytest.raises(Exception, match="FakeTensor"):
         layer(torch.randn(SHAPE))
@@ -73,7 +73,7 @@ def test_distributed_weights_end_in_pytorchs_error(grad):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        layer = distribute_module(EmaAttn(16, 2), init_device_mesh("cpu", (1,)))
+        layer = distribute_module(EmaAttn(16, groups=2), init_device_mesh("cpu", (1,)))
         # PyTorch 2.5 ends in an IndexError of its own planner.
         with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, IndexError)) as found:
             layer(torch.randn(SHAPE))
@@ -158,7 +158,7 @@ def test_weights_of_another_shape_are_refused(name, impl):
             ema_attention(x, other, 2, impl)
 
 
-@pytest.mark.parametrize("name", EmaAttn(16, 2).gn.state_dict())
+@pytest.mark.parametrize("name", EmaAttn(16, groups=2).gn.state_dict())
 def test_a_layer_with_a_parameter_of_another_width_is_refused(name):
     layer, x = layer_and_input()
     setattr(layer.gn, name, torch.nn.Parameter(torch.zeros(3)))
@@ -300,7 +300,7 @@ def test_batched_gradients_equal_single_ones():
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_vectorized_jacobian_equals_the_plain_one(create_graph):
-    layer = EmaAttn(4, 2)
+    layer = EmaAttn(4, groups=2)
     x = torch.randn(1, 4, 2, 3)
     found, wanted = (
         torch.autograd.functional.jacobian(layer, x, create_graph, vectorize=vectorize)
@@ -320,7 +320,7 @@ def test_plain_tensors_still_take_the_kernel(monkeypatch):
             native, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k)
         )
     for channels in (16, 2):  # groups of several channels and of one
-        layer = EmaAttn(channels, 2)
+        layer = EmaAttn(channels, groups=2)
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(2, channels, 5, 6, dtype=dtype, requires_grad=True)
             layer(x).sum().backward()
@@ -333,7 +333,7 @@ def test_plain_tensors_still_take_the_kernel(monkeypatch):
 def test_a_backward_inside_autocast_is_the_one_outside():
     """Products of weights in bfloat16 would reach C as if they were float32."""
     torch.manual_seed(0)
-    layer, x = EmaAttn(16, 2), torch.randn(SHAPE, requires_grad=True)
+    layer, x = EmaAttn(16, groups=2), torch.randn(SHAPE, requires_grad=True)
     leaves = [x, *layer.parameters()]
     wanted = torch.autograd.grad(layer(x).square().sum(), leaves)
     with torch.autocast("cpu", torch.bfloat16):

@@ -201,7 +201,7 @@ def test_gradients_are_none_where_not_wanted(form, wanted):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 def test_function_transforms_and_forward_mode():
     torch.manual_seed(0)
-    layer = EmaAttn(8, 2).double()
+    layer = EmaAttn(8, groups=2).double()
     x = torch.randn(3, 2, 8, 4, 5, dtype=torch.double)
 
     def loss(x):
@@ -256,7 +256,7 @@ def test_an_expanded_gradient_is_read_by_its_strides(form):
 
 
 def test_parameters_changed_in_place_are_seen_at_once():
-    layer, x = EmaAttn(8, 2).eval(), torch.randn(1, 8, 5, 6)
+    layer, x = EmaAttn(8, groups=2).eval(), torch.randn(1, 8, 5, 6)
     with torch.no_grad():
         first = layer(x)
         layer.conv3x3.weight.data.mul_(3)
@@ -321,7 +321,7 @@ def test_inference_holds_at_most_two_temporaries_of_the_inputs_size(built, monke
 
 
 def authors_form(x, w, groups):
-    layer = AuthorsEmaAttn(x.shape[1], groups)
+    layer = AuthorsEmaAttn(x.shape[1], groups=groups)
     names = [name for name, _ in layer.named_parameters()]
     return torch.func.functional_call(layer, dict(zip(names, w, strict=True)), (x,))
 
@@ -393,7 +393,7 @@ def test_half_precision_keeps_statistics_in_float32(form):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiles_whole_with_dynamic_shapes(layout):
     torch._dynamo.reset()
-    layer = EmaAttn(16, 4)
+    layer = EmaAttn(16, groups=4)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for shape in ((2, 16, 5, 6), (3, 16, 8, 7)):
         case = oracle.make_case(shape, 4, torch.float32, layout)
@@ -418,7 +418,7 @@ def test_the_custom_operator_passes_pytorchs_own_checks():
 
 def others():
     torch.manual_seed(0)
-    return EmaAttn(16, 4), torch.randn(2, 16, 6, 7), torch.randn(3, 16, 9, 5)
+    return EmaAttn(16, groups=4), torch.randn(2, 16, 6, 7), torch.randn(3, 16, 9, 5)
 
 
 @pytest.mark.filterwarnings("ignore")

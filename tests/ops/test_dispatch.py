@@ -19,7 +19,7 @@ SHAPE = (2, 8, 6, 5)
 
 
 def implementation(x, impl="auto"):
-    return dispatch._implementation(x, EmaAttn(8, 2, device=x.device).weights(), 2, impl)
+    return dispatch._implementation(x, EmaAttn(8, groups=2, device=x.device).weights(), 2, impl)
 
 
 def test_eager_calls_take_the_hand_written_passes():
@@ -104,10 +104,10 @@ def python_calls(function):
 
 
 @pytest.mark.skipif(library.library() is None, reason=f"no native kernel: {library.status()}")
-@pytest.mark.parametrize(("recorded", "most"), [(False, 44), (True, 50)])
+@pytest.mark.parametrize(("recorded", "most"), [(False, 38), (True, 44)])
 def test_a_forward_on_the_cpu_makes_few_calls_of_python(recorded, most):
     """The limits are what the code needs. Small maps spend much of their time in these calls."""
-    layer, x = EmaAttn(64, 8), torch.randn(2, 64, 14, 14)
+    layer, x = EmaAttn(64, groups=8), torch.randn(2, 64, 14, 14)
     with nullcontext() if recorded else torch.no_grad():
         names = python_calls(lambda: layer(x))
     assert len(names) <= most, "\n".join(names)

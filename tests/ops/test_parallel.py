@@ -91,14 +91,14 @@ def test_a_large_mean_costs_no_accuracy():
 
 
 def layer(**kwargs):
-    attn = EmaAttn(32, 8, cross_spatial=False, **kwargs)
+    attn = EmaAttn(32, groups=8, cross_spatial=False, **kwargs)
     for parameter in attn.parameters():
         nn.init.normal_(parameter, std=0.5)
     return attn
 
 
 def test_parameters_are_those_of_the_full_layer():
-    full, ablated = EmaAttn(32, 8), layer()
+    full, ablated = EmaAttn(32, groups=8), layer()
     ablated.load_state_dict(full.state_dict(), strict=True)
     assert [(k, v.shape) for k, v in full.state_dict().items()] == [
         (k, v.shape) for k, v in ablated.state_dict().items()
@@ -109,13 +109,13 @@ def test_parameters_are_those_of_the_full_layer():
 
 def test_repr_shows_the_ablation():
     assert "cross_spatial=False" in repr(layer())
-    assert "cross_spatial" not in repr(EmaAttn(32, 8))
+    assert "cross_spatial" not in repr(EmaAttn(32, groups=8))
 
 
 @pytest.mark.parametrize("value", ["false", 0, None, "cpu"])
 def test_only_true_and_false_are_taken(value):
     with pytest.raises(TypeError, match="cross_spatial must be True or False"):
-        EmaAttn(32, 8, value)
+        EmaAttn(32, groups=8, cross_spatial=value)
 
 
 @pytest.mark.parametrize("impl", ["reference", "closed_form"])
@@ -235,7 +235,7 @@ def test_an_injected_network_remembers_the_ablation():
 
 
 def test_training_leaves_the_warm_start_at_once():
-    attn = EmaAttn(32, 8, cross_spatial=False)
+    attn = EmaAttn(32, groups=8, cross_spatial=False)
     attn.load_state_dict(neutral_state(attn))
     x = torch.randn(2, 32, 6, 6)
     assert torch.equal(attn(x), x * 0.5)

@@ -17,7 +17,7 @@ IMAGES = torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
 
 def layer(groups=4, channels=16, **options):
     """One layer with random weights everywhere: fresh ones have γ = 1, β = 0."""
-    made = EmaAttn(channels, groups, **options).eval()
+    made = EmaAttn(channels, groups=groups, **options).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

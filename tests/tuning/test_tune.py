@@ -29,7 +29,11 @@ def small(monkeypatch):
 
 def model():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), EmaAttn(8, 2), EmaAttn(8, 2), EmaAttn(8, 4)
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        EmaAttn(8, groups=2),
+        EmaAttn(8, groups=2),
+        EmaAttn(8, groups=4),
     )
 
 
@@ -87,7 +91,7 @@ def test_a_call_under_autocast_measures_backwards_outside_of_it():
 
 
 def test_layers_without_cross_spatial_learning_are_left_out():
-    net = nn.Sequential(EmaAttn(8, 2), EmaAttn(8, 4, cross_spatial=False))
+    net = nn.Sequential(EmaAttn(8, groups=2), EmaAttn(8, groups=4, cross_spatial=False))
     layers, _ = find_layers(net, torch.randn(1, 8, 3, 3), training=False)
     assert [layer.groups for layer in layers] == [2]
 
@@ -108,7 +112,7 @@ def test_where_nothing_is_written_a_second_model_does_not_push_the_first_out(mon
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EMA_TIMM_CACHE", str(tmp_path / "file"))
     first, second = (
-        tune(EmaAttn(8, groups), torch.randn(1, 8, 3, 3), False, progress=False)
+        tune(EmaAttn(8, groups=groups), torch.randn(1, 8, 3, 3), False, progress=False)
         for groups in (2, 4)
     )
     assert first.file is None and "valid only for this process" in str(second)

@@ -152,8 +152,8 @@ def injected(
 
 
 def _arguments(groups: int, preserve: bool) -> list:
-    """Arguments of the row: c2 fits every scale, and a rebuilt layer needs the gain."""
-    return ["c2", groups, int(NEUTRAL_GAIN)] if preserve else ["c2", groups]
+    """Arguments of the row; a rebuilt layer needs the gain."""
+    return [{"groups": groups, **({"gain": NEUTRAL_GAIN} if preserve else {})}]
 
 
 def _require_trainable(net: nn.Module) -> None:
@@ -197,7 +197,7 @@ def _kept(index: int, row: list) -> list[int]:
 
 
 def _layer(channels: int, groups: int, preserve: bool) -> EmaAttnRow:
-    layer = EmaAttnRow(channels, groups, NEUTRAL_GAIN if preserve else 1)
+    layer = EmaAttnRow(channels, groups=groups, gain=NEUTRAL_GAIN if preserve else 1)
     if preserve:
         layer.load_state_dict(neutral_state(layer, HALF_GRID))
         layer.half().float()  # rounded now, as a checkpoint rounds

@@ -1,52 +1,46 @@
-"""The layer that a row ``[-1, 1, EmaAttn, [c2]]`` of a YOLO model YAML builds.
+"""The layer that a row ``[-1, 1, EmaAttn, []]`` of a YOLO model YAML builds.
 
 YOLO's builders look the name ``EmaAttn`` up in their own module, so `register` puts it there.
 YOLO's checkpoints are pickles that name this module and class, so neither may be renamed.
 """
 
 import importlib
+import sys
 import warnings
-from numbers import Real
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
+from ema_timm.attention import EmaAttn, largest_group_count
+from ema_timm.integrations.yolo.arguments import REMEDY, builder, row_arguments
 from ema_timm.integrations.yolo.rows import NAME
-
-_ROW = f"Write the row as [-1, 1, {NAME}, [c2]]; c2 is the width of the row before, at every scale"
 
 
 class EmaAttnRow(EmaAttn):
-    """`EmaAttn` as a row of a YOLO model YAML: ``[-1, 1, EmaAttn, [c2, groups, gain]]``.
+    """`EmaAttn` as a row of a YOLO model YAML: ``[-1, 1, EmaAttn, [groups]]``.
 
     Args:
-        channels: C, the width of the row before. In a YAML ``c2``, which both builders resolve.
-        groups: Maximum number of groups. The largest divisor of C up to it is used, so that one
-            YAML fits every scale.
+        given: The row's arguments, which `ema_timm.integrations.yolo.arguments` explains. The width
+            comes from YOLO's builder; in Python it is the first argument.
+        groups: Maximum number of groups, 32 by default. The largest divisor of the width up to it
+            is used, so that one YAML fits every scale.
         gain: The output is multiplied by it. 2 undoes the gate of one half that the identity
             initialisation has (`ema_timm.integrations.yolo.injection`); 1 is the paper's layer.
 
     Raises:
-        TypeError: If an argument is missing, one too many, or of the wrong kind.
-        ValueError: If a number is out of range.
+        ValueError: If the arguments are not understood. The message shows the row.
     """
 
-    def __init__(self, channels=None, groups=DEFAULT_GROUPS, gain=1.0, *rest):
-        given = (channels, groups, *rest)
-        if channels is None or rest or not all(_is_int(value) for value in given):
-            shown = ", ".join(map(repr, given)) if channels is not None else "no width"
-            raise TypeError(f"An {NAME} row takes a width and perhaps groups, got {shown}. {_ROW}.")
-        if isinstance(gain, bool) or not isinstance(gain, Real):
-            raise TypeError(f"The gain of an {NAME} row must be a number, got {gain!r}. {_ROW}.")
-        if channels < 1 or groups < 1 or gain <= 0:
-            raise ValueError(
-                f"The numbers of an {NAME} row must be at least 1, and its gain above 0, got "
-                f"[{channels}, {groups}, {gain}]. {_ROW}."
-            )
-        super().__init__(channels, largest_group_count(channels, groups))
-        self.gain = float(gain)
+    gain: float = 1.0  # of pickles of a pasted class, which have none
+
+    def __init__(self, *given: Any, groups: int | None = None, gain: float | None = None) -> None:
+        keywords = {"groups": groups, "gain": gain}
+        row = row_arguments(given, keywords, builder(sys._getframe(1)))
+        super().__init__(row.channels, groups=largest_group_count(row.channels, row.groups))
+        self.gain = row.gain
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate ``x``.
@@ -60,21 +54,26 @@ class EmaAttnRow(EmaAttn):
         Raises:
             ValueError: If ``x`` is several maps, or not C wide: the row is wrong.
         """
-        if isinstance(x, list | tuple):
-            raise ValueError(f"An {NAME} row takes one map, and its 'from' names {len(x)}. {_ROW}.")
-        # A tracer's shapes are not numbers, and a traced layer has run before.
-        plain = isinstance(x, Tensor) and not torch.jit.is_tracing()
-        if plain and x.dim() == 4 and x.shape[1] != self.channels:
-            raise ValueError(
-                f"An {NAME} row of width {self.channels} got a map of width {x.shape[1]}. {_ROW}, "
-                "and 'from' must be -1."
-            )
-        out = super().forward(x)
+        if not torch.jit.is_scripting():
+            _require_row_before(x, self.channels)
+        out = self.gated(x)
         return out if self.gain == 1 else out * self.gain
 
     def extra_repr(self) -> str:
         """What ``print`` shows beside the class name."""
         return super().extra_repr() + ("" if self.gain == 1 else f", gain={self.gain:g}")
+
+
+def _require_row_before(x: Tensor | Sequence[Tensor], channels: int) -> None:
+    if isinstance(x, list | tuple):
+        raise ValueError(f"An {NAME} row takes one map, and its 'from' names {len(x)}. {REMEDY}.")
+    # A tracer's shapes are not numbers, and a traced layer has run before.
+    plain = isinstance(x, Tensor) and not torch.jit.is_tracing()
+    if plain and x.dim() == 4 and x.shape[1] != channels:
+        raise ValueError(
+            f"An {NAME} row of width {channels} got a map of width {x.shape[1]}. {REMEDY}, and "
+            "'from' must be -1."
+        )
 
 
 def count_for_thop(layer: EmaAttnRow, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -92,10 +91,6 @@ def count_for_thop(layer: EmaAttnRow, inputs: tuple[Tensor, ...], output: Tensor
     """
     batch, _, height, width = output.shape
     layer.total_ops += 10 * layer.channels * batch * height * width
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def register(module: ModuleType) -> None:

@@ -52,7 +52,7 @@ def on_gpu(shape, dtype=torch.float32, layout=torch.contiguous_format):
     """A map on a GPU that is not there, with the layer's parameters beside it."""
     with FakeTensorMode():
         x = torch.randn(shape, device=GPU, dtype=dtype).to(memory_format=layout)
-        weights = EmaAttn(shape[1], 2, device=GPU).requires_grad_(False).weights()
+        weights = EmaAttn(shape[1], groups=2, device=GPU).requires_grad_(False).weights()
     return x, weights
 
 
@@ -86,7 +86,7 @@ def test_the_cpu_never_asks(monkeypatch):
         raise AssertionError("looked up")
 
     monkeypatch.setattr(choices, "look_up", refuse)
-    layer = EmaAttn(8, 2)
+    layer = EmaAttn(8, groups=2)
     layer(torch.randn(2, 8, 6, 5)).sum().backward()
     with torch.no_grad():
         layer(torch.randn(2, 8, 6, 5))

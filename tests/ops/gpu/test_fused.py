@@ -227,7 +227,7 @@ def awkward_inputs():
 @pytest.mark.parametrize("name", awkward_inputs())
 def test_awkward_inputs_lose_no_more_than_the_authors_form(name, layout):
     x = awkward_inputs()[name].contiguous(memory_format=layout)
-    authors = AuthorsEmaAttn(16, 2)
+    authors = AuthorsEmaAttn(16, groups=2)
     oracle.make_weights(8, torch.float32)
     authors.load_state_dict(
         dict(zip(authors.state_dict(), oracle.make_weights(8, torch.float32), strict=True))
@@ -322,9 +322,9 @@ def test_passes_pytorchs_own_operator_checks(shape, layout):
 def test_compiles_as_one_graph(backend):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    block = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), EmaAttn(16, 4), torch.nn.ReLU()).to(
-        DEVICE
-    )
+    block = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), EmaAttn(16, groups=4), torch.nn.ReLU()
+    ).to(DEVICE)
     set_implementation(block, "fused")
     x = torch.randn(1, 3, 8, 8, device=DEVICE)
     block(x).square().sum().backward()
@@ -337,7 +337,7 @@ def test_compiles_as_one_graph(backend):
 
 @pytest.mark.filterwarnings("ignore")
 def test_exports_as_its_operator():
-    layer = EmaAttn(16, 4, device=DEVICE).eval()
+    layer = EmaAttn(16, groups=4, device=DEVICE).eval()
     set_implementation(layer, "fused")
     x = torch.randn(2, 16, 6, 5, device=DEVICE)
     sizes = {0: torch.export.Dim("b", max=64), 2: torch.export.Dim("h", max=64)}
@@ -385,7 +385,7 @@ def test_without_a_gpu_or_triton_the_error_says_so(python):
     code = (
         "import sys, torch, ema_timm\n"
         "if sys.argv[1] == 'blocked': sys.modules['triton'] = None\n"
-        "layer = ema_timm.EmaAttn(8, 2)\n"
+        "layer = ema_timm.EmaAttn(8, groups=2)\n"
         "layer(torch.randn(1, 8, 3, 3))\n"
         "assert sys.argv[1] == 'blocked' or 'triton' not in sys.modules\n"
         "ema_timm.set_implementation(layer, 'fused')\n"
@@ -399,7 +399,7 @@ def test_without_a_gpu_or_triton_the_error_says_so(python):
 
 def test_auto_never_takes_the_kernels_on_the_cpu(monkeypatch):
     monkeypatch.setattr(launch, "forward", lambda *_: pytest.fail("auto took the kernels"))
-    EmaAttn(8, 2)(torch.randn(1, 8, 3, 3)).sum().backward()
+    EmaAttn(8, groups=2)(torch.randn(1, 8, 3, 3)).sum().backward()
 
 
 def failing(raised):
@@ -499,10 +499,10 @@ def test_a_failed_launch_is_pytorchs_error_with_the_shapes(monkeypatch, raised, 
 
 def test_set_implementation_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="impl must be 'auto' or one of"):
-        set_implementation(EmaAttn(8, 2), "quick")
+        set_implementation(EmaAttn(8, groups=2), "quick")
     with pytest.raises(ValueError, match="Linear holds no EMA attention layer"):
         set_implementation(torch.nn.Linear(2, 2), "fused")
-    ablation = EmaAttn(8, 2, cross_spatial=False)
+    ablation = EmaAttn(8, groups=2, cross_spatial=False)
     with pytest.raises(ValueError, match="without cross-spatial learning"):
         set_implementation(ablation, "fused")
     assert set_implementation(ablation, "auto") == 1

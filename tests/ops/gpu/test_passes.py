@@ -31,7 +31,7 @@ def test_half_precision_output_and_every_gradient_at_real_sizes(shape, layout, d
 
 def authors_under_autocast(x, w, groups):
     """The published arrangement as CUDA's autocast runs it: the norm in float32."""
-    layer = AuthorsEmaAttn(x.shape[1], groups)
+    layer = AuthorsEmaAttn(x.shape[1], groups=groups)
     gn = layer.gn
     gn.forward = lambda t: F.group_norm(
         t.float(), gn.num_groups, gn.weight.float(), gn.bias.float(), gn.eps

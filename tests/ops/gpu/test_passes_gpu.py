@@ -61,7 +61,7 @@ def test_half_precision_is_no_worse_than_the_authors_form(mean, dtype):
         case = on_gpu((2, 64, 14, 14), 8, dtype, "channels_last", seed=seed)
         case = case._replace(x=(case.x.detach() + mean).requires_grad_())
         truth = oracle.expected(case)
-        layer = AuthorsEmaAttn(64, 8).cuda()
+        layer = AuthorsEmaAttn(64, groups=8).cuda()
         names = [name for name, _ in layer.named_parameters()]
 
         def authors(x, weights, groups, layer=layer, names=names):
@@ -88,7 +88,7 @@ def test_a_forward_keeps_what_was_counted_without_a_gpu(layout, dtype):
     counted = count_layer(EmaAttn, shape, setting)["saved_bytes"]
     format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = torch.randn(batch, *shape, device="cuda").to(dtype, memory_format=format).requires_grad_()
-    layer = EmaAttn(256, 32, device="cuda")
+    layer = EmaAttn(256, groups=32, device="cuda")
     for _ in range(2):  # libraries take memory of their own the first time
         before = torch.cuda.memory_allocated()
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
@@ -100,7 +100,7 @@ def test_a_forward_keeps_what_was_counted_without_a_gpu(layout, dtype):
 
 def test_a_cuda_graph_replays_a_training_step():
     case = on_gpu((4, 256, 28, 28), 32, torch.bfloat16, "channels_last")
-    layer = EmaAttn(256, 32, device="cuda", dtype=torch.bfloat16)
+    layer = EmaAttn(256, groups=32, device="cuda", dtype=torch.bfloat16)
     still = case.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     graphed = torch.cuda.make_graphed_callables(layer, (still,))
     found = {}
