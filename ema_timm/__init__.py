@@ -12,6 +12,7 @@ from ema_timm.lazy import lazy_names
 if TYPE_CHECKING:
     from ema_timm.attention import EmaAttn, set_implementation
     from ema_timm.backbones.inject import inject
+    from ema_timm.backbones.placement import placement
     from ema_timm.ops import EmaWeights, ema_attention
     from ema_timm.tuning.tuner import tune
 else:
@@ -22,6 +23,7 @@ else:
             "EmaWeights": "ops",
             "ema_attention": "ops",
             "inject": "backbones.inject",
+            "placement": "backbones.placement",
             "set_implementation": "attention",
             "tune": "tuning.tuner",
         },
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "ema_attention",
     "inject",
+    "placement",
     "set_implementation",
     "tune",
 ]

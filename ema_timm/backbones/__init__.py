@@ -20,10 +20,10 @@ def register() -> None:
 
     require_supported_timm()
     # Imported before the lock is acquired: holding it during imports can deadlock with their locks.
-    from ema_timm.backbones import cifar_resnet, mobilenetv2_ema, resnet_ema
+    from ema_timm.backbones import any_network, cifar_resnet, mobilenetv2_ema, resnet_ema
 
     with _lock:
-        for family in (resnet_ema, mobilenetv2_ema, cifar_resnet):
+        for family in (resnet_ema, mobilenetv2_ema, cifar_resnet, any_network):
             family.register()
         _registered = True
 

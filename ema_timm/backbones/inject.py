@@ -1,91 +1,20 @@
-"""Adds EMA attention to the blocks of a timm network, with random or identity initialisation.
+"""Adds EMA attention to a network that is already built: to timm's, and to any other."""
 
-timm's own attention layers can take the same places, so that networks can be compared.
-"""
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from collections.abc import Callable, Iterable
+from torch import nn
 
-from timm.models import is_model
-from torch import Tensor, nn
+from ema_timm.attention import DEFAULT_GROUPS
+from ema_timm.backbones.complexity import count_parameters
+from ema_timm.backbones.hooks import CHILD
+from ema_timm.backbones.paper import inject_as_in_the_paper, stage_numbers
+from ema_timm.backbones.placement import place_of, restore
+from ema_timm.backbones.places import Place, choose, fill, warn_of_losses
+from ema_timm.backbones.rebuild import PAPER, record
 
-from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
-from ema_timm.backbones.slots import MIN_EXPANDED_WIDTH, Slot, find_slots
-from ema_timm.backbones.timm_layers import make_layer, require_layer
-from ema_timm.backbones.warm_start import require_doubling, start_neutral
-
-
-def add_ema(
-    model: nn.Module,
-    groups: int = DEFAULT_GROUPS,
-    stages: Iterable[int] | None = None,
-    cross_spatial: bool = True,
-) -> list[Slot]:
-    """Add an `EmaAttn` with random weights to the blocks of ``model``, in place.
-
-    Args:
-        model: A timm ResNet or MobileNetV2, or a network that contains one.
-        groups: Maximum number of groups of each layer.
-        stages: Numbers of the stages that get EMA attention; None is every stage.
-        cross_spatial: As in `EmaAttn`.
-
-    Returns:
-        The places of the layers.
-
-    Raises:
-        TypeError: If the network has no block of a supported kind.
-        ValueError: If a block has an attention layer already, or a stage has no such block.
-    """
-
-    def make(channels: int, like: Tensor) -> nn.Module:
-        return EmaAttn(
-            channels,
-            groups=largest_group_count(channels, groups),
-            cross_spatial=cross_spatial,
-            device=like.device,
-            dtype=like.dtype,
-        )
-
-    return _fill(model, make, stages)
-
-
-def add_timm_layer(
-    model: nn.Module, name: str, kwargs: dict, stages: Iterable[int] | None = None
-) -> list[Slot]:
-    """Add one of timm's own attention layers where `add_ema` adds EMA attention, in place.
-
-    Args:
-        model: As in `add_ema`.
-        name: Name of the layer for timm's ``create_attn``.
-        kwargs: Other arguments of the layer.
-        stages: As in `add_ema`.
-
-    Returns:
-        The places of the layers.
-
-    Raises:
-        TypeError: As in `add_ema`, and if the layer does not have these arguments.
-        ValueError: As in `add_ema`, and if timm has no such layer or cannot build it.
-    """
-    require_layer(name)
-    return _fill(model, lambda channels, like: make_layer(name, channels, kwargs, like), stages)
-
-
-def _fill(
-    model: nn.Module, make: Callable[[int, Tensor], nn.Module], stages: Iterable[int] | None
-) -> list[Slot]:
-    """Add a layer to the blocks of these stages.
-
-    Args:
-        model: The network.
-        make: Builds the layer for a width, with the device and type of a tensor.
-        stages: Numbers of the stages; None is all.
-    """
-    slots = _wanted(find_slots(model), model, stages)
-    _require_free(slots)
-    for slot in slots:
-        like = next(slot.block.parameters())
-        slot.block.se = make(slot.channels, like).train(slot.block.training)
-    return slots
+_logger = logging.getLogger(__name__)
 
 
 def inject(
@@ -94,95 +23,107 @@ def inject(
     preserve: bool = True,
     stages: Iterable[int] | None = None,
     cross_spatial: bool = True,
+    *,
+    at: str | Sequence[str] | Mapping[str, Any] = PAPER,
+    example: Any = None,
+    replace: bool = False,
 ) -> nn.Module:
-    """Add EMA attention to a timm ResNet or MobileNetV2 that is already built or fine-tuned.
+    """Add EMA attention to a network that is already built or fine-tuned.
+
+    The outputs stay the same to the last bit until you train, unless ``replace`` is on or
+    ``preserve`` is off. Existing parameters keep their names. Each layer runs once in a forward.
+    The places are logged as INFO.
 
     Args:
         model: The network; changed in place.
         groups: Maximum number of groups of each layer. If it does not divide a width, the largest
             divisor below it is used.
-        preserve: Initialise the layers so that the outputs stay exactly the same (see
-            `ema_timm.backbones.warm_start`).
-        stages: Numbers of the stages that get EMA attention, as in their modules' names
-            (``layer1`` is 1, ``blocks.3`` is 3); None is the paper's placement.
+        preserve: Initialise the layers so that the outputs stay the same (see
+            `ema_timm.backbones.warm_start`). False leaves fresh random weights.
+        stages: Only with ``at="paper"``: numbers of the stages that get EMA attention, as in their
+            modules' names (``layer1`` is 1, ``blocks.3`` is 3); None is all.
         cross_spatial: False is the paper's ablation, see `EmaAttn`.
+        at: Where the layers go:
+
+            - "paper", in the blocks of timm's ResNets and MobileNetV2s, as in the paper;
+            - "stages", after the last block of each stage of a timm network;
+            - "se", after each SE layer or other gate of a map;
+            - a pattern over names of modules, or a list of patterns: after each module that
+              matches. ``*`` is one name between dots: "layer1.*". Of an ``nn.Sequential`` the last
+              module is taken;
+            - what `ema_timm.placement` gave as ``at``.
+        example: An input that the network takes: a tensor, a tuple of positional arguments or a
+            dict of keyword arguments. The network runs once, in evaluation mode. timm networks
+            need none.
+        replace: Put the layers in the place of the modules, which changes the outputs.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: If the network has no block of a supported kind.
-        ValueError: If a block has an attention layer already, a stage does not exist, or
-            ``preserve`` is on and a norm has no affine part to double.
+        TypeError: If ``at`` is "paper" and the network has no block of a supported kind.
+        ValueError: If a module cannot take a layer or has one already, nothing matches, a stage
+            does not exist, or ``preserve`` cannot be met. The network is then as it was.
     """
-    stages = None if stages is None else _stage_numbers(stages)
-    if preserve:
-        require_doubling(find_slots(model))
-    slots = add_ema(model, groups=groups, stages=stages, cross_spatial=cross_spatial)
-    if preserve:
-        start_neutral(slots)
-    _rename(model, groups, stages, cross_spatial)
+    if isinstance(at, Mapping):
+        _refuse_with_mapping(groups, preserve, stages, cross_spatial, example, replace)
+        places = restore(model, at)
+    elif at == PAPER:
+        if replace or example is not None:
+            raise ValueError("example and replace are for other places than at='paper'.")
+        stages = None if stages is None else stage_numbers(stages)
+        slots = inject_as_in_the_paper(model, groups, preserve, stages, cross_spatial)
+        places = {f"{slot.path}.se": place_of(slot.block.se, replace=True) for slot in slots}
+    else:
+        if stages is not None:
+            raise ValueError(f"stages are for at='paper', got at={at!r}. Name modules with at=.")
+        _require_patterns(at)
+        gain = 2 if preserve else 1
+        places = choose(model, at, example, groups, gain, replace, cross_spatial)
+        warn_of_losses(model, places)
+        fill(model, places)
+    _log(model, places, preserve and not replace)
+    record(model, at == PAPER, groups, stages, cross_spatial)
     return model
 
 
-def _wanted(slots: list[Slot], model: nn.Module, stages: Iterable[int] | None) -> list[Slot]:
-    """The places in these stages; each stage must have some."""
-    if not slots:
+def _require_patterns(at: Any) -> None:
+    patterns = [at] if isinstance(at, str) else at
+    valid = isinstance(patterns, Sequence) and all(isinstance(p, str) and p for p in patterns)
+    if not valid or not patterns:
         raise TypeError(
-            "EMA attention goes into timm's ResNets (BasicBlock, Bottleneck) and MobileNetV2s "
-            f"(InvertedResidual wider than {MIN_EXPANDED_WIDTH - 1}), and "
-            f"{type(model).__name__} has no such block. In other networks place "
-            "ema_timm.EmaAttn(channels) by hand."
+            f"at must be 'paper', 'stages', 'se', patterns over names of modules such as "
+            f"'layer1.*', or what ema_timm.placement gives, got {at!r}."
         )
-    if stages is None:
-        return slots
-    wanted = _stage_numbers(stages)
-    have = sorted({slot.stage for slot in slots})
-    if not wanted or not wanted <= set(have):
+
+
+def _refuse_with_mapping(groups, preserve, stages, cross_spatial, example, replace) -> None:
+    """A placement says all that the other arguments could."""
+    given = (groups, preserve, stages, cross_spatial, replace)
+    if given != (DEFAULT_GROUPS, True, None, True, False) or example is not None:
         raise ValueError(
-            f"ema_stages must name stages that have a place for EMA attention, {have} in "
-            f"this network, got {sorted(wanted)}."
+            "a placement gives the groups, gain and layout of each layer. Give no other arguments "
+            "beside at=."
         )
-    return [slot for slot in slots if slot.stage in wanted]
 
 
-def _require_free(slots: list[Slot]) -> None:
-    """Raise ValueError for a block that has an attention layer."""
-    for slot in slots:
-        if isinstance(slot.block.se, EmaAttn):
-            raise ValueError(
-                f"Block {slot.path} has EMA attention already. Inject into the plain network."
-            )
-        if slot.filled:
-            raise ValueError(
-                f"Block {slot.path} has another attention layer "
-                f"({type(slot.block.se).__name__}). Give a network without one."
-            )
-
-
-def _rename(
-    model: nn.Module, groups: int, stages: frozenset[int] | None, cross_spatial: bool
-) -> None:
-    """Set the architecture in the network's pretrained cfg, for saved configs."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    name = f"{cfg.get('architecture')}_ema" if isinstance(cfg, dict) else ""
-    if not is_model(name):
-        return
-    model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": name}
-    args = dict(getattr(model, "_model_args", {}))
-    if groups != DEFAULT_GROUPS:
-        args["ema_groups"] = groups
-    if stages is not None:
-        args["ema_stages"] = sorted(stages)
-    if not cross_spatial:
-        args["ema_cross_spatial"] = False
-    model._model_args = args
-
-
-def _stage_numbers(stages: Iterable[int]) -> frozenset[int]:
-    if isinstance(stages, int):
-        stages = (stages,)
-    numbers = tuple(stages)
-    if not all(isinstance(s, int) and not isinstance(s, bool) for s in numbers):
-        raise TypeError(f"ema_stages must be stage numbers, such as (3, 4), got {stages!r}.")
-    return frozenset(numbers)
+def _log(model: nn.Module, places: Mapping[str, Place], preserve: bool) -> None:
+    """Log a table of the layers."""
+    rows = []
+    for name, place in places.items():
+        layer = model.get_submodule(name if place.replace else f"{name}.{CHILD}")
+        rows.append((name, place, count_parameters(layer)))
+    width = max(len(name) for name in places)
+    lines = [
+        f"{name:{width}}  {place.channels:>8}  {place.groups:>6}  {count:>10,}"
+        for name, place, count in rows
+    ]
+    _logger.info(
+        "EMA attention at %d places of %s, %s parameters; its outputs %s.\n%s\n%s",
+        len(places),
+        type(model).__name__,
+        f"{sum(count for *_, count in rows):,}",
+        "stay the same" if preserve else "change",
+        f"{'module':{width}}  channels  groups  parameters",
+        "\n".join(lines),
+    )

@@ -21,7 +21,7 @@ from timm.models import (
 from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS
-from ema_timm.backbones.inject import add_ema, add_timm_layer
+from ema_timm.backbones.paper import add_ema, add_timm_layer
 from ema_timm.backbones.timm_version import TIMM_VERSION
 from ema_timm.backbones.warm_start import warm_start_filter
 from ema_timm.files import WEIGHTS
@@ -124,10 +124,9 @@ def build_ema(
         plain_kwargs: Arguments only for ``plain``.
         **kwargs: Arguments of timm's builder and of ``plain``.
     """
-    if TIMM_VERSION < (1, 0, 26):
-        kwargs["pretrained_cfg"] = _with_named_file(kwargs.get("pretrained_cfg"))
+    kwargs["pretrained_cfg"] = with_named_file(kwargs.get("pretrained_cfg"))
     if pretrained:
-        kwargs["pretrained_cfg_overlay"] = _with_checked_weights(variant, kwargs)
+        kwargs["pretrained_cfg_overlay"] = with_checked_weights(variant, kwargs)
     return build_model_with_cfg(
         partial(
             _network,
@@ -142,18 +141,19 @@ def build_ema(
     )
 
 
-def _with_named_file(cfg: Any) -> Any:
+def with_named_file(cfg: Any) -> Any:
     """The cfg of a ``local-dir:`` name, with the weights file in place of the folder.
 
-    timm before 1.0.26 unpickles whatever file it finds in the folder, safetensors too.
+    timm before 1.0.26 unpickles whatever file it finds in the folder, safetensors too. With a newer
+    timm the cfg is as it was.
     """
-    if not isinstance(cfg, dict) or cfg.get("source") != "local-dir":
+    if TIMM_VERSION >= (1, 0, 26) or not isinstance(cfg, dict) or cfg.get("source") != "local-dir":
         return cfg
     file = Path(cfg["file"]) / WEIGHTS
     return {**cfg, "source": "", "file": str(file)} if file.is_file() else cfg
 
 
-def _with_checked_weights(variant: str, kwargs: dict) -> dict | None:
+def with_checked_weights(variant: str, kwargs: dict) -> dict | None:
     """The overlay of the pretrained cfg, with a file instead of a repository of the Hub.
 
     timm does not compare the file with its sha256, and loads a pickle if it cannot get the file. A

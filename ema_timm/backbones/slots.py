@@ -61,6 +61,16 @@ def find_slots(model: nn.Module) -> list[Slot]:
     return slots
 
 
+def unnumbered_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks that `find_slots` leaves out, because their stage has no number."""
+    found = {id(slot.block) for slot in find_slots(model)}
+    return [
+        path
+        for path, block in model.named_modules()
+        if id(block) not in found and _placement(block) is not None
+    ]
+
+
 def slot_layers(model: nn.Module) -> list[nn.Module]:
     """The attention layers in these places of ``model``, in network order."""
     return [slot.block.se for slot in find_slots(model) if slot.filled]

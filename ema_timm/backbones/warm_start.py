@@ -14,6 +14,7 @@ Without cross-spatial learning each channel has its own logits, which include th
 convolution. There W₃ is 0, and every output channel gets its own gradient.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -59,8 +60,22 @@ def centred(weight: Tensor, grid: float = GRID) -> Tensor:
     """
     steps = (weight.float() * grid).round()
     steps = steps - steps.mean(0).round()
-    steps[0] -= steps.sum(0)  # at most half a step an output channel
+    rest = steps.sum(0)  # at most half a step an output channel
+    channel = torch.arange(len(steps), device=steps.device).view(-1, *[1] * rest.dim())
+    steps -= rest.sign() * (channel < rest.abs())
     return (steps / grid).to(weight.dtype)
+
+
+def low_precision_grid(n: int) -> float:
+    """A grid for `centred` whose weights float16 and bfloat16 hold exactly, too.
+
+    bfloat16 has 8 bits, so the weights of a fresh 3×3 convolution of ``n`` channels, at most
+    1 / (3 √n), get up to 128 steps.
+
+    Args:
+        n: Channels of a group.
+    """
+    return 2.0 ** math.floor(math.log2(128 * 3 * math.sqrt(n)))
 
 
 @torch.no_grad()

@@ -30,17 +30,22 @@ def constant_channel_weights(gn_bias: Tensor) -> Tensor:
     return gn_bias.softmax(0)
 
 
-def collapsed_kernel(conv3x3_weight: Tensor, v: Tensor) -> Tensor:
+def collapsed_kernel(conv3x3_weight: Tensor, gn_bias: Tensor) -> Tensor:
     """Identity b: the n→1 kernel k of the v-weighted 3×3 convolution, (9, n).
+
+    The sum of the softmax divides last. With β = 0 and Σ_o W₃[o] = 0, the identity initialisation,
+    k is then exactly 0 for every n; weights v = 1/n would be rounded first and leave a rest.
 
     Args:
         conv3x3_weight: W₃, (n, n, 3, 3).
-        v: (n,).
+        gn_bias: β, (n,).
     """
     n = conv3x3_weight.shape[0]
+    v = (gn_bias - gn_bias.detach().amax(0)).exp()  # not divided by its sum yet
     # A sum: over the product of a vector and a matrix counters and converters stumble, and that of
     # two matrices is rounded to TF32 where matrix products are.
-    return (v.unsqueeze(1) * conv3x3_weight.reshape(n, n * 9)).sum(0).view(n, 9).t()
+    kernel = (v.unsqueeze(1) * conv3x3_weight.reshape(n, n * 9)).sum(0) / v.sum()
+    return kernel.view(n, 9).t()
 
 
 def fold(w: EmaWeights) -> FoldedWeights:
@@ -50,7 +55,7 @@ def fold(w: EmaWeights) -> FoldedWeights:
     return FoldedWeights(
         w.conv1x1_weight.reshape(n, n),
         w.conv1x1_bias,
-        collapsed_kernel(w.conv3x3_weight, v),
+        collapsed_kernel(w.conv3x3_weight, w.gn_bias),
         w.conv3x3_weight.reshape(n, 9 * n),
         w.conv3x3_bias,
         w.gn_weight,

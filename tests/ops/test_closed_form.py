@@ -128,7 +128,7 @@ def test_identity_b_the_convolution_collapses_to_one_channel():
     v = w.gn_bias.softmax(0)
     whole = F.conv2d(g.flatten(0, 1), w.conv3x3_weight, w.conv3x3_bias, padding=1)
     whole = (whole * v[:, None, None]).sum(1).view(2, 3, 6, 7)
-    found = convolve_to_one_channel(g, collapsed_kernel(w.conv3x3_weight, v))
+    found = convolve_to_one_channel(g, collapsed_kernel(w.conv3x3_weight, w.gn_bias))
     torch.testing.assert_close(found + v @ w.conv3x3_bias, whole, rtol=1e-12, atol=1e-12)
 
 

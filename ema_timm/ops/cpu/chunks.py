@@ -66,7 +66,9 @@ def _forward_chunk(g: Tensor, w: FoldedWeights, out: Tensor) -> Saved:
     rest = y.mean((2, 3))
     # The norm of the centred map: var_mean needs many times as long for the same number.
     var = torch.linalg.vector_norm(y, dim=(2, 3)).square_().div_(height * width)
-    r = var.sub_(rest.square()).clamp_(min=0).add_(EPS).rsqrt_()
+    # Squares of numbers over 1e19 are infinite, and so is the variance: r is 0.
+    offset = rest.square().clamp_(max=torch.finfo(rest.dtype).max)
+    r = var.sub_(offset).clamp_(min=0).add_(EPS).rsqrt_()
     u = cross_spatial_weights(shifted_means(g, row, col).flatten(1), w)  # (T, n)
 
     coef = u * w.gn_weight * r

@@ -3,6 +3,7 @@
 #ifndef EMA_NORM_H
 #define EMA_NORM_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -109,7 +110,8 @@ STEP void normalize(Maps g, const float *gates, Sizes size, float *centre, NormS
             rest = hsum(load(m.sums + c * LANES)) * by_area;
             square = hsum(load(m.squares + c * LANES)) * by_area;
         }
-        const float var = square - rest * rest;
+        /* Squares of numbers over 1e19 are infinite, and so is the variance: r is 0. */
+        const float var = square - fminf(rest * rest, FLT_MAX);
         m.rest[c] = rest;
         m.r[c] = 1.0f / sqrtf((var > 0.0f ? var : 0.0f * var) + 1e-5f);
     }
