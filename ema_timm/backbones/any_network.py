@@ -36,6 +36,13 @@ default_cfgs: dict[str, DefaultCfg] = {}
 
 _EXAMPLE = 'timm.create_model("ema_any", base="convnext_tiny", at="stages", pretrained=True)'
 _PARAMETERS = ("conv1x1.weight", "conv3x3.weight", "gn.weight")
+_DEFAULTS = {
+    "groups": DEFAULT_GROUPS,
+    "preserve": True,
+    "stages": None,
+    "cross_spatial": True,
+    "replace": False,
+}
 _FEATURE_ARGUMENTS = ("out_indices", "feature_cls")
 
 
@@ -99,8 +106,23 @@ def ema_any(
     elif extractor:
         raise TypeError(f"{some(list(extractor))} is for features_only=True. Leave it out.")
     model.pretrained_cfg = model.default_cfg = cfg
-    model._model_args = {**getattr(model, "_model_args", {}), "base": base}
+    # timm before 1.0.31 records no arguments itself.
+    own_args = {"base": base, "at": at, "groups": groups, "preserve": preserve, "stages": stages}
+    own_args |= {"cross_spatial": cross_spatial, "replace": replace}
+    model._model_args = _recorded(kwargs) | {
+        key: value for key, value in own_args.items() if value != _DEFAULTS.get(key, ...)
+    }
     return model
+
+
+def _recorded(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the base, without those that say where weights come from and go."""
+    loading = ("cache_dir", "device", "dtype")
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in loading and not key.startswith("pretrained")
+    }
 
 
 def require_base(base: Any) -> None:

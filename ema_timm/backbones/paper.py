@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
+from ema_timm.backbones.places import choose
 from ema_timm.backbones.slots import MIN_EXPANDED_WIDTH, Slot, find_slots, unnumbered_blocks
 from ema_timm.backbones.timm_layers import make_layer, require_layer
 from ema_timm.backbones.warm_start import require_doubling, start_neutral
-from ema_timm.errors import some
+from ema_timm.errors import sentence, some
 
 
 def add_ema(
@@ -110,8 +111,12 @@ def inject_as_in_the_paper(
 
 def elsewhere(model: nn.Module) -> str:
     """The line that adds layers to a network whose family the paper does not use."""
-    if hasattr(model, "feature_info") and hasattr(model, "pretrained_cfg"):
-        return 'Use ema_timm.inject(model, at="stages"), or name modules: at="PATTERN".'
+    if hasattr(model, "pretrained_cfg"):
+        try:
+            choose(model, "stages")
+            return 'Use ema_timm.inject(model, at="stages"), or name modules: at="PATTERN".'
+        except ValueError as error:
+            return f"{sentence(error)} In a network of your own, ema_timm.EmaAttn is the layer."
     return (
         'Name the modules that return a map: ema_timm.inject(model, at="PATTERN", example=images). '
         "In a network of your own, ema_timm.EmaAttn(channels) is the layer."

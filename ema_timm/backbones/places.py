@@ -1,14 +1,14 @@
 """Places of EMA layers in any network: chosen by ``at``, tried, filled, and listed again."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema_timm.attention import EmaAttn, largest_group_count
+from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
 from ema_timm.backbones import hooks
 from ema_timm.backbones.stages import last_child, layout_by_shape, stage_maps
 from ema_timm.backbones.trace import FORWARD_ERRORS, Trace, traced, trial
@@ -51,12 +51,12 @@ class Place(NamedTuple):
 
 def choose(
     model: nn.Module,
-    at: str | list[str],
-    example: Any,
-    groups: int,
-    gain: int,
-    replace: bool,
-    cross_spatial: bool,
+    at: str | Sequence[str],
+    example: Any = None,
+    groups: int = DEFAULT_GROUPS,
+    gain: int = 2,
+    replace: bool = False,
+    cross_spatial: bool = True,
 ) -> dict[str, Place]:
     """The places that ``at`` means, tried in one forward; ``model`` is left as it is.
 
@@ -95,7 +95,7 @@ def choose(
     return places
 
 
-def _matching(model: nn.Module, at: str | list[str]) -> list[str]:
+def _matching(model: nn.Module, at: str | Sequence[str]) -> list[str]:
     """Names of modules that match a pattern; ``*`` is one name between dots."""
     patterns = [at] if isinstance(at, str) else list(at)
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]

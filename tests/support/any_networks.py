@@ -1,0 +1,33 @@
+"""timm networks of all families, for tests of `ema_any`."""
+
+NETWORKS = """
+resnet101_clip_gap resnet26 resnet32ts resnetv2_101 resnetv2_34 resnetv2_50 resnext50_32x4d
+res2net50_26w_4s res2net50_48w_2s resnest14d seresnet18 skresnet18 regnetx_002 regnety_002
+regnetz_005 regnetz_b16 regnetv_040 densenet121 dla46x_c vgg11_bn inception_v3 inception_v4
+inception_resnet_v2 legacy_xception xception41 efficientnet_b0 efficientnet_lite0
+tf_efficientnet_lite0 efficientnetv2_rw_t tf_efficientnetv2_b0 mobilenetv1_100 mobilenetv2_035
+mobilenetv3_small_050 mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium mobilenetv5_base
+mnasnet_small fbnetc_100 fbnetv3_b hardcorenas_a mixnet_s tinynet_e ghostnet_050 ghostnetv2_100
+ghostnetv3_050 rexnet_100 rexnetr_100 hrnet_w18_small selecsls42 nfnet_l0 eca_nfnet_l0 nf_resnet26
+nf_regnet_b0 convnext_atto test_convnext convnextv2_atto edgenext_xx_small repvgg_a0 mobileone_s0
+repghostnet_050 repvit_m0_9 fastvit_t8 efficientformer_l1 efficientformerv2_s0 levit_128s
+levit_conv_128s coatnet_pico_rw_224 coatnet_nano_rw_224 maxvit_rmlp_pico_rw_256 maxvit_tiny_tf_224
+cspresnet50 cspdarknet53 darknet17 darknet21 darknet53 darknetaa53 vovnet39a ese_vovnet19b_dw
+gernet_s tresnet_m hgnet_tiny hgnetv2_b0 starnet_s050 focalnet_tiny_srf
+swin_tiny_patch4_window7_224 swin_s3_tiny_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256
+vit_tiny_patch16_224 test_vit deit_tiny_patch16_224 poolformer_s12 caformer_s18 convformer_s18
+inception_next_atto mambaout_femto rdnet_tiny resnet26t botnet26t_256 lambda_resnet26t halonet26t
+gcresnet33ts eca_resnet33ts bat_resnext26ts mobilevit_xxs mobilevitv2_050 nest_tiny pit_ti_224
+pvt_v2_b0 twins_svt_small davit_tiny hiera_tiny_224 xcit_nano_12_p16_224 convmixer_768_32
+crossvit_tiny_240 shvit_s1 swiftformer_xs fasternet_t0 lcnet_035 efficientvit_b0 efficientvit_m0
+tiny_vit_5m_224 sam2_hiera_tiny gcvit_xxtiny mvitv2_tiny dpn68 legacy_seresnet18 pnasnet5large
+nasnetalarge sequencer2d_s visformer_tiny volo_d1_224 mixer_s32_224 convit_tiny nextvit_small
+csatv2 vitamin_small_224
+""".split()
+
+# Networks of tokens, and of windows that are no maps.
+REFUSED = """
+levit_128s vit_tiny_patch16_224 test_vit deit_tiny_patch16_224 pit_ti_224 twins_svt_small
+hiera_tiny_224 xcit_nano_12_p16_224 crossvit_tiny_240 mvitv2_tiny mixer_s32_224 convit_tiny
+vitamin_small_224
+""".split()
