@@ -76,9 +76,7 @@ def _arguments(given: Sequence[Any]) -> tuple[list[str], int, int]:
     return classes, groups, int(gain)
 
 
-def fill_blocks(
-    rows: Iterable[nn.Module], classes: Sequence[str], groups: int, gain: int
-) -> None:
+def fill_blocks(rows: Iterable[nn.Module], classes: Sequence[str], groups: int, gain: int) -> None:
     """Add a layer after each direct element of ``m`` of the blocks of some classes, in place.
 
     Args:

@@ -97,7 +97,7 @@ def count_for_thop(layer: EmaAttn, inputs: tuple[Tensor, ...], output: Tensor) -
     layer.total_ops += 10 * layer.channels * batch * height * width
 
 
-_ROWS: dict[str, type[nn.Module]] = {NAME: EmaAttnRow, INSIDE: EmaAttnInside}
+ROWS: dict[str, type[nn.Module]] = {NAME: EmaAttnRow, INSIDE: EmaAttnInside}
 """The layers by the names that rows give them."""
 
 
@@ -112,7 +112,7 @@ def register(module: ModuleType) -> None:
     """
     if not _builds(module):
         return
-    for name, ours in _ROWS.items():
+    for name, ours in ROWS.items():
         theirs = vars(module).setdefault(name, ours)
         if theirs is not ours:
             warnings.warn(
@@ -122,7 +122,7 @@ def register(module: ModuleType) -> None:
                 stacklevel=2,
             )
     # What ULTRALYTICS_SAFE_LOAD=1, and any torch.load(weights_only=True), may rebuild.
-    torch.serialization.add_safe_globals([*_ROWS.values(), EmaAttn, *HOOKS.values()])
+    torch.serialization.add_safe_globals([*ROWS.values(), EmaAttn, *HOOKS.values()])
     try:
         thop = importlib.import_module("thop.profile")
     except ImportError:
