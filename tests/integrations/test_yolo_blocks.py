@@ -339,3 +339,44 @@ def test_fresh_workers_of_several_gpus_build_the_layers(tiny, tmp_path):
         [sys.executable, "-c", code, tmp_path / "ema.pt"], capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1:] == ["2"], done.stderr
+
+
+def test_attend_draws_a_detector(tiny, scenes, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    inject(inject(YOLO(tiny), inside="C2f"), [3]).save(tmp_path / "ema.pt")
+    yolo = YOLO(tmp_path / "ema.pt")
+    save_folder(yolo, tmp_path / "made")
+    pictures = [str(each) for each in sorted((scenes.parent / "images" / "val").glob("*.png"))]
+    for source in ("ema.pt", "made"):
+        output = tmp_path / f"{source}.png"
+        command = ["attend", str(tmp_path / source), *pictures, "--output", str(output)]
+        assert main(command) == 0
+        said = capsys.readouterr()
+        # Layers on maps of one size are one stage.
+        assert said.err.splitlines()[-1] == f"{output}: model.4"
+        assert [line.split("\t")[0] for line in said.out.splitlines()[-2:]] == pictures
+        assert output.stat().st_size > 1000
+    assert main([*command, "--target", "0"]) == 2
+    assert "--target is about Grad-CAM, which is not drawn for detectors" in capsys.readouterr().err
+
+
+def test_attend_sees_the_maps_that_the_detector_computes(tiny, scenes):
+    from ema_timm.see.detectors import letterboxed
+    from ema_timm.see.gates import attention_maps
+
+    yolo = inject(YOLO(tiny), inside="C2f")
+    shake(yolo.model)
+    yolo.overrides["imgsz"] = 96
+    picture = next((scenes.parent / "images" / "val").glob("*.png"))
+    images = letterboxed(yolo, [picture])
+    assert images.shape == (1, 3, 96, 96) and 0 <= images.min() < images.max() <= 1
+    found, name = attention_maps(yolo.model, images), "model.2.m.1.ema"
+    kept = {}
+    yolo.model.get_submodule(name).register_forward_hook(
+        lambda layer, inputs, output: kept.update(x=inputs[0], y=output)
+    )
+    with torch.no_grad():
+        yolo.model.eval()(images)
+    maps = found[name]
+    gates = maps.repeat_interleave(kept["x"].shape[1] // maps.shape[1], dim=1)
+    torch.testing.assert_close(kept["x"] * gates, kept["y"])
