@@ -102,6 +102,7 @@ def install():
         sys.meta_path.insert(0, _finder)
     for target in _TARGETS:
         _install(target)
+    _install_script()
 
 
 def _install(target):
@@ -113,8 +114,18 @@ def _install(target):
             return  # our loader is running in another thread and registers at its end
         from importlib import import_module
 
-        import_module(target)  # wait for another thread, which imports it without our loader
+        # Wait for another thread, which imports it without our loader. In this thread the module
+        # is the first of the process and has just imported torch.
+        import_module(target)
     _register(module)
+
+
+def _install_script():
+    """Register in ``python models/yolo.py``, which is loading, as YOLOv5's way to try a YAML."""
+    script = sys.modules.get("__main__")
+    file = getattr(script, "__file__", None) or ""
+    if os.path.normpath(file).split(os.sep)[-2:] == ["models", "yolo.py"]:
+        _register(script)
 
 
 def _register(module):

@@ -48,6 +48,7 @@ ELSEWHERE = {
     "pytest -m gpu": "needs a GPU",
     "digits-5000": "the comparison that was made; training/compare/test_compare.py has a small one",
     "ema-timm yolo best.pt": "integrations/test_yolo_publish.py; the detector is the reader's",
+    'YOLO("best-ema.pt")': "integrations/test_yolo_blocks.py; the detector is the reader's",
     'load("USER/detector")': "integrations/test_yolo_publish.py, from the stand-in Hub",
     "torch_pruning": "integrations/test_pruning.py, where torch-pruning is installed",
     "XnnpackPartitioner": "integrations/test_executorch.py, where executorch is installed",

@@ -8,11 +8,11 @@ from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS
 from ema_timm.backbones.complexity import count_parameters
-from ema_timm.backbones.hooks import CHILD
 from ema_timm.backbones.paper import inject_as_in_the_paper, stage_numbers
 from ema_timm.backbones.placement import place_of, restore
 from ema_timm.backbones.places import Place, choose, fill, warn_of_losses
 from ema_timm.backbones.rebuild import PAPER, record
+from ema_timm.hooks import CHILD
 
 _logger = logging.getLogger(__name__)
 

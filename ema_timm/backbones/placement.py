@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from ema_timm import hooks
 from ema_timm.attention import EmaAttn
-from ema_timm.backbones import hooks
 from ema_timm.backbones.places import Place, fill
 from ema_timm.errors import some
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ema_timm import hooks
 from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
-from ema_timm.backbones import hooks
 from ema_timm.backbones.stages import last_child, layout_by_shape, stage_maps
 from ema_timm.backbones.trace import FORWARD_ERRORS, Trace, traced, trial
 from ema_timm.backbones.warm_start import low_precision_grid, neutral_state

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ema_timm.attention import EmaAttn
 from ema_timm.backbones.modes import evaluating
 from ema_timm.errors import sentence
 
@@ -46,7 +47,10 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, example: Any):
-        self.modules = dict(model.named_modules())
+        modules = dict(model.named_modules())
+        layers = {name for name, module in modules.items() if isinstance(module, EmaAttn)}
+        # A hooked child would make an EMA layer call its children.
+        self.modules = {n: m for n, m in modules.items() if n.rpartition(".")[0] not in layers}
         self.calls: list[Call] = []
         self._by_name: dict[str, list[Call]] = {}
         self._last: dict[int, tuple[weakref.ref, list[str]]] = {}

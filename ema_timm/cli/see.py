@@ -26,10 +26,16 @@ def _add_attend(commands) -> None:
         "attend",
         help="draw where EMA attention looks in images",
         description="Draw the attention map of each stage over the images, the gates along height "
-        "and width at its edges, and Grad-CAM. Each image is a row, each stage a column.",
-        epilog="example:\n  ema-timm attend runs/flowers rose.jpg tulip.jpg --output attend.png",
+        "and width at its edges, and Grad-CAM. Each image is a row, each stage a column. For a "
+        "detector it prints the best detection and draws no Grad-CAM.",
+        epilog="examples:\n  ema-timm attend runs/flowers rose.jpg tulip.jpg --output attend.png\n"
+        "  ema-timm attend best.pt street.jpg",
     )
-    command.add_argument("source", metavar="CHECKPOINT", help=_CHECKPOINT)
+    command.add_argument(
+        "source",
+        metavar="CHECKPOINT",
+        help=f"{_CHECKPOINT}, or a detector of ultralytics: a .pt or its folder",
+    )
     command.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
     add_options(command, AttendConfig)
     command.set_defaults(run=_attend)

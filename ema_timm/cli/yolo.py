@@ -17,6 +17,7 @@ def add_commands(commands) -> None:
         "--data measures a folder with the validation of ultralytics, for the model card.",
         epilog="examples:\n"
         "  ema-timm yolo yolo11n.pt --output yolo11n-ema.pt\n"
+        "  ema-timm yolo yolo11n.pt --inside C3k2 --output yolo11n-ema.pt\n"
         "  yolo train model=yolo11n-ema.pt data=coco8.yaml\n"
         "  ema-timm yolo best.pt --folder detector --data coco8.yaml",
     )
@@ -37,6 +38,13 @@ def add_commands(commands) -> None:
         "which is the rows that feed the head)",
     )
     command.add_argument(
+        "--inside",
+        nargs="+",
+        metavar="CLASS",
+        help="add layers inside the blocks of these classes, such as C3k2 or C2f: after each "
+        "direct element of the block's m",
+    )
+    command.add_argument(
         "--groups", type=int, help="largest number of channel groups (default: 32)"
     )
     command.add_argument("--folder", metavar="DIR", help="write this folder, without a pickle")
@@ -52,7 +60,7 @@ def add_commands(commands) -> None:
 
 
 def _yolo(args: argparse.Namespace) -> int:
-    modes = {"output": ("after", "groups"), "data": ("img_size", "split", "device")}
+    modes = {"output": ("after", "inside", "groups"), "data": ("img_size", "split", "device")}
     for mode, options in modes.items():
         for name in options:
             if getattr(args, name) is not None and not getattr(args, mode):
@@ -71,11 +79,12 @@ def _inject(args: argparse.Namespace) -> int:
     from ema_timm.attention import DEFAULT_GROUPS
     from ema_timm.integrations.yolo.files import inject_file
 
-    places = args.after or ["head"]
-    numbers = all(place.isdecimal() for place in places)
-    after = [int(place) for place in places] if numbers else " ".join(places)
+    after: str | list[int] | None = None
+    if args.after:
+        numbers = all(place.isdecimal() for place in args.after)
+        after = [int(place) for place in args.after] if numbers else " ".join(args.after)
     groups = DEFAULT_GROUPS if args.groups is None else args.groups
-    done, files = inject_file(args.source, args.output, after, groups)
+    done, files = inject_file(args.source, args.output, after, groups, args.inside)
     print(done)
     for file in files:
         print(file)

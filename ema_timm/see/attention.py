@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ema_timm.environment import pick_device
 from ema_timm.errors import UserError, require_packages
+from ema_timm.see.detectors import best_detections, letterboxed, names_detector, opened
 from ema_timm.see.gates import LayerGates, last_of_stages, layer_gates
 from ema_timm.see.gradcam import Cam, grad_cam, last_stage
 from ema_timm.see.images import find_images, prepare
@@ -42,7 +43,8 @@ def attend(config: AttendConfig) -> Attended:
         UserError: If a setting is wrong, or the network or an image is missing.
         HubError: If a download from the Hub fails.
     """
-    _check(config)
+    detects = names_detector(config.source)
+    _check(config, detects)
     from ema_timm.see.drawing import save_attention, save_groups
 
     files, skipped = find_images(config.images)
@@ -50,7 +52,20 @@ def attend(config: AttendConfig) -> Attended:
         raise UserError(
             f"a figure has rows for {MOST_IMAGES} images, got {len(files)}. Give fewer."
         )
-    device = torch.device(pick_device(config.device))
+    look = _at_detector if detects else _at_classifier
+    seen, gates, rows, cams = look(config, files, torch.device(pick_device(config.device)))
+    pictures = [Path(config.output)]
+    save_attention(seen, gates, cams, rows, pictures[0])
+    if config.groups:
+        pictures.append(pictures[0].with_name(f"{pictures[0].stem}-groups.png"))
+        save_groups(seen, gates, rows, pictures[1])
+    return Attended(pictures, list(gates), rows, skipped)
+
+
+_Seen = tuple[Tensor, dict[str, LayerGates], list[Prediction], list[Cam]]
+
+
+def _at_classifier(config: AttendConfig, files: list[Path], device: torch.device) -> _Seen:
     network = open_classifier(config.source, device)
     images, seen = prepare(files, network.data)
     gates = _chosen(layer_gates(network.run, images), network.run, config.layers)
@@ -63,23 +78,28 @@ def attend(config: AttendConfig) -> Attended:
         if config.beside:
             other = _second(config, network, device)
             cams.append(_cam(other, files, classes, config.cam_layer, device))
-    pictures = [Path(config.output)]
-    save_attention(seen, gates, cams, rows, pictures[0])
-    if config.groups:
-        pictures.append(pictures[0].with_name(f"{pictures[0].stem}-groups.png"))
-        save_groups(seen, gates, rows, pictures[1])
-    return Attended(pictures, list(gates), rows, skipped)
+    return seen, gates, rows, cams
 
 
-def _check(config: AttendConfig) -> None:
+def _at_detector(config: AttendConfig, files: list[Path], device: torch.device) -> _Seen:
+    yolo = opened(config.source)
+    seen = letterboxed(yolo, files)
+    net = yolo.model.to(device)
+    gates = _chosen(layer_gates(net, seen), net, config.layers)
+    return seen, gates, best_detections(yolo, files, device), []
+
+
+def _check(config: AttendConfig, detects: bool) -> None:
     """Check the settings, before any work."""
     check_png("--output", config.output)
-    if config.cam:
-        require_packages(["pytorch_grad_cam"], "see", "Grad-CAM (which --no-cam leaves out)")
     given = [name for name in ("beside", "target", "cam_layer") if getattr(config, name)]
-    if given and not config.cam:
+    if given and (detects or not config.cam):
         option = "--" + given[0].replace("_", "-")
-        raise UserError(f"{option} is about Grad-CAM, which --no-cam leaves out. Drop one of them.")
+        without = "is not drawn for detectors" if detects else "--no-cam leaves out"
+        about = f"{option} is about Grad-CAM, which {without}"
+        raise UserError(f"{about}. Drop {'it' if detects else 'one of them'}.")
+    if config.cam and not detects:
+        require_packages(["pytorch_grad_cam"], "see", "Grad-CAM (which --no-cam leaves out)")
 
 
 def _chosen(gates: dict[str, LayerGates], model: nn.Module, names: str) -> dict[str, LayerGates]:

@@ -9,7 +9,8 @@ from ema_timm.options import option
 class AttendConfig:
     """Settings of `ema_timm.see.attend`. Each field is an option of the command line.
 
-    ``source`` is a checkpoint folder, a timm name or ``hf-hub:USER/NAME``; ``images`` are files.
+    ``source`` is a checkpoint folder, a timm name, ``hf-hub:USER/NAME``, or a detector of
+    ultralytics: a ``.pt`` or its folder; ``images`` are files.
     """
 
     source: str

@@ -13,8 +13,7 @@ import torch
 from support.networks import shake
 from torch import nn
 
-from ema_timm import EmaAttn, inject, placement
-from ema_timm.backbones import hooks
+from ema_timm import EmaAttn, hooks, inject, placement
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -332,7 +331,7 @@ def test_a_pickle_keeps_its_layers_in_a_fresh_process_that_adds_hooks(tmp_path):
 
 
 def test_the_hooks_of_a_pickle_are_public_names():
-    assert hooks.__name__ == "ema_timm.backbones.hooks"
+    assert hooks.__name__ == "ema_timm.hooks"
     assert {hook.__qualname__ for hook in hooks.HOOKS.values()} == {
         "gate_output",
         "gate_output_doubled",

@@ -113,7 +113,7 @@ def _what(results: dict) -> str:
 
 def _numbers(results: dict) -> str:
     layers = results["layers"]
-    places = ", ".join(str(layer["row"]) for layer in layers)
+    places = ", ".join(map(str, dict.fromkeys(layer["row"] for layer in layers)))
     rows = [(escape(_label(name)), f"{value:.4f}") for name, value in _scores(results)]
     metrics = results.get("metrics")
     rows += [

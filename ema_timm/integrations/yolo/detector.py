@@ -1,14 +1,15 @@
 """A detector of ultralytics: supported versions, the outputs of its rows, the places for layers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ema_timm.attention import EmaAttn
 from ema_timm.errors import UserError, require_packages
-from ema_timm.integrations.yolo.layer import EmaAttnRow
+from ema_timm.hooks import CHILD
 from ema_timm.integrations.yolo.rows import PLACES, listed_from, rows_of, sources
 
 OLDEST = (8, 2)
@@ -92,6 +93,59 @@ def trace_rows(net: nn.Module) -> tuple[list[Tensor], list[tuple[int, ...] | Non
     return given, shapes
 
 
+def ema_layers(net: nn.Module) -> Iterator[tuple[int, str, EmaAttn]]:
+    """The EMA layers of a network: number of the row, name in the row, and layer.
+
+    The name ends in a dot, and is empty if the row is the layer: "1." in a row that is repeated,
+    "m.0.ema." inside a block.
+    """
+    for number, row in enumerate(net.model):
+        for name, module in row.named_modules():
+            if isinstance(module, EmaAttn):
+                yield number, f"{name}." if name else "", module
+
+
+def all_but_attention(yolo: Any) -> list[int | str]:
+    """What to freeze so that ``train`` changes only the EMA layers.
+
+    ``yolo.train(data="coco8.yaml", freeze=all_but_attention(yolo))``. Frozen norms keep their
+    statistics.
+
+    Args:
+        yolo: A YOLO or RTDETR object with EMA attention.
+
+    Returns:
+        Numbers of rows without EMA attention, and names of the parts of the other rows.
+
+    Raises:
+        UserError: If it has no EMA attention, or a part of it cannot be frozen by its name.
+    """
+    net = network_of(yolo)
+    if not any(isinstance(module, EmaAttn) for module in net.modules()):
+        raise UserError("this detector has no EMA attention. Add it with: ema-timm yolo.")
+    frozen: list[int | str] = []
+    for number, row in enumerate(net.model):
+        frozen += _frozen(str(number), row)
+    return frozen
+
+
+def _frozen(name: str, module: nn.Module) -> list[int | str]:
+    if isinstance(module, EmaAttn):
+        return []
+    if not any(isinstance(each, EmaAttn) for each in module.modules()):
+        has_weights = any(True for _ in module.parameters())
+        return ([int(name)] if name.isdecimal() else [name]) if has_weights else []
+    own = [key for key, _ in module.named_parameters(recurse=False)]
+    if own:
+        raise UserError(
+            f"{name}.{own[0]} is beside EMA attention in {type(module).__name__}, and ultralytics "
+            "freezes only whole modules. Set its requires_grad in a callback on_train_start."
+        )
+    return [
+        part for key, child in module.named_children() for part in _frozen(f"{name}.{key}", child)
+    ]
+
+
 def choose_rows(net: nn.Module, after: str | Iterable[int], shapes: list) -> list[int]:
     """The rows after which EMA attention goes.
 
@@ -120,6 +174,7 @@ def choose_rows(net: nn.Module, after: str | Iterable[int], shapes: list) -> lis
             f"this network has no block in its {after}. Give another place ({', '.join(PLACES)}) "
             "or numbers of rows."
         )
+    taken = _ema_rows(net)
     for number in chosen:
         if not 0 <= number < last:
             raise UserError(f"EMA attention goes after rows 0 to {last - 1}, got {number}.")
@@ -128,11 +183,16 @@ def choose_rows(net: nn.Module, after: str | Iterable[int], shapes: list) -> lis
                 f"row {number} ({rows[number][2]}) does not give one map (B, C, H, W), so EMA "
                 "attention cannot follow it. Choose other rows."
             )
-        if any(isinstance(net.model[i], EmaAttnRow) for i in (number, number + 1)):
+        if taken & {number, number + 1}:
             raise UserError(
                 f"row {number} has EMA attention already. Start from the detector without."
             )
     return chosen
+
+
+def _ema_rows(net: nn.Module) -> set[int]:
+    """Numbers of the rows that are EMA layers, once or repeated."""
+    return {number for number, name, _ in ema_layers(net) if not name.endswith(f"{CHILD}.")}
 
 
 def _named(net: nn.Module, after: str, shapes: list, rows: list, split: int) -> list[int]:
@@ -145,5 +205,6 @@ def _named(net: nn.Module, after: str, shapes: list, rows: list, split: int) -> 
         for index in parts[after]
         if shapes[index] is not None
         and len(shapes[index]) == 4
+        and index not in _ema_rows(net)
         and sum(isinstance(m, nn.Conv2d) for m in net.model[index].modules()) >= _BLOCK
     ]

@@ -44,7 +44,11 @@ def open_detector(source: str | Path) -> Any:
 
 
 def inject_file(
-    source: str | Path, output: str | Path, after: str | list[int], groups: int
+    source: str | Path,
+    output: str | Path,
+    after: str | list[int] | None,
+    groups: int,
+    inside: list[str] | None = None,
 ) -> tuple[Injection, list[Path]]:
     """Write the files of a detector with EMA attention.
 
@@ -54,6 +58,7 @@ def inject_file(
         output: ``.pt``, for which the YAML is written as well, or ``.yaml``.
         after: As in `ema_timm.integrations.yolo.injection`.
         groups: The same.
+        inside: The same.
 
     Returns:
         The injection, and the files.
@@ -73,7 +78,7 @@ def inject_file(
         if path.exists() and source.exists() and path.samefile(source):
             raise UserError(f"--output {output} is the file {source}. Give another name.")
     yolo = open_detector(source)
-    done = injected(yolo, after, groups, preserve=source.suffix == ".pt")
+    done = injected(yolo, after, groups, source.suffix == ".pt", inside)
     make_writable(output.parent)
     written = []
     if output.suffix == ".pt":

@@ -1,17 +1,16 @@
 """Adds EMA attention to a built or trained detector without changing its outputs.
 
-A row is followed by an `EmaAttnRow` with the identity initialisation of
-`ema_timm.backbones.warm_start`, whose gate is one half for every input, and a gain of 2: the map
-passes unchanged. Doubling the weights of the layer before, as in timm's networks, does not work
-here, because blocks end in SiLU. The initial weights are multiples of 2⁻¹⁰, which float16 holds:
-YOLO saves checkpoints in half precision.
+The layers go after rows, or inside blocks (`ema_timm.integrations.yolo.inside`). Each starts with
+the identity initialisation of `ema_timm.backbones.warm_start`, whose gate is one half for every
+input, and a gain of 2: the map passes unchanged. Doubling the weights of the layer before, as in
+timm's networks, does not work here, because blocks end in SiLU. The initial weights of rows are
+multiples of 2⁻¹⁰, which float16 holds: YOLO saves checkpoints in half precision.
 """
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,21 +20,17 @@ from ema_timm.attention import DEFAULT_GROUPS
 from ema_timm.backbones.complexity import count_parameters
 from ema_timm.backbones.warm_start import neutral_state
 from ema_timm.errors import UserError, VerificationError
+from ema_timm.integrations.yolo.assembly import adopt, assembled
 from ema_timm.integrations.yolo.detector import (
     choose_rows,
+    ema_layers,
     network_of,
     require_ultralytics,
     trace_rows,
 )
-from ema_timm.integrations.yolo.layer import EmaAttnRow
-from ema_timm.integrations.yolo.rows import (
-    NAME,
-    Insertion,
-    insert_rows,
-    listed_from,
-    rows_of,
-    sources,
-)
+from ema_timm.integrations.yolo.inside import INSIDE, EmaAttnInside, fill_blocks
+from ema_timm.integrations.yolo.layer import ROWS, EmaAttnRow
+from ema_timm.integrations.yolo.rows import NAME, Insertion, insert_rows, rows_of
 from ema_timm.ops.reference import relative_difference
 
 # Multiples of 2⁻¹⁰ up to 2 are exact in float16, and so are their sums in float32.
@@ -50,7 +45,7 @@ class Injection:
 
     Attributes:
         yolo: The detector.
-        layers: For each layer its row, the name of the block before, C and G.
+        layers: For each layer its row, what it follows, C and G.
         carried: Number of the detector's tensors that are unchanged.
         tensors: Number of its tensors.
         rebuilt: Number of the unchanged tensors that ``train()``, which builds the network again
@@ -86,9 +81,10 @@ class Injection:
 
 def inject(
     yolo: Any,
-    after: str | Iterable[int] = "head",
+    after: str | Iterable[int] | None = None,
     groups: int = DEFAULT_GROUPS,
     preserve: bool = True,
+    inside: str | Sequence[str] | None = None,
 ) -> Any:
     """Add EMA attention to a detector. Its outputs stay the same until you train it.
 
@@ -96,53 +92,59 @@ def inject(
         yolo: ``YOLO("yolo11n.pt")``, or any YOLO or RTDETR object of ultralytics; changed in place.
             For training on several GPUs save it and train the file: in older versions (such as
             8.2) worker processes read a file.
-        after: "head" (after the blocks that feed the head), "backbone", "neck", "all", or numbers
-            of rows.
+        after: "head" (after the blocks that feed the head; the default), "backbone", "neck", "all",
+            or numbers of rows.
         groups: Maximum number of groups of each layer.
         preserve: Initialise the layers so that the outputs stay the same. False is the paper's
             layer with random weights.
+        inside: Names of classes, such as "C3k2", instead of ``after``: a layer goes after each
+            direct element of ``m`` of every block of these classes.
 
     Returns:
         ``yolo``. A report is logged as ultralytics logs; `injected` returns it.
 
     Raises:
         TypeError: If ``yolo`` holds no PyTorch network.
-        UserError: If ultralytics is missing or too old, a row cannot take EMA attention, or the
-            references of the network cannot be moved safely.
+        UserError: If ultralytics is missing or too old, a row or a block cannot take EMA attention,
+            or the references of the network cannot be moved safely.
         VerificationError: If the outputs differ; ``yolo`` is unchanged.
     """
-    done = injected(yolo, after, groups, preserve)
+    done = injected(yolo, after, groups, preserve, inside)
     logging.getLogger("ultralytics").info("%s", done)
     return done.yolo
 
 
 def injected(
     yolo: Any,
-    after: str | Iterable[int] = "head",
+    after: str | Iterable[int] | None = None,
     groups: int = DEFAULT_GROUPS,
     preserve: bool = True,
+    inside: str | Sequence[str] | None = None,
 ) -> Injection:
     """`inject`, with a report; the same arguments and errors."""
+    if after is not None and inside is not None:
+        raise UserError("after and inside exclude each other. Inject twice to have both.")
     require_ultralytics()
     net = network_of(yolo)
     _require_trainable(net)
     maps, shapes = trace_rows(net)
-    chosen = choose_rows(net, after, shapes)
-    insertion = insert_rows(net.yaml, chosen, [-1, 1, NAME, _arguments(groups, preserve)])
-    layers = {row: _layer(shapes[row][1], groups, preserve) for row in chosen}
-    new = _assembled(net, insertion, layers)
+    if inside is None:
+        insertion, new = _after_rows(net, after or "head", shapes, groups, preserve)
+    else:
+        classes = [inside] if isinstance(inside, str) else list(inside)
+        insertion, new = _inside_blocks(net, classes, groups, preserve)
     difference = largest_difference(maps, trace_rows(new)[0]) if preserve else None
     if difference is not None and not difference <= INJECTION_TOLERANCE:
         raise VerificationError(
-            f"with EMA attention after rows {chosen} the inputs of the last row differ by "
-            f"{difference:.1e}, so nothing was changed. Choose other rows."
+            f"with EMA attention the inputs of the last row differ by {difference:.1e}, so nothing "
+            "was changed. Choose other rows."
         )
     carried = {_moved_name(name, insertion.moved) for name in net.state_dict()}
     rebuilt = _rebuilt(new, carried)
-    _adopt(yolo, new)
+    adopt(yolo, new)
     return Injection(
         yolo=yolo,
-        layers=tuple(_described(new, net, insertion, row) for row in chosen),
+        layers=tuple(_described(new, net, insertion, carried)),
         carried=len(carried & new.state_dict().keys()),
         tensors=len(carried),
         rebuilt=rebuilt,
@@ -151,9 +153,35 @@ def injected(
     )
 
 
-def _arguments(groups: int, preserve: bool) -> list:
-    """Arguments of the row; a rebuilt layer needs the gain."""
-    return [{"groups": groups, **({"gain": NEUTRAL_GAIN} if preserve else {})}]
+def _after_rows(
+    net: nn.Module, after: str | Iterable[int], shapes: list, groups: int, preserve: bool
+) -> tuple[Insertion, nn.Module]:
+    """A copy of the network with layers after rows."""
+    chosen = choose_rows(net, after, shapes)
+    insertion = insert_rows(net.yaml, chosen, [-1, 1, NAME, [_arguments(groups, preserve)]])
+    layers = {row: _layer(shapes[row][1], groups, preserve) for row in chosen}
+    return insertion, assembled(net, insertion, layers)
+
+
+def _inside_blocks(
+    net: nn.Module, classes: list[str], groups: int, preserve: bool
+) -> tuple[Insertion, nn.Module]:
+    """A copy of the network with layers inside blocks, and the row that says so before its last."""
+    before_last = len(net.model) - 2
+    arguments = [*classes, _arguments(groups, preserve)]
+    try:
+        row = EmaAttnInside(*arguments)
+        insertion = insert_rows(net.yaml, [before_last], [-1, 1, INSIDE, arguments])
+        new = assembled(net, insertion, {before_last: row})
+        fill_blocks(new.model, row.classes, row.groups, row.gain)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return insertion, new
+
+
+def _arguments(groups: int, preserve: bool) -> dict:
+    """Keyword arguments of the row; a rebuilt layer needs the gain."""
+    return {"groups": groups, **({"gain": NEUTRAL_GAIN} if preserve else {})}
 
 
 def _require_trainable(net: nn.Module) -> None:
@@ -164,36 +192,12 @@ def _require_trainable(net: nn.Module) -> None:
         )
     import ultralytics.nn.tasks as tasks
 
-    if vars(tasks).get(NAME) is not EmaAttnRow:
-        raise UserError(
-            f"rows named {NAME} build {vars(tasks).get(NAME)!r} in ultralytics.nn.tasks, not "
-            "ema-timm's layer. Import ema_timm, and give a class of your own another name."
-        )
-
-
-def _assembled(net: nn.Module, insertion: Insertion, added: dict[int, EmaAttnRow]) -> nn.Module:
-    """The network's own modules with the layers between them; every attribute stays."""
-    new = copy.deepcopy(net)
-    froms = [row[0] for row in rows_of(insertion.config)]
-    layers = []
-    for index, module in enumerate(new.model):
-        layers.append(module)
-        if index in added:
-            like = next(net.parameters())
-            layers.append(added[index].to(like).train(net.training))
-    for index, (module, source) in enumerate(zip(layers, froms, strict=True)):
-        module.i, module.f = index, source
-    new.model = nn.Sequential(*layers)
-    new.save = sorted(
-        {source for i, row in enumerate(rows_of(insertion.config)) for source in _kept(i, row)}
-    )
-    new.yaml = insertion.config
-    return new
-
-
-def _kept(index: int, row: list) -> list[int]:
-    """Rows whose output row ``index`` needs later: all that it reads except the one before it."""
-    return [s for f, s in zip(listed_from(row), sources(index, row), strict=True) if f != -1]
+    for name, ours in ROWS.items():
+        if vars(tasks).get(name) is not ours:
+            raise UserError(
+                f"rows named {name} build {vars(tasks).get(name)!r} in ultralytics.nn.tasks, not "
+                "ema-timm's layer. Import ema_timm, and give a class of your own another name."
+            )
 
 
 def _layer(channels: int, groups: int, preserve: bool) -> EmaAttnRow:
@@ -201,9 +205,6 @@ def _layer(channels: int, groups: int, preserve: bool) -> EmaAttnRow:
     if preserve:
         layer.load_state_dict(neutral_state(layer, HALF_GRID))
         layer.half().float()  # rounded now, as a checkpoint rounds
-    # The builders set these on each layer for their summaries.
-    layer.type = f"{EmaAttnRow.__module__}.{EmaAttnRow.__qualname__}"
-    layer.np = count_parameters(layer)
     return layer
 
 
@@ -232,24 +233,17 @@ def _rebuilt(new: nn.Module, carried: set[str]) -> int:
     )
 
 
-def _adopt(yolo: Any, new: nn.Module) -> None:
-    """Put the network into the wrapper, so that ``train()``, ``save()`` and ``val()`` use it."""
-    kept = yolo.ckpt.get("train_args") if isinstance(yolo.ckpt, dict) else None
-    yolo.model = new
-    # train() uses the weights in memory only if a checkpoint is set. This one has no epoch or
-    # optimizer, so that no earlier run is resumed.
-    yolo.ckpt = {"model": new, **({"train_args": kept} if kept else {})}
-    yolo.ckpt_path = None
-    # In older versions the workers of a multi-GPU training load this file: they should fail rather
-    # than train the detector without the layers.
-    yolo.overrides["model"] = f"{Path(str(yolo.overrides.get('model', 'yolo'))).stem}-ema.pt"
-    yolo.predictor = None
-
-
 def _described(
-    new: nn.Module, net: nn.Module, insertion: Insertion, row: int
-) -> tuple[int, str, int, int]:
-    number = insertion.moved[row] + 1
-    layer = new.model[number]
-    block = f"{rows_of(net.yaml)[row][2]} (row {row})"
-    return number, block, layer.channels, layer.groups
+    new: nn.Module, net: nn.Module, insertion: Insertion, carried: set[str]
+) -> Iterator[tuple[int, str, int, int]]:
+    """The layers that the network did not have before."""
+    rows = rows_of(net.yaml)
+    for number, name, layer in ema_layers(new):
+        if f"model.{number}.{name}gn.weight" in carried:
+            continue
+        if name:
+            block = f"{name.removesuffix('.ema.')} of {rows_of(new.yaml)[number][2]}"
+        else:
+            row = insertion.moved.index(number - 1)
+            block = f"{rows[row][2]} (row {row})"
+        yield number, block, layer.channels, layer.groups

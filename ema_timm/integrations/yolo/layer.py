@@ -1,6 +1,7 @@
 """The layer that a row ``[-1, 1, EmaAttn, []]`` of a YOLO model YAML builds.
 
-YOLO's builders look the name ``EmaAttn`` up in their own module, so `register` puts it there.
+YOLO's builders look the name ``EmaAttn`` up in their own module, so `register` puts it there, with
+that of `ema_timm.integrations.yolo.inside`.
 YOLO's checkpoints are pickles that name this module and class, so neither may be renamed.
 """
 
@@ -8,14 +9,17 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn, largest_group_count
+from ema_timm.hooks import HOOKS
 from ema_timm.integrations.yolo.arguments import REMEDY, builder, row_arguments
+from ema_timm.integrations.yolo.inside import INSIDE, EmaAttnInside
 from ema_timm.integrations.yolo.rows import NAME
 
 
@@ -76,7 +80,7 @@ def _require_row_before(x: Tensor | Sequence[Tensor], channels: int) -> None:
         )
 
 
-def count_for_thop(layer: EmaAttnRow, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def count_for_thop(layer: EmaAttn, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """Add the layer's operations to thop's count, from which YOLO prints GFLOPs: 10nHW a group.
 
     These are the collapsed 3×3 convolution and the cross-spatial weights of the normalised branch,
@@ -93,29 +97,49 @@ def count_for_thop(layer: EmaAttnRow, inputs: tuple[Tensor, ...], output: Tensor
     layer.total_ops += 10 * layer.channels * batch * height * width
 
 
-def register(module: ModuleType) -> None:
-    """Register the layer with the builder in ``module``; a second call does nothing.
+ROWS: dict[str, type[nn.Module]] = {NAME: EmaAttnRow, INSIDE: EmaAttnInside}
+"""The layers by the names that rows give them."""
 
-    If the user has put another class of that name there, it stays.
+
+def register(module: ModuleType) -> None:
+    """Register the layers with the builder in ``module``; a second call does nothing.
+
+    If the user has put another class of a name there, it stays.
 
     Args:
-        module: ``ultralytics.nn.tasks``, or ``models.yolo`` of YOLOv5. A module without
-            ``parse_model`` belongs to another project and is not changed.
+        module: ``ultralytics.nn.tasks``, or ``models.yolo`` of YOLOv5, which may still be loading.
+            A module without ``parse_model`` belongs to another project and is not changed.
     """
-    if not hasattr(module, "parse_model"):
+    if not _builds(module):
         return
-    theirs = vars(module).setdefault(NAME, EmaAttnRow)
-    if theirs is not EmaAttnRow:
-        warnings.warn(
-            f"{module.__name__} has its own {NAME} ({theirs!r}), and rows of that name build it "
-            "instead of ema-timm's layer. Give yours another name to have both.",
-            UserWarning,
-            stacklevel=2,
-        )
+    for name, ours in ROWS.items():
+        theirs = vars(module).setdefault(name, ours)
+        if theirs is not ours:
+            warnings.warn(
+                f"{module.__name__} has its own {name} ({theirs!r}), and rows of that name build "
+                "it instead of ema-timm's layer. Give yours another name to have both.",
+                UserWarning,
+                stacklevel=2,
+            )
     # What ULTRALYTICS_SAFE_LOAD=1, and any torch.load(weights_only=True), may rebuild.
-    torch.serialization.add_safe_globals([EmaAttnRow])
+    torch.serialization.add_safe_globals([*ROWS.values(), EmaAttn, *HOOKS.values()])
     try:
         thop = importlib.import_module("thop.profile")
     except ImportError:
         return  # both builders then print no GFLOPs at all
-    thop.register_hooks[EmaAttnRow] = count_for_thop
+    for kind in (EmaAttn, EmaAttnRow):
+        thop.register_hooks[kind] = count_for_thop
+
+
+def _builds(module: ModuleType) -> bool:
+    """Whether a module is a builder of YOLO, or will be one when it has been loaded."""
+    if hasattr(module, "parse_model"):
+        return True
+    file = getattr(module, "__file__", None)
+    loaded = Path(file) if file else None
+    return (
+        loaded is not None
+        and loaded.suffix == ".py"
+        and loaded.is_file()
+        and b"\ndef parse_model(" in loaded.read_bytes()
+    )

@@ -5,7 +5,8 @@ One JSON object, with the rules of `ema_timm.checkpoints.results`:
 - ``format``, ``architecture``, ``task`` (of ultralytics: "detect", ...), ``weights_sha256``,
   ``parameters``, ``classes`` (names in the order of their numbers).
 - ``detector``: ``decoder``, ``imgsz``, ``license``, ``ultralytics``, as in detector.json.
-- ``layers``: of each EMA layer its ``row``, ``channels`` and ``groups``.
+- ``layers``: of each EMA layer its ``row``, ``channels`` and ``groups``; of a layer that is not the
+  whole row, such as one inside a block, also the name of its ``module`` in the row.
 - ``metrics``, if it was measured: those of ultralytics' own validation, by its names
   ("mAP50(B)", "mAP50-95(B)", ... from 0 to 1), and ``images``.
 - ``evaluation``: ``data`` (``name``, ``split``, ``images``, ``instances``, ``fingerprint``) and how
@@ -24,7 +25,7 @@ from ema_timm.checkpoints.schema import CARD_FIELDS
 from ema_timm.errors import UserError
 from ema_timm.fields import check_fields
 from ema_timm.files import sha256
-from ema_timm.integrations.yolo.layer import EmaAttnRow
+from ema_timm.integrations.yolo.detector import ema_layers
 
 _FIELDS = {"card?": CARD_FIELDS, "evaluation?": {"data?": dict}, "metrics?": {"*": float}}
 _DESCRIBED = ("decoder", "imgsz", "license", "ultralytics")
@@ -48,9 +49,13 @@ def known_facts(folder: Path, described: dict, yolo: Any) -> dict:
         "classes": [net.names[number] for number in sorted(net.names)],
         "detector": {key: described[key] for key in _DESCRIBED if key in described},
         "layers": [
-            {"row": layer.i, "channels": layer.channels, "groups": layer.groups}
-            for layer in net.model
-            if isinstance(layer, EmaAttnRow)
+            {
+                "row": row,
+                **({"module": name.rstrip(".")} if name else {}),
+                "channels": layer.channels,
+                "groups": layer.groups,
+            }
+            for row, name, layer in ema_layers(net)
         ],
     }
 

@@ -4,7 +4,8 @@ The layer is the module's child ``ema``, so the names of existing parameters sta
 it to what the module returns. A layer with the identity initialisation halves its input, and the
 hook doubles the result. Both are exact in binary floating point.
 
-Pickles of whole networks name these functions: neither they nor this module may be renamed.
+Pickles of whole networks name these functions: neither they nor this module may be renamed. The
+module needs only torch, so that a network can be unpickled without an import of timm.
 """
 
 from torch import Tensor, nn
