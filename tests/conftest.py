@@ -153,21 +153,12 @@ def started_processes():
     mark, found = f"{STARTED_BY}={os.getpid()}\0".encode(), {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, parent = (
-                (folder / "stat")
-                .read_bytes()
-                .decode(errors="replace")
-                .rpartition(")")[2]
-                .split()[:2]
+            status, command = (
+                (folder / name).read_text(errors="replace") for name in ("stat", "cmdline")
             )
+            state, parent = status.rpartition(")")[2].split()[:2]
             started = int(parent) == os.getpid() or mark in (folder / "environ").read_bytes()
-            command = (
-                (folder / "cmdline")
-                .read_bytes()
-                .decode(errors="replace")
-                .replace("\0", " ")
-                .strip()
-            )
+            command = command.replace("\0", " ").strip()
         except OSError:  # it has ended, or is another user's
             continue
         if started and state != "Z" and ENDS_BY_ITSELF not in command:
