@@ -213,7 +213,7 @@ def test_onnx_file_of_others_needs_the_folder(trained, digits, tmp_path):
         predict(settings(tmp_path / "other.onnx", digits / "val"))
     for key, value, said in [
         ("mean", "[0.5", "metadata of .* cannot be read"),
-        ("mean", "null", "mean must be a list),
+        ("mean", "null", "mean must be a list"),
         ("std", "[0, 0, 0]", "std must be numbers above 0"),
         ("label_names", '["a"]', "but 1 classes are named"),
     ]:
