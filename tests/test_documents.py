@@ -143,7 +143,7 @@ def desk(tmp_path_factory, digits, trained, hub_env):
         (place / "bin" / name).write_text(text)
         (place / "bin" / name).chmod(0o755)
     with StandInHub() as hub:
-        for name in ("resnet18", "resnet50", "mobilenetv2_100"):
+        for name in ("resnet18", "resnet50", "mobilenetv2_100", "efficientnet_b0"):
             cfg = get_pretrained_cfg(name)
             files = {"model.safetensors": save(_state(name, cfg.num_classes))}
             hub.store.put(cfg.hf_hub_id.rstrip("/"), files, "Publish")

@@ -18,7 +18,8 @@ USES = {
         import torch
 
         import ema_timm
-        from ema_timm import EmaAttn, EmaWeights, ema_attention, inject, set_implementation, tune
+        from ema_timm import EmaAttn, EmaWeights, ema_attention, inject, placement
+        from ema_timm import set_implementation, tune
 
         layer = EmaAttn(64, groups=8, device="cpu", dtype=torch.float32)
         EmaAttn("64")  # wrong
@@ -30,6 +31,10 @@ USES = {
         ema_attention(gated, weights, 8, impl=3)  # wrong
         model = inject(timm.create_model("resnet18"), groups=16, stages=(3, 4))
         inject(model, stage=3)  # wrong
+        inject(model, at=["layer1.*", "layer2.*"], example=gated, replace=True)
+        inject(model, at=3)  # wrong
+        inject(model, **placement(model))
+        placement("resnet18")  # wrong
         count: int = set_implementation(model, "reference")
         set_implementation("resnet18", "reference")  # wrong
         tune(model, gated)

@@ -68,6 +68,7 @@ def inject(
     if isinstance(at, Mapping):
         _refuse_with_mapping(groups, preserve, stages, cross_spatial, example, replace)
         places = restore(model, at)
+        preserve = all(place.gain != 1 for place in places.values())
     elif at == PAPER:
         if replace or example is not None:
             raise ValueError("example and replace are for other places than at='paper'.")

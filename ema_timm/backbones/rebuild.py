@@ -3,7 +3,7 @@
 timm saves a network by the architecture in its pretrained cfg and by its ``_model_args``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from timm.models import is_model
@@ -18,6 +18,27 @@ ANY = "ema_any"
 
 OWN_ARGUMENTS = ("base", "at", "groups", "preserve", "stages", "cross_spatial", "replace")
 """Arguments of `ANY`; all others are those of the base."""
+
+
+def saved_arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments of `ANY` that rebuild ``model``; empty for networks of other names.
+
+    timm saves them itself from 1.0.31 on.
+    """
+    if model.pretrained_cfg.get("architecture") != ANY:
+        return {}
+    args = getattr(model, "_model_args", {})
+    return {key: args[key] for key in OWN_ARGUMENTS if key in args}
+
+
+def weights_name(name: str, model_kwargs: Mapping[str, Any]) -> str:
+    """The timm name, with its tag, whose weights a network starts from.
+
+    Args:
+        name: timm's name of the network.
+        model_kwargs: Its arguments.
+    """
+    return str(model_kwargs.get("base", name)) if name == ANY else name
 
 
 def record(

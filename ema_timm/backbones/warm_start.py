@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ema_timm.attention import EmaAttn
 from ema_timm.backbones.slots import Slot, find_slots, slot_layers
 from ema_timm.backbones.timm_layers import constant_state
+from ema_timm.hooks import attached
 
 GRID = 2.0**16
 
@@ -134,6 +135,9 @@ def warm_start_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
 
 def starts_neutral(model: nn.Module) -> bool | None:
     """Whether all layers have an identity initialisation; None without attention layers."""
+    gains = [found[1] for module in model.modules() if (found := attached(module))]
+    if gains:
+        return all(gain != 1 for gain in gains)
     layers = slot_layers(model)
     if not layers:
         return None

@@ -14,6 +14,7 @@ from typing import Any
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from ema_timm.backbones.rebuild import ANY, saved_arguments
 from ema_timm.checkpoints.layout import CONFIG, WEIGHTS, read_json, require_kinds
 from ema_timm.checkpoints.preprocessing import PREPROCESSING, check_preprocessing
 from ema_timm.errors import UserError
@@ -86,7 +87,8 @@ def read_config(path: Path) -> dict:
 
 def needs_auto_map(architecture: str) -> bool:
     """Whether timm without this package does not know ``architecture``."""
-    return architecture.endswith("_ema") or architecture.startswith("cifar_resnet")
+    ours = architecture.endswith("_ema") or architecture == ANY
+    return ours or architecture.startswith("cifar_resnet")
 
 
 def stub_text() -> str:
@@ -149,7 +151,7 @@ def hub_config(
             model,
             file,
             model_config={"label_names": class_names, "label_descriptions": descriptions},
-            model_args=dict(model_args),
+            model_args={**saved_arguments(model), **model_args},
         )
         config = json.loads(file.read_text())
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
+from ema_timm.backbones.rebuild import weights_name
 from ema_timm.checkpoints.config import hub_config
 from ema_timm.checkpoints.convert import Conversion, convert_checkpoint
 from ema_timm.checkpoints.folder import CheckpointWriter, weights_content
@@ -109,7 +110,7 @@ def _origin(checkpoint: Checkpoint) -> dict:
 
 def _base(arguments: dict) -> dict:
     """The initial weights of the training, by its arguments."""
-    name = str(arguments.get("model"))
+    name = weights_name(str(arguments.get("model")), arguments.get("model_kwargs") or {})
     given = arguments.get("initial_checkpoint") or arguments.get("pretrained_path")
     repository = weights = licence = None
     if given:

@@ -79,7 +79,7 @@ def _add_compare(commands) -> None:
         description="Train the same network with different attention layers in the same places, "
         "with the same settings, seeds and images, and write a table of accuracy and cost. "
         "Finished runs are skipped and interrupted runs resume. All options of finetune apply "
-        "but --resume; --model is a plain timm ResNet or MobileNetV2, --output the folder of all "
+        "but --resume; --model is a plain timm network, --output the folder of all "
         "runs, and --model-kwargs go to every network.",
         epilog="examples:\n"
         "  ema-timm compare --model resnet50 --attention none se ema --data-dir flowers \\\n"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import timm
 from timm.models import get_pretrained_cfg, is_model
 
+from ema_timm.backbones.rebuild import ANY
 from ema_timm.backbones.timm_layers import require_layer
 from ema_timm.backbones.warm_start import starts_neutral
 from ema_timm.errors import UserError, first_line
@@ -21,9 +22,10 @@ from ema_timm.options import pair
 NONE = "none"
 _EMA = {
     "ema": {},
-    "ema-no-cross-spatial": {"ema_cross_spatial": False},
+    "ema-no-cross-spatial": {"cross_spatial": False},
 }
 _EMA_OPTIONS = ("groups", "stages", "cross_spatial")
+_ANY_OPTIONS = ("at", "groups", "cross_spatial")
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside tuples and lists
 
 
@@ -76,11 +78,8 @@ def _check_model(model: str) -> None:
             f"{name} already has EMA attention. Give the plain network: --model "
             f"{model.replace(name, plain, 1).replace('.warm_', '.')}"
         )
-    if not is_model(f"{name}_ema"):
-        raise UserError(
-            f"{name} has no place for attention layers. compare supports timm's ResNets and "
-            'MobileNetV2s without attention; timm.list_models("*_ema") lists them.'
-        )
+    if name == ANY:
+        raise UserError(f"--model must be a plain network, got {model}. Give the base of {ANY}.")
 
 
 def _read(text: str, model: str) -> Variant:
@@ -89,19 +88,39 @@ def _read(text: str, model: str) -> Variant:
         options = dict(pair(each) for each in _COMMA.split(given)) if given else {}
         if name == NONE and not options:
             return Variant(text, model, {})
+        if not _in_the_paper(model):
+            return Variant(text, ANY, {"base": model, **_any_kwargs(name, options, model)})
         kwargs = _ema_kwargs(name, options) if name in _EMA else _timm_kwargs(name, options)
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise UserError(f"--attention {text}: {first_line(error)}") from error
     return Variant(text, _with_attention(model), kwargs)
 
 
+def _in_the_paper(model: str) -> bool:
+    """Whether the layers go into the blocks that the paper uses."""
+    return is_model(f"{model.partition('.')[0]}_ema")
+
+
 def _ema_kwargs(name: str, options: dict) -> dict:
-    unknown = [key for key in options if key not in _EMA_OPTIONS]
-    if unknown:
+    _require_known(options, _EMA_OPTIONS)
+    return {f"ema_{key}": value for key, value in {**_EMA[name], **options}.items()}
+
+
+def _any_kwargs(name: str, options: dict, model: str) -> dict:
+    """Arguments of `ANY` for a network of another family; its layers are after the stages."""
+    if name not in _EMA:
         raise ValueError(
-            f"EMA attention has the arguments {', '.join(_EMA_OPTIONS)}, got {unknown[0]}."
+            f"{model} can be compared with {NONE}, {', '.join(_EMA)}: only ResNets and "
+            'MobileNetV2s have places for other layers (timm.list_models("*_ema")).'
         )
-    return {**_EMA[name], **{f"ema_{key}": value for key, value in options.items()}}
+    _require_known(options, _ANY_OPTIONS)
+    return {"at": "stages", **_EMA[name], **options}
+
+
+def _require_known(options: dict, known: Sequence[str]) -> None:
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(f"EMA attention has the arguments {', '.join(known)}, got {unknown[0]}.")
 
 
 def _timm_kwargs(name: str, options: dict) -> dict:

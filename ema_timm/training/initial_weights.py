@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema_timm.attention import EmaAttn
+from ema_timm.backbones.rebuild import weights_name
 from ema_timm.backbones.slots import slot_layers
 from ema_timm.checkpoints.layout import WEIGHTS
 from ema_timm.checkpoints.results import public_model_name
@@ -42,7 +43,8 @@ class InitialModel(NamedTuple):
         """Whether the run starts from given weights, not from random ones."""
         if self.pretrained is not None:
             return self.pretrained
-        return bool(self.weights) or ":" in self.name or is_model_pretrained(self.name)
+        given = bool(self.weights) or ":" in self.name
+        return given or is_model_pretrained(weights_name(self.name, self.kwargs))
 
     def config_overlay(self, load: bool) -> dict | None:
         """Entries of timm's pretrained configuration that name the weights file.
@@ -67,6 +69,7 @@ class InitialModel(NamedTuple):
         if source == "local-dir":
             check_weight_files(Path(model_id))
             return None
+        model_id = weights_name(model_id, self.kwargs)
         if not is_model(model_id.partition(".")[0]) or "pretrained_cfg" in self.kwargs:
             return None
         cfg = get_pretrained_cfg(model_id)
@@ -86,7 +89,7 @@ class InitialModel(NamedTuple):
             repository = cfg.get("hf_hub_id")
             weights = repository or cfg.get("url")
         return {
-            "model": public_model_name(self.name),
+            "model": public_model_name(weights_name(self.name, self.kwargs)),
             "weights": weights,
             "hub_repository": repository,
             "license": cfg.get("license") if repository else None,

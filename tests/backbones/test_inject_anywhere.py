@@ -417,3 +417,12 @@ def test_torchvision_networks(name):
     model = inject(copy.deepcopy(plain), at=at.get(name, "se"), example=IMAGES)
     assert len(layers(model)) > 2
     assert torch.equal(run(model), run(plain))
+
+
+def test_the_log_of_a_rebuilt_network_says_whether_its_outputs_change(caplog):
+    for preserve, said in ((True, "stay the same"), (False, "its outputs change")):
+        described = placement(make_unet(preserve=preserve))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            inject(Unet(), **described)
+        assert said in caplog.text

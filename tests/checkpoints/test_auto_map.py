@@ -73,7 +73,7 @@ def test_labels_are_those_of_the_folder(folder):
 
 def test_only_what_timm_does_not_know_is_given_a_stub(tmp_path):
     assert (completed({"architecture": "resnet18"})) == {"architecture": "resnet18"}
-    for name in ("resnet18_ema", "cifar_resnet50"):
+    for name in ("resnet18_ema", "cifar_resnet50", "ema_any"):
         assert completed({"architecture": name})["auto_map"] == AUTO_MAP
     folder = CheckpointWriter(tmp_path)
     folder.save_config({"architecture": "resnet18"})

@@ -33,17 +33,28 @@ def script(tmp_path):
     return run
 
 
-def test_train_then_validate(script, digits, tmp_path):
-    common = ["--data-dir", digits, "--model", "test_resnet_ema", "--num-classes", 4]
-    common += ["--device", "cpu", "--img-size", 32, "-b", 12, "-j", 0]
-    script("train.py", *common, "--epochs", 2, "--lr", 0.01, "--output", "out", "--experiment", "a")
+ANY = ["--model-kwargs", "base=test_convnext2", "at=stages", "groups=4", "--layer-decay", "0.8"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "layer"),
+    [
+        ("test_resnet_ema", [], "layer1.0.se"),
+        ("ema_any", ANY, "stages.0.blocks.0.ema"),
+    ],
+)
+def test_train_then_validate(script, digits, tmp_path, model, options, layer):
+    common = ["--data-dir", digits, "--model", model, "--num-classes", 4]
+    common += ["--device", "cpu", "--img-size", 32, "-b", 12, "-j", 0, *options[:4]]
+    more = ["--epochs", 2, "--lr", 0.01, "--output", "out", "--experiment", "a", *options[4:]]
+    script("train.py", *common, *more)
     best = tmp_path / "out" / "a" / "model_best.pth.tar"
     out = script("validate.py", *common, "--split", "val", "--checkpoint", best)
     result = json.loads(out.partition("--result")[2])
-    assert result["model"] == "test_resnet_ema"
+    assert result["model"] == model
     assert 0 <= result["top1"] <= 100
     state = torch.load(best, weights_only=False)["state_dict"]
-    assert "layer1.0.se.conv1x1.weight" in state
+    assert f"{layer}.conv1x1.weight" in state
 
 
 def test_validate_counts_as_finetune_does(script, digits, tmp_path):

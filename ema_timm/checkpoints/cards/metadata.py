@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ema_timm.backbones.rebuild import ANY
 from ema_timm.checkpoints.cards.parts import model_index, yaml_block
 
 
@@ -32,7 +33,8 @@ def front_matter(results: dict) -> str:
 
 def is_ema(results: dict) -> bool:
     """Whether a network has EMA attention, by its name and its multiply-accumulates."""
-    if not results["architecture"].endswith("_ema"):
+    name = results["architecture"]
+    if not (name.endswith("_ema") or name == ANY):
         return False
     return (results.get("macs") or {}).get("ema") != 0  # 0 if it has other layers in their place
 
