@@ -314,7 +314,8 @@ for module in model.modules():
     module.register_forward_hook(lambda m, *_: seen.append(type(m).__name__))
 saved = torch.load(sys.argv[2])
 with torch.no_grad():
-    assert torch.equal(model(saved["x"]), saved["y"]), "the layers are gone"
+    # Hooked children make a layer call them, which rounds otherwise.
+    torch.testing.assert_close(model(saved["x"]), saved["y"], rtol=1e-4, atol=1e-4)
 assert seen.count("EmaAttn") == 4
 """
 

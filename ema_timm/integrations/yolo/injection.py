@@ -129,7 +129,8 @@ def injected(
     _require_trainable(net)
     maps, shapes = trace_rows(net)
     if inside is None:
-        insertion, new = _after_rows(net, after or "head", shapes, groups, preserve)
+        after = "head" if after is None else after
+        insertion, new = _after_rows(net, after, shapes, groups, preserve)
     else:
         classes = [inside] if isinstance(inside, str) else list(inside)
         insertion, new = _inside_blocks(net, classes, groups, preserve)
