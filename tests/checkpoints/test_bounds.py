@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ema_timm.checkpoints.bounds import MOST_MODULES, limited_modules
+from ema_timm.checkpoints.bounds import MOST_MODULES, bounded_network
 from ema_timm.checkpoints.network import check_network, rebuild
 from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.errors import UserError
@@ -121,7 +121,7 @@ def test_a_configuration_cannot_ask_for_an_endless_network(tmp_path, change, cap
 
 
 def test_the_bounds_leave_room_for_large_networks_and_end_with_them():
-    with limited_modules(), torch.device("meta"):
+    with bounded_network(), torch.device("meta"):
         timm.create_model("hrnet_w64")
     chain = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(MOST_MODULES + 1)))
     assert len(chain) == MOST_MODULES + 1  # outside of the context there is no bound
