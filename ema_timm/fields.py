@@ -106,7 +106,7 @@ def _check_bounds(content: Any) -> None:
         if values > MOST_VALUES:
             raise ValueError(f"it has more than {MOST_VALUES:,} values")
         if isinstance(value, str):
-            value.encode()
+            value.encode(errors="surrogateescape")  # a file name that is not UTF-8
         elif isinstance(value, dict):
             if wrong := [key for key in value if not isinstance(key, str)]:
                 raise ValueError(f"the key {reprlib.repr(wrong[0])} is not text")

@@ -102,7 +102,7 @@ def count_layer(kind: type[EmaAttn], shape: tuple[int, int, int], setting: Setti
     with FakeTensorMode():
         x = torch.empty(setting.batch, *shape, device="cuda", dtype=dtype)
         x = x.to(memory_format=LAYOUTS[setting.layout]).requires_grad_()
-        layer = kind(shape[0], largest_group_count(shape[0]), device="cuda")
+        layer = kind(shape[0], groups=largest_group_count(shape[0]), device="cuda")
         made = []
         with cuda_autocast(dtype), Counter() as forward:
             saved = saved_bytes(lambda: made.append(layer(x)), [x, *layer.parameters()])

@@ -40,6 +40,7 @@ def add_commands(commands) -> None:
     command.add_argument(
         "--inside",
         nargs="+",
+        action="extend",
         metavar="CLASS",
         help="add layers inside the blocks of these classes, such as C3k2 or C2f: after each "
         "direct element of the block's m",

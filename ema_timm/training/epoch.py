@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -94,7 +95,12 @@ class EpochLoop:
     def _steps(self, position: Position, requested: Callable[[], bool], bar: tqdm) -> None:
         """Train on the remaining batches until none is left or a stop is requested."""
         self.order.skipped = position.step * self.loader.batch_size
-        batches = start_workers(self.loader)
+        with closing(start_workers(self.loader)) as batches:
+            self._train(batches, position, requested, bar)
+
+    def _train(
+        self, batches: Iterator, position: Position, requested: Callable[[], bool], bar: tqdm
+    ) -> None:
         first = next(batches)  # draws the order of the epoch
         bar.update(position.step)
         if position.rng is not None:
@@ -140,10 +146,11 @@ class StoppableBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        for batch in start_workers(self.loader):
-            yield batch
-            if self.requested():
-                self.leave()
+        with closing(start_workers(self.loader)) as batches:
+            for batch in batches:
+                yield batch
+                if self.requested():
+                    self.leave()
 
 
 class _Order(Sampler):

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 
 from torch.utils.data import DataLoader
@@ -61,21 +61,28 @@ def stop_on_signal() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def start_workers(loader: DataLoader) -> Iterator:
-    """Iterate over a loader whose workers serve the run also after the signals.
+def start_workers(loader: DataLoader) -> Generator:
+    """Iterate over a loader whose workers serve the run also after the signals. Close it.
 
     torchrun and some schedulers send SIGTERM to every process of a group. The run still needs
     batches then, until all its processes have agreed on the step to stop at.
     """
     if loader.num_workers == 0 or not hasattr(signal, "pthread_sigmask"):  # the latter on Windows
-        return iter(loader)
+        yield from loader
+        return
     given, before = loader.worker_init_fn, signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:  # workers inherit the blocked signals, until `_keep_serving` runs in them
         loader.worker_init_fn = partial(_keep_serving, given)
-        return iter(loader)
+        batches = iter(loader)
     finally:
         loader.worker_init_fn = given
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from batches
+    finally:
+        # An error keeps the iterator alive. Python would then end the workers by SIGTERM when it
+        # exits, and wait until they obey.
+        batches._shutdown_workers()
 
 
 def _keep_serving(before: Callable[[int], None] | None, worker: int) -> None:

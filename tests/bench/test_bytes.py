@@ -47,7 +47,7 @@ def test_the_counter_knows_views_broadcasts_and_what_is_written_in_place(call, u
 
 @pytest.mark.parametrize("kind", [AuthorsEmaAttn, EmaAttn])
 def test_the_backward_walked_node_by_node_is_that_of_autograd(kind):
-    layer = kind(32, 4)
+    layer = kind(32, groups=4)
     x = torch.randn(2, 32, 6, 5, requires_grad=True)
     grad = torch.randn_like(x)
     walked = counted(partial(backward, layer(x), grad))

@@ -12,7 +12,7 @@ def started(monkeypatch):
     """The settings that `finetune` is called with, in place of a run."""
     seen = []
 
-    def note(config):
+    def note(config, resume):
         seen.append(config)
         return {"metrics": {"top1": 0.0, "images": 1}}
 

@@ -253,7 +253,7 @@ def test_what_every_run_needs_is_checked_once(tested_digits, tmp_path, capsys):
     assert main([*command, "--weights", str(wrong)]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.count("cannot load the weights of test_resnet") == 1
+    assert said.err.count("wrong.safetensors cannot be read") == 1
     assert not (tmp_path / "compare" / "logs").exists()
 
 

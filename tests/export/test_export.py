@@ -190,7 +190,7 @@ def test_onnx_leaves_the_size_free_if_maps_of_groups_of_one_channel_may_be_one_p
 
 @pytest.mark.parametrize("exporter", ["legacy", "dynamo"])
 def test_the_reference_is_exported_too(exporter, tmp_path):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), EmaAttn(8, 2)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), EmaAttn(8, groups=2)).eval()
     ema_timm.set_implementation(model, "reference")
     write_onnx(model, torch.randn(2, 3, 9, 12), tmp_path / "m.onnx", exporter)
     assert_same(open_onnx(tmp_path / "m.onnx"), model, [(1, 3, 9, 12), (3, 3, 16, 8)])

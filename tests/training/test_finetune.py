@@ -300,7 +300,7 @@ def test_image_that_breaks_off_is_named_while_training(config, digits, tmp_path,
     [
         (["--model", "resnet50_emma"], "no model of that name. Did you mean resnet50_ema"),
         (["--model", "some/where"], "cannot build some/where"),
-        (["--model", "local-dir:nowhere"], "Config file not found: nowhere/config.json"),
+        (["--model", "local-dir:nowhere"], "nowhere/config.json is missing"),
         (["--model-kwargs", "ema_stages=[9]"], "ema_stages must name stages"),
         (["--model-kwargs", "ema_gruops=8"], "ema_gruops"),
         (["--batch-size", "61"], "more than the 60 training images"),
@@ -399,6 +399,7 @@ def test_continues_from_a_checkpoint_folder_with_other_classes(config, digits, t
         "weights": "run",
         "hub_repository": None,
         "license": None,
+        "sha256": sha256(tmp_path / "run" / "model.safetensors"),
     }
     assert first["fc.weight"].shape[0] == 4
 

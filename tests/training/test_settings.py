@@ -257,7 +257,7 @@ def test_the_weighted_loss_is_its_definition(mixup):
 def constant(monkeypatch):
     """No epoch is better than the first."""
     metrics = Metrics(top1=25.0, top5=None, balanced_accuracy=25.0, loss=1.5, correct=6, images=24)
-    monkeypatch.setattr(Run, "_evaluate", lambda self: metrics)
+    monkeypatch.setattr(Run, "_evaluate", lambda self, *_: metrics)
 
 
 def test_a_run_without_progress_ends_early_and_goes_on_with_more_patience(
