@@ -71,7 +71,10 @@ def inject(
         preserve = all(place.gain != 1 for place in places.values())
     elif at == PAPER:
         if replace or example is not None:
-            raise ValueError("example and replace are for other places than at='paper'.")
+            raise ValueError(
+                "example and replace are not for at='paper', the default. Say where the layers go: "
+                "at='stages', at='se' or names of modules, at='layer1.*'."
+            )
         stages = None if stages is None else stage_numbers(stages)
         slots = inject_as_in_the_paper(model, groups, preserve, stages, cross_spatial)
         places = {f"{slot.path}.se": place_of(slot.block.se, replace=True) for slot in slots}
