@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -142,6 +143,8 @@ def _layout(trace: Trace, name: str, prefer: str, replace: bool) -> str:
     fault = None
     if not calls and isinstance(trace.modules.get(name), nn.ModuleList | nn.ModuleDict):
         fault = f"is only a list. Name what it holds: '{name}.*'"
+    elif isinstance(trace.modules.get(name), torch.jit.ScriptModule):
+        fault = "is TorchScript"
     elif not calls:
         fault = "is not called in a forward"
     elif len(calls) > 1:
@@ -157,13 +160,10 @@ def _layout(trace: Trace, name: str, prefer: str, replace: bool) -> str:
             f"{name} ({kind}) cannot take EMA attention: it {fault}. Give a pattern of modules "
             "that run once and return one map."
         )
-    by_shape = layout_by_shape(calls[0].shape, trace.size)
-    return prefer if prefer == "NHWC" and not replace and _square(calls[0].shape) else by_shape
-
-
-def _square(shape: tuple[int, ...]) -> bool:
-    """Whether a map is square in the layout (B, H, W, C)."""
-    return shape[1] == shape[2] != shape[3]
+    shape = calls[0].shape
+    square = shape[1] == shape[2] != shape[3]  # in the layout (B, H, W, C)
+    by_shape = layout_by_shape(shape, trace.size)
+    return prefer if prefer == "NHWC" and not replace and square else by_shape
 
 
 def _require_unshared(model: nn.Module, names: Iterable[str]) -> None:

@@ -394,6 +394,31 @@ def test_the_hooks_of_a_pickle_are_public_names():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_network_that_is_wrapped_or_scripted_is_refused(tmp_path):
+    """DistributedDataParallel would never average the gradients of layers that are added later."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(Unet())
+        sharded = fully_shard(Unet(), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    finally:
+        torch.distributed.destroy_process_group()
+    for model, at in ((wrapped, "module.middle.*"), (sharded, "middle.*")):
+        with pytest.raises(ValueError, match=r"wrapped already \(.*Inject into the network first"):
+            inject(model, at=at, example=IMAGES)
+        assert not layers(model)
+    with pytest.raises(ValueError, match="then script"):
+        inject(torch.jit.script(Block(3)), at="conv", example=IMAGES)
+    part = Unet()
+    part.up = torch.jit.script(part.up)
+    with pytest.raises(ValueError, match=r"up \(.*is TorchScript"):
+        inject(part, at="up", example=IMAGES)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_distributed_training_and_checkpointing_and_averaging(tmp_path):
     from timm.utils import ModelEmaV3
     from torch.nn.parallel import DistributedDataParallel
