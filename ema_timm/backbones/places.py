@@ -107,9 +107,10 @@ def _matching(model: nn.Module, at: str | Sequence[str]) -> list[str]:
     found = {p: [name for name in names if _matches(name, p)] for p in patterns}
     for pattern, matching in found.items():
         if not matching:
+            alike = [n for n in names if n.count(".") == pattern.count(".")] or names
             raise ValueError(
                 f"at={pattern!r} matches no module of {type(model).__name__}, which has "
-                f"{some(names, 6) or 'no modules inside'}. "
+                f"{some(alike, 6) or 'no modules inside'}. "
                 "`*` is one name between dots: 'layer1.*', '*.*.conv2'."
             )
     return [name for name in names if any(name in each for each in found.values())]
@@ -194,13 +195,12 @@ def _require_free(model: nn.Module, names: Iterable[str]) -> None:
 def fill(model: nn.Module, places: Mapping[str, Place]) -> None:
     """Add the layers, in place. Those with gain 2 get the identity initialisation."""
     for name, place in places.items():
-        parent = name.rpartition(".")[0]
-        module = None if place.replace else model.get_submodule(name)
-        layer = _layer(place, _like(module or model.get_submodule(parent), model))
-        if module is None:
-            put_module(model, name, layer.train(model.get_submodule(parent).training))
+        owner = model.get_submodule(name.rpartition(".")[0] if place.replace else name)
+        layer = _layer(place, _like(owner, model)).train(owner.training)
+        if place.replace:
+            put_module(model, name, layer)
         else:
-            hooks.attach(module, layer.train(module.training), place.layout, place.gain)
+            hooks.attach(owner, layer, place.layout, place.gain)
 
 
 def _layer(place: Place, like: Tensor) -> EmaAttn:

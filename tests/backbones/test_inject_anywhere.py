@@ -167,7 +167,11 @@ def test_a_container_is_replaced_by_its_last_block():
     ("model", "at", "said"),
     [
         (Unet, "middle", r"middle \(ModuleDict\) .* only a list.*'middle\.\*'"),
-        (Unet, "middle.c", r"'middle.c' matches no module of Unet, which has down"),
+        (
+            Unet,
+            "middle.c",
+            r"'middle.c' matches no module of Unet, which has down.0, down.1, middle.a, middle.b\.",
+        ),
         (Unet, ["up", "nothing.*"], r"'nothing\.\*' matches no module"),
         (Twice, "block", r"block \(Block\) .* called 2 times"),
         (Pair, "both", r"both \(Both\) .* returns a tuple, not one map"),
