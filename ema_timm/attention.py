@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.children import REMEDY, call_children, obstacle, plain_weights
+from ema_timm.hooks import guard_hooks
 from ema_timm.ops import EmaWeights, ema_attention
 from ema_timm.ops.dispatch import require_implementation
 from ema_timm.ops.macs import closed_form_macs, parallel_macs
@@ -151,6 +152,7 @@ class EmaAttn(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state if "impl" in state else adapted_state(state, EmaAttn))
+        guard_hooks()  # a hook may run it, which pickle sets up without a call of `attach`
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         rest[-1].extend(loading_errors(self, state_dict, prefix))

@@ -8,6 +8,7 @@ Pickles of whole networks name these functions: neither they nor this module may
 module needs only torch, so that a network can be unpickled without an import of timm.
 """
 
+import torch
 from torch import Tensor, nn
 
 CHILD = "ema"
@@ -50,8 +51,21 @@ HOOKS = {
 
 def attach(module: nn.Module, layer: nn.Module, layout: str, gain: int) -> None:
     """Run ``layer`` after each forward of ``module``."""
+    guard_hooks()
     module.add_module(CHILD, layer)
     module._forward_hooks[_KEY] = HOOKS[layout, gain]
+
+
+def guard_hooks() -> None:
+    """Make ``torch.compile`` see which modules have hooks, in this process.
+
+    By default it does not look: it runs the code that it compiled for a network without the layers
+    also for the same network with them, so that they are skipped without a message.
+    """
+    config = torch._dynamo.config
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()  # what is compiled already does not look
 
 
 def detach(module: nn.Module) -> None:

@@ -28,7 +28,8 @@ def adapted_state(state: Mapping[str, Any], make: Callable[..., nn.Module]) -> d
     Raises:
         RuntimeError: If the children are not those of EMA attention.
     """
-    children, groups = state.get("_modules", {}), state.get("groups")
+    children = state.get("_modules", {})
+    groups = next((state[name] for name in _GROUPS if name in state), None)
     if not children.keys() >= KINDS.keys() or type(groups) is not int:
         raise RuntimeError(
             "This pickle is not of an EMA attention class: expected the number groups and the "
@@ -39,7 +40,7 @@ def adapted_state(state: Mapping[str, Any], make: Callable[..., nn.Module]) -> d
     wrong = [
         f"{name} is {child}, expected {like.get_submodule(name)}"
         for name, child in children.items()
-        if name in KINDS and str(child) != str(like.get_submodule(name))
+        if name in KINDS and _described(child) != str(like.get_submodule(name))
     ]
     wrong += [f"{k} has weights" for k, m in children.items() if k not in KINDS and _has_weights(m)]
     if wrong:
@@ -78,6 +79,12 @@ def loading_errors(
         )
 
 
+def _described(child: nn.Module) -> str:
+    """How `print` shows a child; "same" is how PyTorch also spells a padding of 1 of a 3×3."""
+    padding = ", padding=(1, 1)" if getattr(child, "kernel_size", None) == (3, 3) else ""
+    return str(child).replace(", padding=same", padding)
+
+
 def _has_weights(module: nn.Module | None) -> bool:
     return module is not None and bool(module.state_dict())
 
@@ -91,4 +98,7 @@ FOLDED = (
     "those of a folded EMA layer, which ema-timm 0.2.0 made with reparameterize() and later "
     "versions do not have. Folding cannot be undone. Load the checkpoint that was saved before it."
 )
+_GROUPS = ("groups", "num_groups", "group", "factor")
+"""Names that pasted classes give to the number of groups."""
+
 _KEEP = "Keep the class that it was made from."

@@ -1,5 +1,6 @@
 """The layer in the place of a pasted EMA class: its calls, its weights, its pickles."""
 
+import copy
 import io
 import pickle
 import sys
@@ -150,12 +151,30 @@ def test_a_pickle_of_a_whole_model_loads_as_the_layer(project, by):
     assert all(p.grad is not None for p in ours.parameters())
 
 
+def test_a_pickle_of_a_class_with_other_spellings_of_the_same_loads(project):
+    theirs = nn.Sequential(project.EMA(64, factor=8)).double().eval()
+    theirs[0].load_state_dict(pasted().state_dict())
+    x = torch.randn(2, 64, 6, 5).double()
+    want = theirs(x)
+    theirs[0].conv3x3.padding = "same"
+    for name in ("num_groups", "group", "factor"):
+        project.EMA, other = type(theirs[0]), copy.deepcopy(theirs)
+        vars(other[0])[name] = vars(other[0]).pop("groups")
+        ours = replaced(project, other)
+        assert ours[0].groups == 8
+        torch.testing.assert_close(ours(x), want, rtol=1e-10, atol=1e-10)
+
+
 def no_bias(layer):
     layer.conv3x3 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
 
 
 def wider(layer):
     layer.conv3x3 = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+
+
+def same_of_more(layer):
+    layer.conv3x3 = nn.Conv2d(8, 8, 3, padding="same", dilation=2)
 
 
 def other_eps(layer):
@@ -175,6 +194,7 @@ def no_convolution(layer):
     [
         (no_bias, r"conv3x3 is Conv2d\(.*bias=False\), expected Conv2d\(8, 8"),
         (wider, r"dilation=\(2, 2\)\), expected"),
+        (same_of_more, r"dilation=\(2, 2\).*, expected"),
         (other_eps, r"gn is GroupNorm\(.*eps=0.001.*expected .*eps=1e-05"),
         (more_weights, "conv5x5 has weights"),
         (no_convolution, "not of an EMA attention class: expected .* got softmax, agp"),

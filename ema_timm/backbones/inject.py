@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS
@@ -15,6 +16,11 @@ from ema_timm.backbones.rebuild import PAPER, record
 from ema_timm.hooks import CHILD
 
 _logger = logging.getLogger(__name__)
+
+_WRAPPERS = frozenset(
+    "DistributedDataParallel FullyShardedDataParallel FSDPModule DeepSpeedEngine".split()
+)
+"""Classes, by name, that record the parameters of a network when they wrap it."""
 
 
 def inject(
@@ -63,15 +69,20 @@ def inject(
     Raises:
         TypeError: If ``at`` is "paper" and the network has no block of a supported kind.
         ValueError: If a module cannot take a layer or has one already, nothing matches, a stage
-            does not exist, or ``preserve`` cannot be met. The network is then as it was.
+            does not exist, ``preserve`` cannot be met, or the network is wrapped for distributed
+            training or scripted. The network is then as it was.
     """
+    _require_unwrapped(model)
     if isinstance(at, Mapping):
         _refuse_with_mapping(groups, preserve, stages, cross_spatial, example, replace)
         places = restore(model, at)
         preserve = all(place.gain != 1 for place in places.values())
     elif at == PAPER:
         if replace or example is not None:
-            raise ValueError("example and replace are for other places than at='paper'.")
+            raise ValueError(
+                "example and replace are not for at='paper', the default. Say where the layers go: "
+                "at='stages', at='se' or names of modules, at='layer1.*'."
+            )
         stages = None if stages is None else stage_numbers(stages)
         slots = inject_as_in_the_paper(model, groups, preserve, stages, cross_spatial)
         places = {f"{slot.path}.se": place_of(slot.block.se, replace=True) for slot in slots}
@@ -86,6 +97,23 @@ def inject(
     _log(model, places, preserve and not replace)
     record(model, at == PAPER, groups, stages, cross_spatial)
     return model
+
+
+def _require_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError for a network that would run, but not train or save, layers added now."""
+    for module in model.modules():
+        names = {kind.__name__ for kind in type(module).__mro__}
+        if wrappers := names & _WRAPPERS:
+            raise ValueError(
+                f"{type(model).__name__} is wrapped already ({', '.join(sorted(wrappers))}), which "
+                "would leave new layers out, for instance when it averages gradients. Inject into "
+                "the network first, then wrap it."
+            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "TorchScript has no places for layers. Inject into the network of Python, then script "
+            "it."
+        )
 
 
 def _require_patterns(at: Any) -> None:

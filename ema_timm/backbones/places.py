@@ -1,19 +1,21 @@
 """Places of EMA layers in any network: chosen by ``at``, tried, filled, and listed again."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema_timm import hooks
 from ema_timm.attention import DEFAULT_GROUPS, EmaAttn, largest_group_count
+from ema_timm.backbones.settle import put_module, settled
 from ema_timm.backbones.stages import last_child, layout_by_shape, stage_maps
-from ema_timm.backbones.trace import FORWARD_ERRORS, Trace, traced, trial
+from ema_timm.backbones.trace import Trace, traced, trial
 from ema_timm.backbones.warm_start import low_precision_grid, neutral_state
-from ema_timm.errors import sentence, some
+from ema_timm.errors import some
 
 _logger = logging.getLogger(__name__)
 
@@ -73,18 +75,21 @@ def choose(
         ValueError: If a module cannot take a layer, or there is none.
     """
     subject, example = trial(model, example)
+    names = []
+    if at != STAGES:
+        names = _attention_layers(subject) if at == SE else _matching(subject, at)
+        _require_unshared(model, names)
     trace = traced(subject, example)
     if at == STAGES:
         layouts, _ = stage_maps(subject, trace)
     else:
-        names = _attention_layers(subject) if at == SE else _matching(subject, at)
         if not replace:
             names = list(dict.fromkeys(last_child(name, trace.modules) for name in names))
         prefer = getattr(model, "output_fmt", "NCHW")
         layouts = {name: _layout(trace, name, str(prefer), replace) for name in names}
     _require_unshared(model, layouts)
-    if not replace:
-        layouts = _settled(subject, layouts, trace, example)
+    _require_free(model, layouts)
+    layouts = settled(subject, layouts, trace, example, replace)
     places = {}
     for name, layout in layouts.items():
         channels = trace.map_of(name)[1 if layout == "NCHW" else 3]
@@ -102,9 +107,11 @@ def _matching(model: nn.Module, at: str | Sequence[str]) -> list[str]:
     found = {p: [name for name in names if _matches(name, p)] for p in patterns}
     for pattern, matching in found.items():
         if not matching:
+            alike = [n for n in names if n.count(".") == pattern.count(".")] or names
             raise ValueError(
                 f"at={pattern!r} matches no module of {type(model).__name__}, which has "
-                f"{some(names, 6)}. `*` is one name between dots: 'layer1.*', '*.*.conv2'."
+                f"{some(alike, 6) or 'no modules inside'}. "
+                "`*` is one name between dots: 'layer1.*', '*.*.conv2'."
             )
     return [name for name in names if any(name in each for each in found.values())]
 
@@ -135,7 +142,11 @@ def _layout(trace: Trace, name: str, prefer: str, replace: bool) -> str:
     """The layout of a module's output, which must be one map."""
     calls, kind = trace.of(name), type(trace.modules.get(name)).__name__
     fault = None
-    if not calls:
+    if not calls and isinstance(trace.modules.get(name), nn.ModuleList | nn.ModuleDict):
+        fault = f"is only a list. Name what it holds: '{name}.*'"
+    elif isinstance(trace.modules.get(name), torch.jit.ScriptModule):
+        fault = "is TorchScript"
+    elif not calls:
         fault = "is not called in a forward"
     elif len(calls) > 1:
         fault = f"is called {len(calls)} times in a forward"
@@ -150,27 +161,30 @@ def _layout(trace: Trace, name: str, prefer: str, replace: bool) -> str:
             f"{name} ({kind}) cannot take EMA attention: it {fault}. Give a pattern of modules "
             "that run once and return one map."
         )
-    by_shape = layout_by_shape(calls[0].shape, trace.size)
-    return prefer if prefer == "NHWC" and not replace and _square(calls[0].shape) else by_shape
+    shape = calls[0].shape
+    square = shape[1] == shape[2] != shape[3]  # in the layout (B, H, W, C)
+    by_shape = layout_by_shape(shape, trace.size)
+    return prefer if prefer == "NHWC" and not replace and square else by_shape
 
 
-def _square(shape: tuple[int, ...]) -> bool:
-    """Whether a map is square in the layout (B, H, W, C)."""
-    return shape[1] == shape[2] != shape[3]
-
-
-def _require_unshared(model: nn.Module, names: Mapping[str, Any]) -> None:
-    """Raise ValueError for a module that the network holds twice, or that has a child ``ema``."""
+def _require_unshared(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError for a module that the network holds twice."""
     known: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         known.setdefault(id(module), []).append(name)
     for name in names:
-        module = model.get_submodule(name)
-        if len(known[id(module)]) > 1:
+        others = [other for other in known[id(model.get_submodule(name))] if other != name]
+        if others:
             raise ValueError(
-                f"{name} is shared: it is also {some(known[id(module)][1:], 2)}. Leave it out of "
-                "the pattern, or give each place a module of its own."
+                f"{name} is shared: it is also {some(others, 2)}. Leave it out of the pattern, or "
+                "give each place a module of its own."
             )
+
+
+def _require_free(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError for a module that is a layer, has one, or has another child ``ema``."""
+    for name in names:
+        module = model.get_submodule(name)
         if hasattr(module, hooks.CHILD) or isinstance(module, EmaAttn):
             raise ValueError(
                 f"{name} has EMA attention already, or another attribute {hooks.CHILD!r}. Inject "
@@ -178,62 +192,15 @@ def _require_unshared(model: nn.Module, names: Mapping[str, Any]) -> None:
             )
 
 
-def _settled(
-    model: nn.Module, layouts: dict[str, str], trace: Trace, example: Any
-) -> dict[str, str]:
-    """The places where a layer runs exactly once.
-
-    Some modules run all their children themselves, such as timm's RegStage. A layer that they got
-    would run twice, which the identity initialisation hides; its place is their last child.
-    """
-    while True:
-        ran = _count_runs(model, layouts, example)
-        again = [name for name in layouts if ran[name] != 1]
-        if not again:
-            return layouts
-        moved = dict(layouts)
-        for name in again:
-            children = list(model.get_submodule(name)._modules)
-            child = f"{name}.{children[-1]}" if children else ""
-            if not children or trace.map_of(child) != trace.map_of(name):
-                raise ValueError(
-                    f"{name} ({type(model.get_submodule(name)).__name__}) cannot take EMA "
-                    f"attention: it would run {ran[name]} times. Name a module inside it."
-                )
-            moved[child] = moved.pop(name)
-        layouts = moved
-
-
-def _count_runs(model: nn.Module, layouts: dict[str, str], example: Any) -> dict[str, int]:
-    """How often a layer after each module would run. Identities stand in for the layers."""
-    modules = {name: model.get_submodule(name) for name in layouts}
-    try:
-        for name, module in modules.items():
-            hooks.attach(module, nn.Identity(), layouts[name], gain=1)
-        after = Trace(model, example)
-    except FORWARD_ERRORS as error:
-        raise ValueError(
-            f"{type(model).__name__} fails with layers after {some(list(modules))}: "
-            f"{sentence(error)} Name other modules."
-        ) from error
-    finally:
-        for module in modules.values():
-            if hooks.attached(module):
-                hooks.detach(module)
-    return {name: len(after.of(f"{name}.{hooks.CHILD}")) for name in modules}
-
-
 def fill(model: nn.Module, places: Mapping[str, Place]) -> None:
     """Add the layers, in place. Those with gain 2 get the identity initialisation."""
     for name, place in places.items():
-        parent, _, last = name.rpartition(".")
-        module = None if place.replace else model.get_submodule(name)
-        layer = _layer(place, _like(module or model.get_submodule(parent), model))
-        if module is None:
-            layer.train(model.get_submodule(parent).training)
-            setattr(model.get_submodule(parent), last, layer)
+        owner = model.get_submodule(name.rpartition(".")[0] if place.replace else name)
+        layer = _layer(place, _like(owner, model)).train(owner.training)
+        if place.replace:
+            put_module(model, name, layer)
         else:
-            hooks.attach(module, layer.train(module.training), place.layout, place.gain)
+            hooks.attach(owner, layer, place.layout, place.gain)
 
 
 def _layer(place: Place, like: Tensor) -> EmaAttn:
@@ -260,6 +227,7 @@ def _like(module: nn.Module, model: nn.Module) -> Tensor:
 
 def warn_of_losses(model: nn.Module, places: Mapping[str, Place]) -> None:
     """Log a warning for modules that a later step would replace, with the layer after them."""
+    lost: dict[str, list[str]] = {}
     for name, place in places.items():
         module = None if place.replace else model.get_submodule(name)
         step = None
@@ -270,15 +238,13 @@ def warn_of_losses(model: nn.Module, places: Mapping[str, Place]) -> None:
         elif isinstance(module, _BatchNorm):
             step = "conversion to SyncBatchNorm or timm's freeze replaces it"
         if step:
-            _logger.warning(
-                "%s (%s) loses its EMA layer if %s. To keep it, place the layer after the block "
-                "that contains it.",
-                name,
-                type(module).__name__,
-                step,
-            )
-    replaced = [name for name, place in places.items() if place.replace]
-    if replaced:
+            lost.setdefault(step, []).append(f"{name} ({type(module).__name__})")
+    for step, names in lost.items():
         _logger.warning(
-            "EMA layers replace %s: the outputs of the network change.", some(replaced, 3)
+            "%s: a module loses its EMA layer if %s. To keep it, place the layer after the block "
+            "that contains the module.",
+            some(names, 3),
+            step,
         )
+    if replaced := [name for name, place in places.items() if place.replace]:
+        _logger.warning("EMA layers replace %s: the outputs change.", some(replaced, 3))
