@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ema_timm.attention import EmaAttn
-from ema_timm.backbones.hooks import attached
 from ema_timm.backbones.slots import Slot, find_slots, slot_layers
 from ema_timm.backbones.timm_layers import constant_state
+from ema_timm.hooks import attached
 
 GRID = 2.0**16
 
