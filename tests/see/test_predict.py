@@ -237,7 +237,8 @@ def test_greyscale_network(digits, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"topk": 0}, "--topk and --batch-size must be at least 1"),
+        ({"workers": -1}, "--workers must be at least 0, got -1"),
+        ({"topk": 0}, "--topk must be at least 1, got 0"),
         ({"output": "p.xlsx"}, r"--output ends in \.csv, \.jsonl, \.parquet, got p\.xlsx"),
         ({"sheet": "s.pdf"}, r"--sheet is a \.png file"),
         ({"images": ["nowhere.png"]}, "there is no image or folder nowhere.png"),
