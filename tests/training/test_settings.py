@@ -351,6 +351,14 @@ def test_a_fraction_above_one_is_refused(option, config, capsys):
     assert "1, got 1.5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("inside", ["train/0", "train/new", "val"])
+def test_an_output_among_the_images_is_refused(inside, config, digits, capsys):
+    folder = digits / inside / "run"
+    assert main(cli(dataclasses.replace(config, output=str(folder)))) == 2
+    assert f"is inside {digits / inside.split('/')[0]}, so its figures" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def test_a_batch_of_which_batch_norm_has_no_variance_is_one_line(config, capsys):
     assert main([*cli(config), "--batch-size", "1"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
