@@ -63,6 +63,8 @@ def test_a_tag_names_the_same_weights():
     "names, model, said",
     [
         (["sea"], "resnet18", "--attention sea: there is no layer 'sea'"),
+        (["ema", "ema@"], "resnet18", "--attention ema and ema@ are the same network"),
+        (["se@rd_ratio=0.5", "se@rd_ratio=.5"], "resnet18", "are the same network"),
         (["none@groups=8"], "resnet18", "has no arguments"),
         (["ema@factor=8"], "resnet18", "groups, stages, cross_spatial, got factor"),
         (["ema@8"], "resnet18", "not KEY=VALUE"),
