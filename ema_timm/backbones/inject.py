@@ -1,9 +1,11 @@
 """Adds EMA attention to a network that is already built: to timm's, and to any other."""
 
 import logging
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ema_timm.attention import DEFAULT_GROUPS
@@ -61,10 +63,16 @@ def inject(
         ``model``.
 
     Raises:
-        TypeError: If ``at`` is "paper" and the network has no block of a supported kind.
+        TypeError: If ``model`` is not a network or is scripted, or ``at`` is "paper" and it has no
+            block of a supported kind.
         ValueError: If a module cannot take a layer or has one already, nothing matches, a stage
             does not exist, or ``preserve`` cannot be met. The network is then as it was.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be an nn.Module that is not scripted, got {reprlib.repr(model)} "
+            f"({type(model).__name__}). Build the network first, and script it afterwards."
+        )
     if isinstance(at, Mapping):
         _refuse_with_mapping(groups, preserve, stages, cross_spatial, example, replace)
         places = restore(model, at)
