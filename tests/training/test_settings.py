@@ -323,6 +323,11 @@ def test_tensorboard_that_is_missing_is_said_before_training(config, tmp_path, m
         (["--grad-accum-steps", "0"], "--grad-accum-steps must be at least 1"),
         (["--patience", "-1"], "--patience must be at least 0, got -1"),
         (["--average-weights", "1"], "--average-weights must be at least 0 and below 1, got 1.0"),
+        (["--model-kwargs", "num_classes=7"], "num_classes is not an argument of the network"),
+        (["--model-kwargs", "pretrained=True"], "pretrained is not an argument of the network"),
+        (["--model-kwargs", "features_only=True"], "features_only is not an argument of"),
+        (["--model-kwargs", "global_pool="], "test_resnet_ema cannot run on an image of 3×32×32"),
+        (["--model-kwargs", "drop_rate=2"], "Correct --img-size or --model-kwargs."),
         (["--class-weights", "gone.json"], "must be balanced or a JSON file"),
         (["--mean", "0.5", "0.5"], "--mean must be one number, or one for each of the 3 channels"),
         (["--std", "0"], "std must be numbers above 0, one a channel, got [0.0]"),
@@ -357,6 +362,11 @@ def test_an_output_among_the_images_is_refused(inside, config, digits, capsys):
     assert main(cli(dataclasses.replace(config, output=str(folder)))) == 2
     assert f"is inside {digits / inside.split('/')[0]}, so its figures" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_an_argument_that_is_none_is_the_default_also_of_the_folder(config, tmp_path):
+    assert main(cli(config, "--model-kwargs", "ema_groups=None", "--epochs", "1")) == 0
+    assert main(["predict", config.output, config.data_dir + "/val", "--device", "cpu"]) == 0
 
 
 def test_a_batch_of_which_batch_norm_has_no_variance_is_one_line(config, capsys):
