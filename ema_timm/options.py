@@ -111,16 +111,25 @@ def read_settings(file: str | Path, config: type) -> dict:
         UserError: If the file cannot be read, a key is unknown or given twice, or a value has the
             wrong type.
     """
+    return checked_settings(_read_mapping(Path(file)), config, f"--config {file}")
+
+
+def checked_settings(content: dict, config: type, place: str) -> dict:
+    """Settings of a file by name, as the command line would give them.
+
+    Raises:
+        UserError: If a key is unknown, or a value has the wrong type. It starts with ``place``.
+    """
     known = {setting.name: setting for setting in fields(config)}
     given = {}
-    for key, value in _read_mapping(Path(file)).items():
+    for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
             near = get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"--config {file}: unknown setting {key}.{hint}")
+            raise UserError(f"{place}: unknown setting {key}.{hint}")
         if value is not None:
-            given[name] = _checked(known[name], value, f"--config {file}: {key}")
+            given[name] = _checked(known[name], value, f"{place}: {key}")
     return given
 
 

@@ -191,3 +191,27 @@ def test_every_option_of_finetune_is_one_of_compare():
     values = command_arguments({"lr": 0.1, "amp": True, "model_kwargs": {"a": 1}}, FinetuneConfig)
     args = build_parser().parse_args(["compare", *values, "--attention", "none", "--seeds", "2"])
     assert given_options(args, FinetuneConfig) == {"lr": 0.1, "amp": True, "model_kwargs": {"a": 1}}
+
+
+GOOD = {"attention": ["none"], "seeds": 1, "settings": {"model": "test_resnet", "data_dir": "s"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is damaged"),
+        ("[" * 200_000, "is damaged"),
+        ("[]", "its content must be an object"),
+        (json.dumps({**GOOD, "seeds": "x"}), "seeds must be a whole number, got 'x'"),
+        (json.dumps({**GOOD, "attention": 3}), "attention must be a list, got 3"),
+        (json.dumps({**GOOD, "settings": []}), "settings must be an object"),
+        (json.dumps({**GOOD, "settings": {"blah": 1}}), "unknown setting blah"),
+        (json.dumps({**GOOD, "settings": {"epochs": "x"}}), "epochs must be a whole number"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_damaged_plan_is_named(content, said, tmp_path):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        make_comparison({"output": str(tmp_path)})
+    assert str(caught.value).startswith(str(tmp_path / "plan.json"))
