@@ -364,6 +364,13 @@ def test_an_output_among_the_images_is_refused(inside, config, digits, capsys):
     assert not folder.exists()
 
 
+def test_class_weights_may_have_a_byte_order_mark(tmp_path):
+    file = tmp_path / "weights.json"
+    content = json.dumps(dict.fromkeys(Images.class_names, 2))
+    file.write_text(content, encoding="utf-8-sig")
+    assert len(read_class_weights(str(file), Images())) == 4
+
+
 def test_an_argument_that_is_none_is_the_default_also_of_the_folder(config, tmp_path):
     assert main(cli(config, "--model-kwargs", "ema_groups=None", "--epochs", "1")) == 0
     assert main(["predict", config.output, config.data_dir + "/val", "--device", "cpu"]) == 0
