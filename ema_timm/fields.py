@@ -33,8 +33,13 @@ CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError)
 """What PyYAML raises, beside its own errors, for values that do not fit their tags (`!!int ""`)."""
 
 
-def load_json(file: Path) -> Any:
+def load_json(file: Path, encoding: str = "utf-8") -> Any:
     """The content of a JSON file.
+
+    Args:
+        file: The file.
+        encoding: "utf-8-sig" accepts the byte order mark that editors on Windows write. timm and
+            transformers read their files without.
 
     Raises:
         OSError: If it cannot be read.
@@ -42,7 +47,7 @@ def load_json(file: Path) -> Any:
             `DEEPEST`.
     """
     try:
-        content = json.loads(file.read_text("utf-8"), object_pairs_hook=unique)
+        content = json.loads(file.read_text(encoding), object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
     _check_bounds(content)

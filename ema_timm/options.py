@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import math
 import reprlib
 from dataclasses import Field, field, fields
 from difflib import get_close_matches
@@ -21,6 +22,9 @@ def option(
     choices: tuple[str, ...] | None = None,
     group: str = "",
     once: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A setting that is also an option of the command line.
 
@@ -31,12 +35,36 @@ def option(
         choices: Allowed values; None allows any.
         group: Title of the group of options in ``--help`` that starts with this one.
         once: Refuse the option if it is repeated, because its text holds several values.
+        least: Smallest allowed number, for `check_ranges`.
+        most: Largest allowed number.
+        below: Smallest number above the allowed ones.
 
     Returns:
         A field of a dataclass.
     """
     metadata = {"help": help, "flag": flag, "choices": choices, "group": group, "once": once}
-    return field(default=default, metadata=metadata)
+    range = {"least": least, "most": most, "below": below}
+    return field(default=default, metadata={**metadata, **range})
+
+
+def check_ranges(config: Any) -> None:
+    """Check the numbers among the settings of a dataclass.
+
+    Raises:
+        UserError: For the first one that is out of the range of its `option`, or not finite.
+    """
+    for setting in fields(config):
+        value, meta = getattr(config, setting.name), setting.metadata
+        least, most, below = meta.get("least"), meta.get("most"), meta.get("below")
+        if least is None:
+            continue
+        outside = value < least or (most is not None and value > most)
+        if outside or not math.isfinite(value) or (below is not None and value >= below):
+            end = f" and at most {most}" if most is not None else ""
+            end = f" and below {below}" if below is not None else end
+            raise UserError(
+                f"{option_name(setting.name)} must be at least {least}{end}, got {value}."
+            )
 
 
 def option_name(setting: str) -> str:
@@ -83,16 +111,25 @@ def read_settings(file: str | Path, config: type) -> dict:
         UserError: If the file cannot be read, a key is unknown or given twice, or a value has the
             wrong type.
     """
+    return checked_settings(_read_mapping(Path(file)), config, f"--config {file}")
+
+
+def checked_settings(content: dict, config: type, place: str) -> dict:
+    """Settings of a file by name, as the command line would give them.
+
+    Raises:
+        UserError: If a key is unknown, or a value has the wrong type. It starts with ``place``.
+    """
     known = {setting.name: setting for setting in fields(config)}
     given = {}
-    for key, value in _read_mapping(Path(file)).items():
+    for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
             near = get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"--config {file}: unknown setting {key}.{hint}")
+            raise UserError(f"{place}: unknown setting {key}.{hint}")
         if value is not None:
-            given[name] = _checked(known[name], value, f"--config {file}: {key}")
+            given[name] = _checked(known[name], value, f"{place}: {key}")
     return given
 
 

@@ -37,5 +37,5 @@ class Once(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         """Store the values of the only occurrence."""
         if getattr(namespace, self.dest, None) is not None:
-            raise argparse.ArgumentError(self, "is given twice; give all its values at once")
+            raise argparse.ArgumentError(self, "is given twice; give everything in one")
         setattr(namespace, self.dest, values)

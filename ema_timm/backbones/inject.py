@@ -1,6 +1,7 @@
 """Adds EMA attention to a network that is already built: to timm's, and to any other."""
 
 import logging
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,11 +68,17 @@ def inject(
         ``model``.
 
     Raises:
-        TypeError: If ``at`` is "paper" and the network has no block of a supported kind.
+        TypeError: If ``model`` is not a network or is scripted, or ``at`` is "paper" and it has no
+            block of a supported kind.
         ValueError: If a module cannot take a layer or has one already, nothing matches, a stage
             does not exist, ``preserve`` cannot be met, or the network is wrapped for distributed
-            training or scripted. The network is then as it was.
+            training. The network is then as it was.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be an nn.Module that is not scripted, got {reprlib.repr(model)} "
+            f"({type(model).__name__}). Build the network first, and script it afterwards."
+        )
     _require_unwrapped(model)
     if isinstance(at, Mapping):
         _refuse_with_mapping(groups, preserve, stages, cross_spatial, example, replace)
@@ -109,11 +116,6 @@ def _require_unwrapped(model: nn.Module) -> None:
                 "would leave new layers out, for instance when it averages gradients. Inject into "
                 "the network first, then wrap it."
             )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "TorchScript has no places for layers. Inject into the network of Python, then script "
-            "it."
-        )
 
 
 def _require_patterns(at: Any) -> None:

@@ -7,11 +7,34 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ema_timm.errors import UserError
+
 MOST_MODULES = 10_000
 """Modules of a network. The largest of timm have two thousand."""
 
 LARGEST_SUM = 1_000_000
 """Sum of all numbers in the arguments. timm makes lists of such a length before any layer."""
+
+
+RESERVED = (
+    *("num_classes", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"),
+    *("cache_dir", "features_only", "out_indices", "scriptable", "exportable", "no_jit"),
+)
+"""Arguments of `timm.create_model` that are not of a classifier, or that other options set."""
+
+
+def given_arguments(model_kwargs: dict) -> dict:
+    """Arguments of the network from the command line, without those that are None, as in timm.
+
+    Raises:
+        UserError: For one of `RESERVED`.
+    """
+    if wrong := [name for name in model_kwargs if name in RESERVED]:
+        raise UserError(
+            f"--model-kwargs: {wrong[0]} is not an argument of the network. Leave it out: the "
+            "classes come from the images, and the weights from other options."
+        )
+    return {name: value for name, value in model_kwargs.items() if value is not None}
 
 
 def check_arguments(arguments: Any) -> None:

@@ -30,9 +30,9 @@ def read_labels(file: str | Path) -> Labels:
     forms = "Give a text file with one name a line, or a JSON list or object of names."
     try:
         if file.suffix == ".json":
-            content = load_json(file)
+            content = load_json(file, "utf-8-sig")
         else:
-            content = file.read_text("utf-8").split("\n")
+            content = file.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--labels: {file} cannot be read: {sentence(error)} {forms}") from error
     kind = {"*": str} if isinstance(content, dict) else [str]

@@ -97,8 +97,10 @@ def read_checkpoint(file: str | Path, averaged: bool | None = None) -> Checkpoin
             code, or has no such weights.
     """
     file = Path(file)
+    if file.is_dir():
+        raise UserError(f"{file} is a folder. Give a checkpoint file.")
     if not file.is_file():
-        raise UserError(f"there is no file {file}. Give a checkpoint file or folder.")
+        raise UserError(f"there is no file {file}. Give a checkpoint file.")
     check_bounds(file)
     content = _load(file)
     try:

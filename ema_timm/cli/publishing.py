@@ -6,6 +6,9 @@ import os
 from ema_timm.errors import UserError
 from ema_timm.repeated import Once
 
+LONGEST = 1_000_000
+"""Most seconds of --time-limit; the timers of some systems hold no more."""
+
 
 def add_commands(commands) -> None:
     """Add the subcommands to the parser."""
@@ -67,6 +70,11 @@ def _publish(args: argparse.Namespace) -> int:
     from ema_timm.publishing.kinds import kind_of
     from ema_timm.publishing.upload import publish, rehearse
 
+    if not 0 < args.time_limit <= LONGEST:
+        raise UserError(
+            f"--time-limit must be above 0 and at most {LONGEST:,} seconds, "
+            f"got {args.time_limit:g}."
+        )
     to = Destination(args.repo_id, args.revision, args.private, args.create_pr)
     if args.dry_run:
         print(f"would publish to {rehearse(args.folder, to)}")

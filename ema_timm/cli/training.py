@@ -6,6 +6,7 @@ import os
 from ema_timm.compare.settings import ATTENTION, CompareConfig, make_comparison
 from ema_timm.errors import UserError
 from ema_timm.options import add_options, given_options, option_name, read_settings
+from ema_timm.repeated import Once
 from ema_timm.training.settings import FinetuneConfig
 
 
@@ -42,6 +43,7 @@ def _add_config(command) -> None:
         "-c",
         "--config",
         metavar="FILE.yaml",
+        action=Once,
         default=argparse.SUPPRESS,
         help="read settings from a YAML file; the command line overrides it",
     )

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ema_timm.errors import UserError
+from ema_timm.fields import check_fields, load_json
 from ema_timm.files import write_whole
-from ema_timm.options import command_arguments, option, option_name
+from ema_timm.options import checked_settings, command_arguments, option, option_name
 from ema_timm.training.settings import FinetuneConfig
 
 ATTENTION = ("none", "se", "eca", "cbam", "coord", "ema")
@@ -108,10 +109,14 @@ def _require(settings: dict, names: list[str]) -> None:
 def _read(file: Path) -> Comparison | None:
     if not file.is_file():
         return None
+    remedy = "Remove it and give all settings."
     try:
-        return Comparison(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}). Remove it and give all settings.") from error
+        content = load_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}). {remedy}") from error
+    check_fields(content, {"attention": [str], "seeds": int, "settings": dict}, file, remedy)
+    settings = checked_settings(content["settings"], FinetuneConfig, str(file))
+    return Comparison(content["attention"], content["seeds"], settings)
 
 
 def _check_same(saved: dict, given: dict) -> None:

@@ -62,6 +62,13 @@ def read_variants(names: Sequence[str], model: str) -> list[Variant]:
     variants = [_read(name, model) for name in names]
     if len({variant.folder for variant in variants}) < len(variants):
         raise UserError(f"--attention must name each variant once, got {' '.join(names)}.")
+    for number, variant in enumerate(variants):
+        for other in variants[:number]:
+            if other[1:] == variant[1:]:
+                raise UserError(
+                    f"--attention {other.name} and {variant.name} are the same network. Leave one "
+                    "of them out."
+                )
     return variants
 
 

@@ -242,7 +242,7 @@ def number(place: str, classes: list[str], class_map: dict | None) -> dict[str, 
     unknown = [name for name in classes if name not in class_map]
     if unknown:
         raise UserError(
-            f"{place} has classes that the training images lack: "
-            f"{some(sorted(unknown), 5)}. Both splits take the same classes."
+            f"{place} has classes that are not among those trained on ({some([*class_map], 5)}): "
+            f"{some(sorted(unknown), 5)}. Rename or remove their folders."
         )
     return class_map

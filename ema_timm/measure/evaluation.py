@@ -27,6 +27,7 @@ from ema_timm.files import sha256
 from ema_timm.measure.metrics import Tally, tally
 from ema_timm.measure.settings import EvaluateConfig
 from ema_timm.measure.source import folder_to_measure, images_of, with_class_names
+from ema_timm.options import check_ranges
 
 try:
     from ema_timm.measure.confusion import save_confusion
@@ -53,6 +54,7 @@ def evaluate(config: EvaluateConfig, progress: bool = True) -> dict[str, Any]:
     Raises:
         UserError: For bad input.
     """
+    check_ranges(config)
     path, found = folder_to_measure(config)
     saved = with_class_names(check_network(path, relabel=bool(config.labels)), path, config)
     names = saved["label_names"]

@@ -28,8 +28,8 @@ class EvaluateConfig:
     labels: str = option(
         "", "file of class names in output order: one per line, or JSON with descriptions"
     )
-    batch_size: int = option(64, "images in a batch")
-    workers: int = option(2, "data-loader processes")
+    batch_size: int = option(64, "images in a batch", least=1)
+    workers: int = option(2, "data-loader processes", least=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")
     amp_dtype: str = option(
         "", "use mixed precision with this dtype (default: off)", choices=("bfloat16", "float16")
@@ -49,8 +49,8 @@ class EvaluateConfig:
     use_averaged: bool | None = option(
         None, "use the averaged weights (default: if the file is of timm's --model-ema)", flag=True
     )
-    img_size: int = option(0, "image size in pixels (default: from the model)")
-    crop_pct: float = option(0.0, "centre-crop fraction (default: from the model)")
+    img_size: int = option(0, "image size in pixels (default: from the model)", least=0)
+    crop_pct: float = option(0.0, "centre-crop fraction (default: from the model)", least=0, most=1)
     interpolation: str = option(
         "", "interpolation of the images (default: from the model)", choices=INTERPOLATIONS
     )

@@ -51,6 +51,8 @@ def _check_destination(to: Destination) -> None:
         raise UserError(f"--repo-id {to.repo!r}: {error} Give USER/NAME.") from error
     if to.repo.count("/") != 1:
         raise UserError(f"--repo-id must be USER/NAME, got {to.repo!r}.")
+    if not to.revision:
+        raise UserError("--revision is empty. Name a branch, such as main.")
     if re.fullmatch(r"[0-9a-f]{40}", to.revision):
         raise UserError(f"--revision must name a branch, but {to.revision} is a commit.")
     if to.create_pr and to.revision != "main":

@@ -11,7 +11,7 @@ from ema_timm.errors import UserError, require_packages
 from ema_timm.see.detectors import best_detections, letterboxed, names_detector, opened
 from ema_timm.see.gates import LayerGates, last_of_stages, layer_gates
 from ema_timm.see.gradcam import Cam, grad_cam, last_stage
-from ema_timm.see.images import find_images, prepare
+from ema_timm.see.images import find_images, keep_images, prepare
 from ema_timm.see.networks import Classifier, open_classifier
 from ema_timm.see.predictions import Prediction, check_png, top_classes
 from ema_timm.see.settings import AttendConfig
@@ -52,12 +52,15 @@ def attend(config: AttendConfig) -> Attended:
         raise UserError(
             f"a figure has rows for {MOST_IMAGES} images, got {len(files)}. Give fewer."
         )
-    look = _at_detector if detects else _at_classifier
-    seen, gates, rows, cams = look(config, files, torch.device(pick_device(config.device)))
     pictures = [Path(config.output)]
-    save_attention(seen, gates, cams, rows, pictures[0])
     if config.groups:
         pictures.append(pictures[0].with_name(f"{pictures[0].stem}-groups.png"))
+    for picture in pictures:
+        keep_images(files, "--output", picture)
+    look = _at_detector if detects else _at_classifier
+    seen, gates, rows, cams = look(config, files, torch.device(pick_device(config.device)))
+    save_attention(seen, gates, cams, rows, pictures[0])
+    if config.groups:
         save_groups(seen, gates, rows, pictures[1])
     return Attended(pictures, list(gates), rows, skipped)
 

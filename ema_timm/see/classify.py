@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from ema_timm.data.images import mode_of, read_image
 from ema_timm.environment import pick_device
-from ema_timm.errors import UnreadableImageError, UserError
-from ema_timm.see.images import find_images, image_loader
+from ema_timm.errors import UnreadableImageError
+from ema_timm.options import check_ranges
+from ema_timm.see.images import find_images, image_loader, keep_images
 from ema_timm.see.networks import Classifier, open_classifier, open_exported
 from ema_timm.see.predictions import (
     Prediction,
@@ -51,13 +52,14 @@ def predict(config: PredictConfig, progress: bool = True) -> Predicted:
         UserError: If a setting is wrong, or the network or an image is missing.
         HubError: If a download from the Hub fails.
     """
-    if config.topk < 1 or config.batch_size < 1:
-        raise UserError("--topk and --batch-size must be at least 1.")
+    check_ranges(config)
     if config.output:
         check_output(config.output)
     if config.sheet:
         check_png("--sheet", config.sheet)
     files, skipped = find_images(config.images)
+    if config.sheet:
+        keep_images(files, "--sheet", config.sheet)
     device = torch.device(pick_device(config.device))
     if config.source.endswith(ONNX):
         device = torch.device("cpu")  # ONNX Runtime reads its input there

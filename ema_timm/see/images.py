@@ -1,5 +1,6 @@
 """The image files that a command names, prepared as a network takes them."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ def find_images(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
         else:
             raise UserError(f"there is no image or folder {path}. Correct the name.")
     return found, notes
+
+
+def keep_images(files: Sequence[Path], option: str, picture: str | Path) -> None:
+    """Raise UserError if the file to write is one of the images, which it would replace."""
+    if os.path.exists(picture) and any(os.path.samefile(picture, file) for file in files):
+        raise UserError(
+            f"{option} {picture} is one of the images, which it would replace. Give another name."
+        )
 
 
 class ImageFiles(Dataset):

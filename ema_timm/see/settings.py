@@ -37,9 +37,9 @@ class PredictConfig:
 
     source: str
     images: list[str]
-    topk: int = option(5, "number of classes to print for each image")
+    topk: int = option(5, "number of classes to print for each image", least=1)
     output: str = option("", "file to write: .csv, .jsonl or .parquet (default: print)")
     sheet: str = option("", "contact sheet of the labelled images to write, a .png")
-    batch_size: int = option(64, "images in a batch")
-    workers: int = option(2, "data-loader processes, if there is more than one batch")
+    batch_size: int = option(64, "images in a batch", least=1)
+    workers: int = option(2, "data-loader processes, if there is more than one batch", least=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ema_timm.data.check import check_readable
 from ema_timm.data.folders import find_split
 from ema_timm.data.identical import identical_images
-from ema_timm.data.image_folder import LabelledImages
+from ema_timm.data.image_folder import FolderDataset, LabelledImages
 from ema_timm.data.splits import open_both
 from ema_timm.errors import UserError, some
 from ema_timm.training.processes import Process
@@ -73,6 +73,8 @@ def open_images(
             cannot be read.
     """
     train, val = open_both(data_dir, split, val_split, dataset)
+    for images in (train, val):
+        _refuse_output_inside(images, output)
     notes = [*train.notes, *val.notes, *_counts(train, val)]
     test = find_test_folder(data_dir, dataset, split)
     if test is not None:
@@ -166,6 +168,17 @@ def create_loaders(
         )
     evaluation = {key: preprocessing[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     return train_loader, create_loader(val, is_training=False, **evaluation, **shared)
+
+
+def _refuse_output_inside(images: LabelledImages, output: str) -> None:
+    """Raise UserError for an output among the images: its figures would be images of a class."""
+    if not isinstance(images, FolderDataset):
+        return
+    if Path(output).resolve().is_relative_to(Path(images.place).resolve()):
+        raise UserError(
+            f"--output {output} is inside {images.place}, so its figures would become images of a "
+            "class. Give a folder outside of the images."
+        )
 
 
 def _identical_note(val: LabelledImages, identical: list[int]) -> str:

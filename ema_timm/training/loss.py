@@ -86,7 +86,7 @@ def read_class_weights(option: str, images: LabelledImages) -> list[float] | Non
 
 def _read_object(file: Path) -> dict:
     try:
-        content = load_json(file)
+        content = load_json(file, "utf-8-sig")
     except OSError as error:
         raise UserError(
             f"--class-weights must be {BALANCED} or a JSON file; cannot read {file}: "

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ema_timm.backbones.complexity import count_macs
-from ema_timm.checkpoints.bounds import bounded_network, check_arguments
+from ema_timm.checkpoints.bounds import bounded_network, check_arguments, given_arguments
 from ema_timm.checkpoints.network import BUILDING_ERRORS, saved_model_args
 from ema_timm.checkpoints.preprocessing import preprocessing
 from ema_timm.errors import HubError, UserError, sentence
@@ -90,7 +90,7 @@ def build_run_network(
         ),
         base=base or initial.describe(model),
         preprocessing=prepared,
-        macs=count_macs(model, prepared["input_size"]),
+        macs=_macs(model, initial.name, prepared["input_size"]),
     )
     model.to(device)
     if channels_last:
@@ -98,6 +98,17 @@ def build_run_network(
     if grad_checkpointing:
         model.set_grad_checkpointing()
     return network
+
+
+def _macs(model: nn.Module, name: str, input_size: tuple[int, ...]) -> dict:
+    try:
+        return count_macs(model, input_size)
+    except BUILDING_ERRORS as error:
+        shape = "×".join(map(str, input_size))
+        raise UserError(
+            f"{name} cannot run on an image of {shape}: {sentence(error)} Correct --img-size or "
+            "--model-kwargs."
+        ) from error
 
 
 def create_model(
@@ -119,7 +130,7 @@ def create_model(
             or belong to another network.
         HubError: If the Hub does not provide the weights, or provides damaged ones.
     """
-    name, kwargs = initial.name, dict(initial.kwargs)
+    name, kwargs = initial.name, given_arguments(initial.kwargs)
     pretrained = load_weights and initial.loads_weights
     try:
         model_args = {**saved_model_args(name), **kwargs}

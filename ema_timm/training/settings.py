@@ -7,7 +7,7 @@ from typing import Any
 from ema_timm.errors import UserError
 from ema_timm.measure.settings import INTERPOLATIONS
 from ema_timm.names import encodable
-from ema_timm.options import option, option_name
+from ema_timm.options import check_ranges, option
 
 
 @dataclass
@@ -39,7 +39,7 @@ class FinetuneConfig:
         default_factory=dict,
         metadata={"help": "arguments of the model, such as ema_groups=8", "pairs": True},
     )
-    img_size: int = option(0, "image size in pixels (default: from the model)")
+    img_size: int = option(0, "image size in pixels (default: from the model)", least=0)
     mean: list[float] = field(
         default_factory=list,
         metadata={
@@ -61,53 +61,63 @@ class FinetuneConfig:
         choices=INTERPOLATIONS,
     )
     crop_pct: float = option(
-        0.0, "centre-crop fraction of validation images (default: from the model)"
+        0.0, "centre-crop fraction of validation images (default: from the model)", least=0, most=1
     )
-    drop_path: float = option(0.0, "stochastic depth rate")
+    drop_path: float = option(0.0, "stochastic depth rate", least=0, below=1)
     grad_checkpointing: bool = option(False, "recompute activations to save memory", flag=True)
 
-    epochs: int = option(20, "number of epochs", group="optimisation")
-    patience: int = option(0, "stop after this many epochs without improvement (default: off)")
-    freeze_epochs: int = option(
-        0, "train only the head and the EMA layers for this many epochs first (default: 0)"
+    epochs: int = option(20, "number of epochs", group="optimisation", least=1)
+    patience: int = option(
+        0, "stop after this many epochs without improvement (default: off)", least=0
     )
-    batch_size: int = option(64, "images in a batch, on each device")
-    grad_accum_steps: int = option(1, "accumulate the gradients of this many batches for a step")
+    freeze_epochs: int = option(
+        0, "train only the head and the EMA layers for this many epochs first (default: 0)", least=0
+    )
+    batch_size: int = option(64, "images in a batch, on each device", least=1)
+    grad_accum_steps: int = option(
+        1, "accumulate the gradients of this many batches for a step", least=1
+    )
     average_weights: float = option(
         0.0,
         "evaluate and save a weight average with this decay, such as 0.999; timm's --model-ema "
         "(default: off)",
+        least=0,
+        below=1,
     )
     opt: str = option("adamw", "timm optimiser name")
-    lr: float = option(5e-4, "peak learning rate")
-    weight_decay: float = option(0.05, "weight decay")
-    momentum: float = option(0.9, "momentum, for optimisers that have one")
-    layer_decay: float = option(0.0, "layer-wise learning rate decay (default: off)")
-    clip_grad: float = option(0.0, "clip the gradient norm to this value (default: off)")
+    lr: float = option(5e-4, "peak learning rate", least=0)
+    weight_decay: float = option(0.05, "weight decay", least=0)
+    momentum: float = option(0.9, "momentum, for optimisers that have one", least=0, below=1)
+    layer_decay: float = option(
+        0.0, "layer-wise learning rate decay (default: off)", least=0, most=1
+    )
+    clip_grad: float = option(0.0, "clip the gradient norm to this value (default: off)", least=0)
     sched: str = option("cosine", "timm scheduler name")
-    warmup_epochs: int = option(1, "epochs of linear warm-up")
-    min_lr: float = option(1e-6, "final learning rate")
+    warmup_epochs: int = option(1, "epochs of linear warm-up", least=0)
+    min_lr: float = option(1e-6, "final learning rate", least=0)
 
     class_weights: str = option(
         "",
         "class weights in the loss: balanced, or a JSON file of class names and weights",
         group="loss and augmentation",
     )
-    smoothing: float = option(0.1, "label smoothing")
-    mixup: float = option(0.0, "mixup alpha (default: off)")
-    cutmix: float = option(0.0, "cutmix alpha (default: off)")
+    smoothing: float = option(0.1, "label smoothing", least=0, below=1)
+    mixup: float = option(0.0, "mixup alpha (default: off)", least=0)
+    cutmix: float = option(0.0, "cutmix alpha (default: off)", least=0)
     aa: str = option("", "AutoAugment policy, such as rand-m9-mstd0.5 (default: off)")
-    reprob: float = option(0.0, "random erasing probability")
-    hflip: float = option(0.5, "horizontal flip probability")
-    scale_min: float = option(0.5, "smallest area of the random crop, as a fraction")
-    color_jitter: float = option(0.0, "colour jitter")
+    reprob: float = option(0.0, "random erasing probability", least=0, most=1)
+    hflip: float = option(0.5, "horizontal flip probability", least=0, most=1)
+    scale_min: float = option(
+        0.5, "smallest area of the random crop, as a fraction", least=0, most=1
+    )
+    color_jitter: float = option(0.0, "colour jitter", least=0)
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps", group="hardware and logging")
     amp: bool = option(False, "use mixed precision", flag=True)
     amp_dtype: str = option("bfloat16", "dtype of mixed precision", choices=("bfloat16", "float16"))
     channels_last: bool = option(False, "use channels-last memory format", flag=True)
-    workers: int = option(2, "data-loader processes")
-    seed: int = option(42, "random seed")
+    workers: int = option(2, "data-loader processes", least=0)
+    seed: int = option(42, "random seed", least=0)
     # Not --log: torchrun would read it as an abbreviation of one of its own options.
     record: list[str] = field(
         default_factory=list,
@@ -134,20 +144,9 @@ class FinetuneConfig:
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
-_LOWEST = {"epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "patience": 0, "freeze_epochs": 0}
-
-
 def check_settings(config: FinetuneConfig) -> None:
     """Raise UserError for a value out of range, or for settings that cannot work together."""
-    for name, least in _LOWEST.items():
-        if getattr(config, name) < least:
-            value = getattr(config, name)
-            raise UserError(f"{option_name(name)} must be at least {least}, got {value}.")
-    if not 0 <= config.average_weights < 1:
-        raise UserError(
-            f"--average-weights must be at least 0 and below 1, such as 0.999, "
-            f"got {config.average_weights}."
-        )
+    check_ranges(config)
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise UserError(
             f"--mixup and --cutmix pair the images of a batch, so --batch-size must be even, "

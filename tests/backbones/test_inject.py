@@ -117,3 +117,14 @@ def test_preserve_refuses_a_norm_without_an_affine_part():
 def test_stages_given_as_an_iterator_are_read_once():
     model = inject(timm.create_model("resnet18"), stages=iter([2]))
     assert [layer.channels for layer in layers(model)] == [128, 128]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("at", ["paper", "stages", "layer1"])
+@pytest.mark.parametrize("kind", ["name", "class", "none", "scripted"])
+def test_what_is_no_network_is_named(kind, at):
+    network = timm.create_model("test_resnet", num_classes=2, scriptable=True).eval()
+    model = {"name": "resnet18", "class": type(network), "none": None}.get(kind)
+    model = torch.jit.script(network) if kind == "scripted" else model
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module that is not scripted, got"):
+        inject(model, at=at)

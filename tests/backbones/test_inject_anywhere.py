@@ -415,7 +415,7 @@ def test_a_network_that_is_wrapped_or_scripted_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"wrapped already \(.*Inject into the network first"):
             inject(model, at=at, example=IMAGES)
         assert not layers(model)
-    with pytest.raises(ValueError, match="then script"):
+    with pytest.raises(TypeError, match="script it afterwards"):
         inject(torch.jit.script(Block(3)), at="conv", example=IMAGES)
     part = Unet()
     part.up = torch.jit.script(part.up)

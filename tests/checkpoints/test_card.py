@@ -199,6 +199,24 @@ def test_what_was_told_once_is_kept(folder):
     assert "license: mit" in text and "license: mit" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--repo-id", "a/b; rm -rf ~"], "--repo-id 'a/b; rm -rf ~': Repo id must use"),
+        (["--repo-id", "flowers"], "--repo-id must be USER/NAME, got 'flowers'"),
+        (["--base-model", "a/b c"], "--base-model 'a/b c': Repo id"),
+        (["--trained-on", "me/photos", "--trained-on", "my photos"], "--trained-on 'my photos'"),
+        (["--license", "MIT License"], "--license must be an identifier of the Hub in lower case"),
+        (["--license", "other", "--license-link", "javascript:alert(1)"], "--license-link must be"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_refused_and_not_kept(folder, capsys, options, said):
+    before = (folder / "results.json").read_bytes()
+    assert main(["card", str(folder), *options]) == 2
+    assert said in capsys.readouterr().err
+    assert (folder / "results.json").read_bytes() == before
+
+
 def test_an_edited_card_is_kept_unless_forced_and_the_difference_shown(folder, capsys):
     write_card(folder)
     card = folder / "README.md"

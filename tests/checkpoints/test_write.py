@@ -8,10 +8,13 @@ import timm
 import torch
 
 from ema_timm.checkpoints.folder import CheckpointWriter
+from ema_timm.checkpoints.labels import read_labels
 from ema_timm.checkpoints.network import check_network
+from ema_timm.checkpoints.read import read_checkpoint
 from ema_timm.checkpoints.results import public_model_name
 from ema_timm.checkpoints.write import write_converted
 from ema_timm.cli import main
+from ema_timm.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -83,3 +86,15 @@ def test_a_measured_file_does_not_say_where_its_weights_were_cached(digits, tmp_
     for name in ("config.json", "results.json"):
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
     assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["labels.txt", "labels.json"])
+def test_the_byte_order_mark_of_a_file_of_names_is_no_part_of_a_name(name, tmp_path):
+    text = "rose\r\ntulip\r\n" if name.endswith("txt") else '["rose", "tulip"]'
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_labels(tmp_path / name).names == ["rose", "tulip"]
+
+
+def test_a_folder_in_place_of_a_checkpoint_file_is_called_one(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder\. Give a checkpoint file"):
+        read_checkpoint(tmp_path)

@@ -91,6 +91,14 @@ def test_a_file_that_is_not_there_is_named(started, capsys):
     assert "cannot read gone.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["finetune", "compare"])
+def test_a_second_file_is_refused_because_it_would_replace_the_first(command, file, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "-c", file("lr: 0.1"), "--config", file("lr: 0.2")])
+    assert left.value.code == 2
+    assert "argument -c/--config: is given twice" in capsys.readouterr().err
+
+
 def test_every_default_can_stand_in_a_file(file, started):
     import dataclasses
 

@@ -63,6 +63,8 @@ def test_a_tag_names_the_same_weights():
     "names, model, said",
     [
         (["sea"], "resnet18", "--attention sea: there is no layer 'sea'"),
+        (["ema", "ema@"], "resnet18", "--attention ema and ema@ are the same network"),
+        (["se@rd_ratio=0.5", "se@rd_ratio=.5"], "resnet18", "are the same network"),
         (["none@groups=8"], "resnet18", "has no arguments"),
         (["ema@factor=8"], "resnet18", "groups, stages, cross_spatial, got factor"),
         (["ema@8"], "resnet18", "not KEY=VALUE"),
@@ -189,3 +191,27 @@ def test_every_option_of_finetune_is_one_of_compare():
     values = command_arguments({"lr": 0.1, "amp": True, "model_kwargs": {"a": 1}}, FinetuneConfig)
     args = build_parser().parse_args(["compare", *values, "--attention", "none", "--seeds", "2"])
     assert given_options(args, FinetuneConfig) == {"lr": 0.1, "amp": True, "model_kwargs": {"a": 1}}
+
+
+GOOD = {"attention": ["none"], "seeds": 1, "settings": {"model": "test_resnet", "data_dir": "s"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is damaged"),
+        ("[" * 200_000, "is damaged"),
+        ("[]", "its content must be an object"),
+        (json.dumps({**GOOD, "seeds": "x"}), "seeds must be a whole number, got 'x'"),
+        (json.dumps({**GOOD, "attention": 3}), "attention must be a list, got 3"),
+        (json.dumps({**GOOD, "settings": []}), "settings must be an object"),
+        (json.dumps({**GOOD, "settings": {"blah": 1}}), "unknown setting blah"),
+        (json.dumps({**GOOD, "settings": {"epochs": "x"}}), "epochs must be a whole number"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_damaged_plan_is_named(content, said, tmp_path):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        make_comparison({"output": str(tmp_path)})
+    assert str(caught.value).startswith(str(tmp_path / "plan.json"))

@@ -345,6 +345,8 @@ def test_bad_files_get_one_line_and_leave_nothing(case, weights, digits, tmp_pat
         ({"data_dir": ""}, "needs --data-dir"),
         ({"split": "test"}, "has no folder test"),
         ({"labels": "gone.txt"}, "--labels: gone.txt cannot be read"),
+        ({"workers": -1}, "--workers must be at least 0, got -1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"device": "cuda:99"}, "--device cuda:99"),
     ],
     ids=lambda c: c if isinstance(c, str) else next(iter(c)),

@@ -296,6 +296,9 @@ def test_a_pickle_that_is_there_is_mentioned(trained, hub, push):
         (["--repo-id", "a/b/c"], "Give USER/NAME"),
         (["--repo-id", "ada/--x"], "Give USER/NAME"),
         (["--repo-id", "ada/x", "--revision", "0" * 40], "must name a branch"),
+        (["--repo-id", "ada/x", "--revision", ""], "--revision is empty"),
+        (["--repo-id", "ada/x", "--time-limit", "-1"], "--time-limit must be above 0 and at most"),
+        (["--repo-id", "ada/x", "--time-limit", "inf"], "seconds, got inf"),
         (["--repo-id", "ada/x", "--revision", "next", "--create-pr"], "leave out --revision"),
     ],
 )

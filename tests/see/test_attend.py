@@ -1,6 +1,7 @@
 """Where the network looks is where the object is, and the picture says so in its own numbers."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -244,6 +245,19 @@ def test_what_cannot_be_drawn_is_said(trained, digits, tmp_path, options, match)
     with pytest.raises(UserError, match=match) as caught:
         attend(settings(trained, **given))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("output", ["a.png", "link.png", "b.png"])
+def test_an_image_is_never_replaced_by_the_figure(trained, digits, tmp_path, output):
+    image = next((digits / "val").rglob("*.png"))
+    for name in ("a.png", "b-groups.png"):
+        shutil.copy(image, tmp_path / name)
+    (tmp_path / "link.png").symlink_to("a.png")
+    images = [str(tmp_path / "a.png"), str(tmp_path / "b-groups.png")]
+    with pytest.raises(UserError, match="is one of the images, which it would replace"):
+        attend(settings(trained, images, tmp_path / output, groups=True))
+    for each in images:
+        assert Path(each).read_bytes() == image.read_bytes()
 
 
 def test_command(trained, digits, tmp_path, capsys):

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import timm
@@ -237,7 +238,8 @@ def test_greyscale_network(digits, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"topk": 0}, "--topk and --batch-size must be at least 1"),
+        ({"workers": -1}, "--workers must be at least 0, got -1"),
+        ({"topk": 0}, "--topk must be at least 1, got 0"),
         ({"output": "p.xlsx"}, r"--output ends in \.csv, \.jsonl, \.parquet, got p\.xlsx"),
         ({"sheet": "s.pdf"}, r"--sheet is a \.png file"),
         ({"images": ["nowhere.png"]}, "there is no image or folder nowhere.png"),
@@ -250,6 +252,14 @@ def test_what_cannot_be_done_is_said_before_any_work(trained, digits, options, m
     with pytest.raises(UserError, match=match) as caught:
         predict(PredictConfig(**given, device="cpu"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_is_never_replaced_by_the_contact_sheet(trained, digits, tmp_path):
+    image = next((digits / "val").rglob("*.png"))
+    copy = Path(shutil.copy(image, tmp_path))
+    with pytest.raises(UserError, match="is one of the images, which it would replace"):
+        predict(settings(trained, tmp_path, sheet=str(copy)))
+    assert copy.read_bytes() == image.read_bytes()
 
 
 def test_a_folder_without_images(trained, tmp_path):

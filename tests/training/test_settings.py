@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import timm
@@ -17,11 +18,13 @@ from torch.nn.functional import cross_entropy
 from ema_timm.cli import main
 from ema_timm.errors import InterruptedRunError, UserError
 from ema_timm.measure.metrics import Metrics
+from ema_timm.options import option_name
 from ema_timm.training.loss import mixup_and_loss, read_class_weights
 from ema_timm.training.processes import Process
 from ema_timm.training.quickstart import validate
 from ema_timm.training.resume import RunState
 from ema_timm.training.run import Run
+from ema_timm.training.settings import FinetuneConfig
 from ema_timm.training.step import TrainStep
 
 ALL = {
@@ -319,16 +322,58 @@ def test_tensorboard_that_is_missing_is_said_before_training(config, tmp_path, m
     [
         (["--grad-accum-steps", "0"], "--grad-accum-steps must be at least 1"),
         (["--patience", "-1"], "--patience must be at least 0, got -1"),
-        (["--average-weights", "1"], "at least 0 and below 1, such as 0.999, got 1.0"),
+        (["--average-weights", "1"], "--average-weights must be at least 0 and below 1, got 1.0"),
+        (["--model-kwargs", "num_classes=7"], "num_classes is not an argument of the network"),
+        (["--model-kwargs", "pretrained=True"], "pretrained is not an argument of the network"),
+        (["--model-kwargs", "features_only=True"], "features_only is not an argument of"),
+        (["--model-kwargs", "global_pool="], "test_resnet_ema cannot run on an image of 3×32×32"),
+        (["--model-kwargs", "drop_rate=2"], "Correct --img-size or --model-kwargs."),
         (["--class-weights", "gone.json"], "must be balanced or a JSON file"),
         (["--mean", "0.5", "0.5"], "--mean must be one number, or one for each of the 3 channels"),
         (["--std", "0"], "std must be numbers above 0, one a channel, got [0.0]"),
-        (["--crop-pct", "-1"], "crop_pct must be a number above 0, got -1.0"),
     ],
 )
 def test_settings_that_cannot_be_get_one_line(config, capsys, changes, said):
     assert main(cli(config, *changes)) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "setting", [each for each in fields(FinetuneConfig) if type(each.default) in (int, float)]
+)
+def test_every_number_has_a_range(setting, config, tmp_path, capsys):
+    flag = option_name(setting.name)
+    values = ["-1", "nan", "inf"] if isinstance(setting.default, float) else ["-1"]
+    for value in values:
+        assert main(cli(config, f"{flag}={value}")) == 2
+        assert f"ema-timm: {flag} must be at least" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["smoothing", "drop-path", "momentum", "reprob", "crop-pct"])
+def test_a_fraction_above_one_is_refused(option, config, capsys):
+    assert main(cli(config, f"--{option}", "1.5")) == 2
+    assert "1, got 1.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["train/0", "train/new", "val"])
+def test_an_output_among_the_images_is_refused(inside, config, digits, capsys):
+    folder = digits / inside / "run"
+    assert main(cli(dataclasses.replace(config, output=str(folder)))) == 2
+    assert f"is inside {digits / inside.split('/')[0]}, so its figures" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_class_weights_may_have_a_byte_order_mark(tmp_path):
+    file = tmp_path / "weights.json"
+    content = json.dumps(dict.fromkeys(Images.class_names, 2))
+    file.write_text(content, encoding="utf-8-sig")
+    assert len(read_class_weights(str(file), Images())) == 4
+
+
+def test_an_argument_that_is_none_is_the_default_also_of_the_folder(config, tmp_path):
+    assert main(cli(config, "--model-kwargs", "ema_groups=None", "--epochs", "1")) == 0
+    assert main(["predict", config.output, config.data_dir + "/val", "--device", "cpu"]) == 0
 
 
 def test_a_batch_of_which_batch_norm_has_no_variance_is_one_line(config, capsys):

@@ -1,8 +1,11 @@
 """Writes the README.md of a checkpoint folder from its results. Edited cards are kept."""
 
 import difflib
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ema_timm.checkpoints.cards.parts import is_generated
 from ema_timm.checkpoints.cards.text import card_text
@@ -12,6 +15,7 @@ from ema_timm.checkpoints.layout import CARD, RESULTS
 from ema_timm.checkpoints.network import check_network
 from ema_timm.checkpoints.results import read_own_results, without_local_paths
 from ema_timm.errors import UserError
+from ema_timm.options import option_name
 
 
 class EditedCardError(UserError):
@@ -48,9 +52,11 @@ def write_card(path: str | Path, fields: dict | None = None, force: bool = False
 
     Raises:
         EditedCardError: If the card was edited by hand and ``force`` is off.
-        UserError: If the folder is damaged, or its results are of other weights.
+        UserError: If a field is not what the Hub takes, the folder is damaged, or its results are
+            of other weights.
     """
-    path, folder = Path(path), CheckpointWriter(path)
+    path, folder, fields = Path(path), CheckpointWriter(path), fields or {}
+    check_card_fields(fields)
     # config.json first: timm builds the network by it.
     folder.save_config(completed(read_config(path)))
     found = read_own_results(path, check_network(path))
@@ -62,6 +68,34 @@ def write_card(path: str | Path, fields: dict | None = None, force: bool = False
         updated = {**results, "card": {**results.get("card", {}), **fields}}
     changed = save_card(path, card_text(updated), updated, updated != results, force)
     return WrittenCard(changed, _unknown(updated))
+
+
+def check_card_fields(fields: dict[str, Any]) -> None:
+    """Check what is given for a card, because the Hub refuses a commit with a wrong one.
+
+    Raises:
+        UserError: For a name that the Hub cannot have, a licence that is not an identifier, or a
+            link to one that is neither a file nor on the web.
+    """
+    repositories = {name: [fields[name]] for name in ("base_model", "repo_id") if name in fields}
+    for name, ids in {**repositories, "trained_on": fields.get("datasets", [])}.items():
+        for each in ids:
+            try:
+                validate_repo_id(each)
+            except HFValidationError as error:
+                raise UserError(f"{option_name(name)} {each!r}: {error} Give USER/NAME.") from error
+    if fields.get("repo_id", "/").count("/") != 1:
+        raise UserError(f"--repo-id must be USER/NAME, got {fields['repo_id']!r}.")
+    licence, link = fields.get("license", "mit"), fields.get("license_link", "LICENSE")
+    if not re.fullmatch("[a-z0-9.-]+", licence):
+        raise UserError(
+            f"--license must be an identifier of the Hub in lower case, such as mit, apache-2.0 or "
+            f"other, got {licence!r}."
+        )
+    if not re.fullmatch(r"https?://[^\s<>]+|[\w.-]+", link):
+        raise UserError(
+            f"--license-link must be a file such as LICENSE or begin with https://, got {link!r}."
+        )
 
 
 def save_card(path: Path, text: str, results: dict, new_results: bool, force: bool) -> bool:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ema_timm.checkpoints.cards import parts
-from ema_timm.checkpoints.cards.file import WrittenCard, save_card
+from ema_timm.checkpoints.cards.file import WrittenCard, check_card_fields, save_card
 from ema_timm.checkpoints.cards.parts import (
     card_name,
     fill,
@@ -65,6 +65,7 @@ def write_detector_card(
             f"--{other[0].replace('_', '-')} is not for detectors: their licence is that of "
             f"ultralytics, which {folder / DESCRIPTION} names. Leave it out."
         )
+    check_card_fields(fields)
     facts = known_facts(folder, read_description(folder), load(folder))
     before = carried(folder, facts)
     results = {**before, **facts}
