@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.models._factory import parse_model_name
 from torch import Tensor, nn
 
-from ema_timm.checkpoints.bounds import bounded_network, check_arguments, given_arguments
+from ema_timm.checkpoints.bounds import bounded_network, given_arguments
 from ema_timm.checkpoints.config import read_config, read_model_config
 from ema_timm.checkpoints.layout import CONFIG, WEIGHTS
 from ema_timm.checkpoints.read import Checkpoint, resolve_architecture
@@ -183,8 +183,7 @@ def rebuild(checkpoint: Checkpoint, model: str = "", model_kwargs: dict | None =
         args["global_pool"] = checkpoint.arguments["gp"]
     args |= given_arguments(model_kwargs or {})
     try:
-        check_arguments(args)
-        with torch.device("meta"):
+        with bounded_network(args), torch.device("meta"):
             probe = timm.create_model(name, **args)
         checkpoint = checkpoint.named_as(probe.state_dict())
         args |= _channels(probe, checkpoint.state)
