@@ -17,8 +17,8 @@ LARGEST_SUM = 1_000_000
 
 
 RESERVED = (
-    *("num_classes", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"),
-    *("cache_dir", "features_only", "out_indices", "scriptable", "exportable", "no_jit"),
+    *("num_classes", "pretrained", "checkpoint_path", "pretrained_cfg_overlay"),
+    *("features_only", "out_indices", "scriptable", "exportable", "no_jit"),
 )
 """Arguments of `timm.create_model` that are not of a classifier, or that other options set."""
 
