@@ -122,5 +122,5 @@ def test_classes_get_the_numbers_of_the_checkpoint(digits):
     path = images.file_name(0)
     with Image.open(path) as image:
         assert torch.equal(images[0][0], torch.from_numpy(np.array(image.convert("RGB"))))
-    with pytest.raises(UserError, match="not among those trained on .*: digit_3"):
+    with pytest.raises(UserError, match=r"not among those trained on .*: digit_3"):
         open_named("torch/image_folder", digits, "val", {"digit_0": 0, "digit_1": 1, "digit_2": 2})
