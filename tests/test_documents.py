@@ -62,8 +62,7 @@ ELSEWHERE = {
 LESS_WORK = {
     "finetune": "--batch-size 12 --img-size 32 --workers 0 --device cpu",
     "evaluate": "--workers 0 --device cpu",
-    "compare": "--attention none ema --seeds 1 --epochs 1 --batch-size 12 --img-size 32 "
-    "--workers 0 --devices cpu",
+    "compare": "--seeds 1 --epochs 1 --batch-size 12 --img-size 32 --workers 0 --devices cpu",
 }
 EPOCHS_AS_ONE = FinetuneConfig.epochs
 FEWER_STEPS = "epochs=1, batch_size=12, img_size=32, device='cpu', workers=0"

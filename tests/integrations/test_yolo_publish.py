@@ -75,7 +75,7 @@ def test_the_card_has_what_the_hub_indexes(folder):
     }
     card = (folder / "README.md").read_text()
     assert is_generated(card)
-    assert 'load("ada/digits")' in card and "pickle" in card and '"digit"' in card
+    assert 'load("ada/digits")' in card and "pickle" in card and "`digit`" in card
 
 
 def test_the_lines_of_the_card_load_the_detector(folder, detector, python, tmp_path):
