@@ -62,7 +62,8 @@ ELSEWHERE = {
 LESS_WORK = {
     "finetune": "--batch-size 12 --img-size 32 --workers 0 --device cpu",
     "evaluate": "--workers 0 --device cpu",
-    "compare": "--seeds 1 --epochs 1 --batch-size 12 --img-size 32 --workers 0 --devices cpu",
+    "compare": "--attention none ema --seeds 1 --epochs 1 --batch-size 12 --img-size 32 "
+    "--workers 0 --devices cpu",
 }
 EPOCHS_AS_ONE = FinetuneConfig.epochs
 FEWER_STEPS = "epochs=1, batch_size=12, img_size=32, device='cpu', workers=0"
@@ -73,9 +74,15 @@ if args[0] == "finetune":
     if "--epochs" in args:
         at = args.index("--epochs") + 1
         args[at] = str(-(-int(args[at]) // {EPOCHS_AS_ONE}))
-    elif "--resume" not in args:
+    elif "--resume" not in args or "--model" in args:
         args += ["--epochs", "1"]
-args += {LESS_WORK}.get(args[0], "").split()
+less = {LESS_WORK}.get(args[0], "").split()
+for flag in (word for word in less if word.startswith("--") and word in args):
+    start = end = args.index(flag)  # a repeated option would keep all its values
+    while end == start or (end < len(args) and not args[end].startswith("--")):
+        end += 1
+    del args[start:end]
+args += less
 os.execv(sys.executable, [sys.executable, "-m", "ema_timm", *args])
 """
 PRELUDE = (

@@ -90,7 +90,7 @@ def test_command(saved, name, size, fp16, tmp_path, capsys):
 def test_a_layer_that_is_traced_as_it_is(channels, groups, size, tmp_path):
     """As ultralytics does, which knows no dialects."""
     torch.manual_seed(0)
-    layer = EmaAttn(channels, groups)
+    layer = EmaAttn(channels, groups=groups)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     model = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), layer, nn.Flatten()).eval()
