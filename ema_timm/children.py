@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ema_timm.ops.reference import definition
-from ema_timm.ops.weights import EmaWeights, require_map
+from ema_timm.ops.weights import EmaWeights, laid_out_like, require_map
 
 if TYPE_CHECKING:
     from ema_timm.attention import EmaAttn
@@ -136,11 +136,8 @@ def call_children(layer: "EmaAttn", x: Tensor) -> Tensor:
         _log_once(obstacle(layer))
     if not torch.jit.is_tracing():
         require_map(x, layer.groups, layer.channels // layer.groups)
-    gated = definition(
-        x, layer.groups, layer.conv1x1, layer.gn, layer.conv3x3, layer.cross_spatial
-    ).to(x.dtype)
-    # A copy into empty memory is more than the ONNX exporter takes.
-    return gated if torch.jit.is_tracing() else torch.empty_like(x).copy_(gated)
+    gated = definition(x, layer.groups, layer.conv1x1, layer.gn, layer.conv3x3, layer.cross_spatial)
+    return laid_out_like(x, gated)
 
 
 @cache

@@ -15,18 +15,18 @@ def encodable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def one_line(name: str) -> str:
+def printable(name: str) -> str:
     r"""A name for one line of text: characters that break or hide text are written as ``\n``."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
 
 
 def code(name: str) -> str:
-    """A name as code in Markdown, also in a table. It is shown as `one_line` writes it.
+    """A name as code in Markdown, also in a table. It is shown as `printable` writes it.
 
     Only code is safe from all Markdown: some readers make links of escaped addresses. Vertical bars
     stay outside of the code, because tables of different readers unescape them in different ways.
     """
-    return "&#124;".join(map(_span, one_line(name).split("|"))) or "` `"
+    return "&#124;".join(map(_span, printable(name).split("|"))) or "` `"
 
 
 def _span(text: str) -> str:
@@ -45,4 +45,4 @@ def escape(text: str) -> str:
 
     Ordinary words and numbers stay as they are. Names of others are safer as `code`.
     """
-    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", printable(text))

@@ -15,7 +15,7 @@ from ema_timm.checkpoints.pictures import named_pictures
 from ema_timm.compare.report import markdown
 from ema_timm.errors import UserError
 from ema_timm.integrations.yolo.card import detector_card_text
-from ema_timm.names import code, encodable, escape, one_line
+from ema_timm.names import code, encodable, escape, printable
 
 NAMES = [
     "<unk>", "<img src=x>", '<img src="x.png" onerror=alert(1)>', "[a](http://b)", "![a](b.png)",
@@ -56,10 +56,10 @@ def cells(text):
 def test_a_name_is_shown_as_it_is(name, write):
     (paragraph,) = inlines(f"before {write(name)} after")
     if write is code or (name == name.strip() and "  " not in name):
-        assert shown(paragraph) == f"before {one_line(name)} after"
+        assert shown(paragraph) == f"before {printable(name)} after"
     table = f"| a | b |\n|---|---|\n| {write(name)} | 1 |\n| 2 | 3 |"
     rows = [list(map(shown, inlines(table)))[i : i + 2] for i in (0, 2, 4)]
-    assert rows[1][0].strip() == one_line(name).strip() and rows[1][1] == "1"
+    assert rows[1][0].strip() == printable(name).strip() and rows[1][1] == "1"
     assert rows[2] == ["2", "3"]
 
 
@@ -73,7 +73,7 @@ def test_ordinary_text_stays_as_it_is():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_for_a_file_is_utf8_and_one_line_is_one(name):
     assert encodable(name).encode("utf-8").decode("utf-8") == name.replace("\udce9", "\\udce9")
-    assert len(one_line(name).splitlines()) == 1 and one_line(name).encode("utf-8")
+    assert len(printable(name).splitlines()) == 1 and printable(name).encode("utf-8")
 
 
 RESULTS = {
@@ -143,12 +143,12 @@ def test_every_class_has_its_row_on_the_card(start):
     text = card_text(hostile_results("a", classes))
     table = next(part for part in text.split("\n\n") if part.startswith("| correct, by class"))
     rows = cells(table)[1:]
-    assert [row[0] for row in rows] == [one_line(name) for name in classes]
+    assert [row[0] for row in rows] == [printable(name) for name in classes]
     assert {row[1] for row in rows} == {"1 of 1"}
     limits = next(part for part in text.split("\n\n") if part.startswith("It tells"))
     (paragraph,) = inlines(limits)
     assert shown(paragraph).startswith(
-        f"It tells {len(classes)} classes apart: {', '.join(map(one_line, classes))}."
+        f"It tells {len(classes)} classes apart: {', '.join(map(printable, classes))}."
     )
 
 
@@ -161,7 +161,7 @@ def test_the_metadata_keep_every_name(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name.strip()])
 def test_tables_of_measurements_and_comparisons_keep_their_rows(name):
     rows = cells(grid(["variant", name], [["a", "1"], [name, "2"], ["b", "3"]]))
-    assert [row[0].strip() for row in rows] == ["variant", "a", one_line(name).strip(), "b"]
+    assert [row[0].strip() for row in rows] == ["variant", "a", printable(name).strip(), "b"]
     file = Path(ema_timm.compare.__file__).parent / "results" / "digits" / "compare.json"
     content = json.loads(file.read_text("utf-8"))
     before = cells(markdown(content))
@@ -169,8 +169,8 @@ def test_tables_of_measurements_and_comparisons_keep_their_rows(name):
     changed["rows"][1].update(variant=name, why_not=[name, "b"])
     rows = cells(markdown(changed))
     assert len(rows) == len(before)
-    assert rows[2][0] == one_line(name)
-    assert rows[2][-1].strip() == f"{one_line(name)}; b".strip()
+    assert rows[2][0] == printable(name)
+    assert rows[2][-1].strip() == f"{printable(name)}; b".strip()
 
 
 @pytest.mark.parametrize(

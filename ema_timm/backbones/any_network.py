@@ -81,8 +81,8 @@ def ema_any(
 
     Raises:
         TypeError: If ``base`` is missing.
-        ValueError: If it is no name of timm, cannot take the layers, or the weights hold layers at
-            other places.
+        ValueError: If timm has no such network, it cannot take the layers, or the weights hold
+            layers at other places.
     """
     require_base(base)
     extractor = {key: kwargs.pop(key) for key in _FEATURE_ARGUMENTS if key in kwargs}

@@ -1,4 +1,4 @@
-"""Adds EMA attention to a network that is already built: to timm's, and to any other."""
+"""Adds EMA attention to an existing network, of timm or any other."""
 
 import logging
 import reprlib
@@ -35,7 +35,7 @@ def inject(
     example: Any = None,
     replace: bool = False,
 ) -> nn.Module:
-    """Add EMA attention to a network that is already built or fine-tuned.
+    """Add EMA attention to an existing network, which may be fine-tuned.
 
     The outputs stay the same to the last bit until you train, unless ``replace`` is on or
     ``preserve`` is off. Existing parameters keep their names. Each layer runs once in a forward.
@@ -57,7 +57,7 @@ def inject(
             - "se", after each SE layer or other gate of a map;
             - a pattern over names of modules, or a list of patterns: after each module that
               matches. ``*`` is one name between dots: "layer1.*". Of an ``nn.Sequential`` the last
-              module is taken;
+              module is used;
             - what `ema_timm.placement` gave as ``at``.
         example: An input that the network takes: a tensor, a tuple of positional arguments or a
             dict of keyword arguments. The network runs once, in evaluation mode. timm networks
@@ -107,7 +107,7 @@ def inject(
 
 
 def _require_unwrapped(model: nn.Module) -> None:
-    """Raise ValueError for a network that would run, but not train or save, layers added now."""
+    """Raise ValueError for a wrapped network, which would not train or save new layers."""
     for module in model.modules():
         names = {kind.__name__ for kind in type(module).__mro__}
         if wrappers := names & _WRAPPERS:

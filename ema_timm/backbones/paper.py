@@ -171,7 +171,7 @@ def _require_free(slots: list[Slot]) -> None:
 
 
 def stage_numbers(stages: Iterable[int]) -> frozenset[int]:
-    """Numbers of stages, or one number, as a set; TypeError if they are no numbers."""
+    """Numbers of stages, or one number, as a set; TypeError for anything else."""
     if isinstance(stages, int):
         stages = (stages,)
     numbers = tuple(stages)

@@ -39,7 +39,7 @@ class Place(NamedTuple):
         groups: G; divides C.
         gain: 2 undoes the gate of one half of the identity initialisation; else 1.
         layout: "NCHW", or "NHWC" for maps (B, H, W, C).
-        replace: Whether the layer stands in the place of the module, not after it.
+        replace: Whether the layer replaces the module. Otherwise it comes after it.
         cross_spatial: As in `EmaAttn`.
     """
 

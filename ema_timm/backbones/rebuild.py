@@ -14,7 +14,7 @@ from ema_timm.backbones.placement import placement
 
 PAPER = "paper"
 ANY = "ema_any"
-"""timm's name for every network with EMA layers that has no name of its own."""
+"""timm's name for a network with EMA layers, if no other name builds it."""
 
 OWN_ARGUMENTS = ("base", "at", "groups", "preserve", "stages", "cross_spatial", "replace")
 """Arguments of `ANY`; all others are those of the base."""
@@ -51,7 +51,7 @@ def record(
     """Set the name and arguments in a timm classifier, so that saved configs rebuild it.
 
     Args:
-        model: A network that `inject` has filled. Others than timm's classifiers stay as they are.
+        model: A network with layers by `inject`. Only timm's classifiers are changed.
         paper: Whether the layers are in the places of the paper.
         groups: As in `inject`.
         stages: As in `inject`.

@@ -38,7 +38,7 @@ def settled(
 def _count_runs(
     model: nn.Module, layouts: dict[str, str], example: Any, replace: bool
 ) -> dict[str, int]:
-    """How often each layer would run. Identities stand in for the layers."""
+    """How often each layer would run, counted with identities in place of the layers."""
     modules = {name: model.get_submodule(name) for name in layouts}
     try:
         for name, module in modules.items():

@@ -25,8 +25,8 @@ class Call(NamedTuple):
 
     Attributes:
         name: Name of the module in the network.
-        given: Shape of the first argument; None if it is no tensor.
-        shape: Shape of the output; None if it is no tensor.
+        given: Shape of the first argument; None if it is not a tensor.
+        shape: Shape of the output; None if it is not a tensor.
         kind: Class name of the output.
         same: Names of the modules that returned this very tensor, the innermost first.
     """
@@ -84,7 +84,7 @@ class Trace:
         self._by_name.setdefault(name, []).append(call)
 
     def _same(self, output: Any) -> list[str]:
-        """The list for modules that return ``output``. An id alone may be of a freed tensor."""
+        """The list for modules that return ``output``. An id can be that of a freed tensor."""
         if not isinstance(output, Tensor):
             return []
         known, names = self._last.get(id(output), (None, []))
@@ -144,7 +144,7 @@ def nominal_example(model: nn.Module) -> Tensor:
     """An image of a timm network's own size, on the meta device, (1, C, H, W).
 
     Raises:
-        ValueError: If ``model`` is no network of timm.
+        ValueError: If ``model`` is not a timm network.
     """
     cfg = getattr(model, "pretrained_cfg", None)
     if not isinstance(cfg, dict) or "input_size" not in cfg:

@@ -6,6 +6,7 @@ from typing import Any
 from timm.data import resolve_data_config
 from torch import nn
 
+from ema_timm.checkpoints.schema import INTERPOLATIONS
 from ema_timm.errors import UserError
 from ema_timm.fields import is_kind
 
@@ -42,11 +43,10 @@ def _are_numbers(values: Any) -> bool:
 
 def _is_filter(value: Any) -> bool:
     # timm's scripts write "" for the network's own.
-    return isinstance(value, str) and (not value or value in _FILTERS)
+    return isinstance(value, str) and (not value or value in INTERPOLATIONS)
 
 
 _LONGEST = 10_000  # two larger images could fill a machine's memory
-_FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 _FRACTION = ("a number above 0", lambda v: is_kind(v, float) and v > 0)
 _SIZE = (f"[channels, height, width], each from 1 to {_LONGEST:,}", _is_size)
@@ -56,7 +56,7 @@ _RULES = {
     "mean": ("numbers, one a channel", _are_numbers),
     "std": ("numbers above 0, one a channel", lambda v: _are_numbers(v) and min(v) > 0),
     **{key: _FRACTION for key in ("crop_pct", "test_crop_pct")},
-    "interpolation": (f"one of {', '.join(_FILTERS)}", _is_filter),
+    "interpolation": (f"one of {', '.join(INTERPOLATIONS)}", _is_filter),
     "crop_mode": (f"one of {', '.join(_CROP_MODES)}", lambda v: v in _CROP_MODES),
 }
 

@@ -3,6 +3,9 @@
 `ema_timm.fields.check_fields` takes them. Fields that are not listed may be anything.
 """
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""timm's names of Pillow's filters."""
+
 CONFIG_FIELDS = {
     "architecture": str,
     "num_classes?": int,

@@ -1,7 +1,7 @@
 """Finds the state dict in a checkpoint's content, and the prefix that its names have in the file.
 
 Wrappers such as Lightning's modules put the network into an attribute, so that each of its names
-begins with ``net.`` or ``model.``. Other code keeps the state dict under a key of its own.
+begins with ``net.`` or ``model.``. Other code has other keys for the state dict.
 """
 
 import re

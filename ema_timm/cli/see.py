@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ema_timm.names import one_line
+from ema_timm.names import printable
 from ema_timm.options import add_options, given_options
 from ema_timm.see.settings import AttendConfig, PredictConfig
 
@@ -56,8 +56,8 @@ def _attend(args: argparse.Namespace) -> int:
 
 def _line(row: "Prediction") -> str:
     """An image and its classes, separated by tabs."""
-    best = [f"{one_line(name)} {p:.4f}" for name, p in zip(row.label, row.prob, strict=True)]
-    return "\t".join([one_line(row.filename), *best])
+    best = [f"{printable(name)} {p:.4f}" for name, p in zip(row.label, row.prob, strict=True)]
+    return "\t".join([printable(row.filename), *best])
 
 
 def _add_predict(commands) -> None:

@@ -4,14 +4,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from ema_timm.compare.intervals import CONFIDENCE, interval_confidence
+from ema_timm.compare.intervals import CONFIDENCE
 from ema_timm.compare.latency import exported_latencies, latencies
 from ema_timm.compare.report import write_report
-from ema_timm.compare.rows import make_rows, measured_runs
+from ema_timm.compare.rows import make_rows, measured_runs, row_confidence
 from ema_timm.compare.runs import PlannedRun, Status, command_line, plan_runs
 from ema_timm.compare.schedule import run_all
 from ema_timm.compare.settings import CompareConfig, Comparison
-from ema_timm.compare.variants import NONE, Variant, read_variants
+from ema_timm.compare.variants import Variant, read_variants
 from ema_timm.data.splits import open_both
 from ema_timm.environment import pick_device, versions
 from ema_timm.errors import UserError, one_line
@@ -149,7 +149,7 @@ def _write(
         "images": _images(runs, measured),
         "seeds": comparison.seed_numbers,
         "confidence": CONFIDENCE,
-        "interval_confidence": interval_confidence(sum(v.name != NONE for v in variants)),
+        "interval_confidence": row_confidence(variants),
         "rows": make_rows(measured, variants, plain.model_kwargs),
         "runs": measured,
         "settings": settings,

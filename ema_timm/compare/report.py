@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ema_timm.checkpoints.folder import CheckpointWriter
-from ema_timm.compare.intervals import CONFIDENCE
 from ema_timm.names import code, escape
 
 _MACS = (
@@ -18,7 +17,7 @@ _MACS = (
 _DIFFERENCES = (
     "Differences to `none` are of the top-1 accuracy and paired by seed. Their confidence "
     "intervals (Student's t, with Bonferroni's correction for the number of rows) are "
-    f"{CONFIDENCE:.0%} for the whole table. Half of an interval's width is the smallest "
+    "{confidence:.0%} for the whole table. Half of an interval's width is the smallest "
     "difference that the row could have shown. The seeds show how much training varies, not how "
     "much other images would."
 )
@@ -100,11 +99,12 @@ def _notes(content: dict) -> str:
         if images["measured_on"] == "test"
         else "which the epoch was chosen on as well, so they are slightly too high"
     )
+    differences = _DIFFERENCES.format(confidence=content["confidence"])
     notes = (
         f"{content['model']}, {which}; images: {counts or 'none yet'}. Accuracies are on the "
         f"{images['measured_on']} images, {chosen}; ± is the standard deviation over the seeds. "
         "With the same seed, all variants start from the same weights outside their attention "
-        f"layers and see the same images in the same order.\n\n{_DIFFERENCES}\n\n{_MACS}."
+        f"layers and see the same images in the same order.\n\n{differences}\n\n{_MACS}."
     )
     machines = {content[key]["machine"]["name"] for key in _LATENCIES if key in content}
     if machines:

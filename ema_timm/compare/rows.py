@@ -82,6 +82,11 @@ def _numbers(results: dict) -> dict:
     }
 
 
+def row_confidence(variants: Sequence[Variant]) -> float:
+    """Confidence of the interval of each variant's difference to the plain network."""
+    return interval_confidence(sum(variant.name != NONE for variant in variants))
+
+
 def make_rows(
     measured: Sequence[dict], variants: Sequence[Variant], model_kwargs: dict
 ) -> list[dict]:
@@ -102,7 +107,7 @@ def make_rows(
     """
     by_variant = {v.name: [m for m in measured if m["variant"] == v.name] for v in variants}
     plain = {m["seed"]: m["top1"] for m in by_variant.get(NONE, []) if "why_not" not in m}
-    level = interval_confidence(sum(variant.name != NONE for variant in variants))
+    level = row_confidence(variants)
     rows = []
     for variant in variants:
         done = [m for m in by_variant[variant.name] if "why_not" not in m]

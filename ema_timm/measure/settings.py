@@ -3,10 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ema_timm.checkpoints.schema import INTERPOLATIONS
 from ema_timm.options import option
-
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
-"""timm's names of Pillow's filters."""
 
 
 @dataclass

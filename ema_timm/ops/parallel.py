@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ema_timm.ops.weights import EPS, EmaWeights
+from ema_timm.ops.weights import EPS, EmaWeights, laid_out_like
 
 
 def parallel(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
@@ -37,11 +37,7 @@ def parallel(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
     """
     height, dtype = x.shape[2], torch.promote_types(x.dtype, torch.float32)
     g = x.to(dtype).reshape(-1, x.shape[1] // groups, height, x.shape[3])  # (B·G, n, H, W)
-    gated = (g * channel_logits(g, weights).sigmoid()).reshape(x.shape).to(x.dtype)
-    if torch.jit.is_tracing():  # a copy into empty memory is more than the ONNX exporter takes
-        return gated
-    # A new buffer, laid out like x: ResNet adds the shortcut in place.
-    return torch.empty_like(x).copy_(gated)
+    return laid_out_like(x, (g * channel_logits(g, weights).sigmoid()).reshape(x.shape))
 
 
 def channel_logits(g: Tensor, weights: EmaWeights, eps: float = EPS) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ema_timm.ops.weights import EPS, EmaWeights
+from ema_timm.ops.weights import EPS, EmaWeights, laid_out_like
 
 # torch.fx keeps it whole: it reads the type of a tensor, which a proxy does not have.
 torch.fx.wrap("widened")
@@ -83,11 +83,7 @@ def reference(x: Tensor, weights: EmaWeights, groups: int) -> Tensor:
         partial(_instance_norm, weight=w.gn_weight, bias=w.gn_bias),
         partial(F.conv2d, weight=w.conv3x3_weight, bias=w.conv3x3_bias, padding=1),
     )
-    gated = gated.to(x.dtype)
-    if torch.jit.is_tracing():  # PyTorch's TorchScript-based ONNX exporter cannot write a copy
-        return gated
-    # A new buffer, laid out like x.
-    return torch.empty_like(x).copy_(gated)
+    return laid_out_like(x, gated)
 
 
 def _instance_norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -9,6 +9,16 @@ EPS = 1e-5
 """Added to the variance of the instance norm; the value of the paper's code."""
 
 
+def laid_out_like(x: Tensor, gated: Tensor) -> Tensor:
+    """A new buffer with the values of ``gated``, in the dtype and memory format of ``x``.
+
+    Networks add the shortcut to it in place.
+    """
+    if torch.jit.is_tracing():  # a copy into empty memory is more than the ONNX exporter takes
+        return gated.to(x.dtype)
+    return torch.empty_like(x).copy_(gated.to(x.dtype))
+
+
 class EmaWeights(NamedTuple):
     """Parameters of one layer, shared by all channel groups. n is the channels of one group.
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ema_timm.checkpoints.schema import INTERPOLATIONS
 from ema_timm.errors import UserError
-from ema_timm.measure.settings import INTERPOLATIONS
 from ema_timm.names import encodable
 from ema_timm.options import check_ranges, option
 

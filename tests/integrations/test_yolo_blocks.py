@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from support.digit_scenes import SIDE, write_scenes
-from support.yolo import save, ultralytics, write_yaml
+from support.yolo import save, trained_like, ultralytics, write_yaml
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
@@ -61,14 +61,6 @@ def built(name, classes):
     with torch.device("meta"):
         config = {"nc": 80, **with_inside(tasks.yaml_model_load(f"{name}.yaml"), classes)}
         return placed(tasks.parse_model(config, 3, verbose=False)[0])
-
-
-def trained_like(net):
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.running_mean, std=0.3)
-    return net
 
 
 def shake(net):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from support.yolo import save, ultralytics, with_rows
+from support.yolo import save, trained_like, ultralytics, with_rows
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn import tasks
@@ -24,17 +24,6 @@ SMALLEST = "yolo26n.yaml" if NEWEST else "yolov8n.yaml"
 TASKS = ["yolov8n.yaml", "yolov8n-seg.yaml", "yolov8n-pose.yaml", "yolov8n-obb.yaml"]
 TASKS += ["yolov8n-cls.yaml", "rtdetr-resnet50.yaml", "yolov5n.yaml", "yolov3-tiny.yaml"]
 TASKS += ["yolo11n.yaml", "yolo26n.yaml", "yolo12n.yaml", "yolov10n.yaml"] if NEWEST else []
-
-
-def trained_like(net):
-    """Norms as training leaves them, so that no part of the network is idle."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    return net
 
 
 def opened(name):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.yolo import save, ultralytics, with_rows, write_yaml
+from support.yolo import save, trained_like, ultralytics, with_rows, write_yaml
 from torch import nn
 from ultralytics import YOLO
 
@@ -34,14 +34,9 @@ def inside_blocks(folder):
     return yolo
 
 
-def trained_like(net):
+def with_random_layers(net):
     torch.manual_seed(0)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    for module in trained_like(net).modules():
         if isinstance(module, EmaAttnRow):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=0.5)
@@ -63,7 +58,7 @@ def trained_like(net):
 def test_the_file_computes_what_the_detector_computes(build, layers, size, half, tmp_path):
     yolo = build(tmp_path)
     assert sum(isinstance(m, EmaAttnRow) for m in yolo.model.modules()) == layers
-    trained_like(yolo.model)
+    with_random_layers(yolo.model)
     save(yolo, tmp_path / "best.pt")
     exported = Path(YOLO(tmp_path / "best.pt").export(format="ncnn", imgsz=size, half=half))
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))

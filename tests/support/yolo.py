@@ -6,6 +6,7 @@ import tempfile
 
 import pytest
 import yaml
+from torch import nn
 
 # ultralytics keeps settings in the user's home otherwise.
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo-settings-"))
@@ -16,6 +17,17 @@ from ultralytics.nn.tasks import yaml_model_load  # noqa: E402
 from ema_timm.integrations.yolo.rows import insert_rows, rows_of  # noqa: E402
 
 ROW = [-1, 1, "EmaAttn", ["c2"]]
+
+
+def trained_like(net):
+    """Norms as training leaves them, so that no part of the network is idle."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return net
 
 
 def with_rows(name, row=ROW, after=None):
